@@ -1,0 +1,19 @@
+// Closes an instruction-set file: its kernels, gathered in one table. MBP_LEVEL is the level's name.
+
+template <typename T>
+static constexpr Kernels<T> kernels_of() {
+  return {gemm<T>, gemm_accumulated<T>, relu_backward<T>, reduce<T>};
+}
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    MBP_LEVEL,
+    kTileRows,
+    kTileCols<float>,
+    int64_t(sizeof(Workspace<float>) > sizeof(Workspace<double>) ? sizeof(Workspace<float>)
+                                                                 : sizeof(Workspace<double>)),
+    kernels_of<double>(),
+    kernels_of<float>(),
+    kernels_of<bfloat16>(),
+    kernels_of<float16>(),
+};

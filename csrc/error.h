@@ -1,0 +1,41 @@
+// The boundary between libtorch's C interface and C++ exceptions.
+//
+// An exception thrown here, inside an op, reaches Python as RuntimeError with its text. The reverse direction
+// loses the text up to torch 2.12: a failed call (out of memory, say) returns only a code. From 2.13 on
+// libtorch keeps the text of the last exception; we target 2.10, so the function is looked up at run time.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace manualbp {
+
+[[noreturn]] inline void raise_libtorch_error(const char* call) {
+  using WhatFn = const char* (*)();
+  static const auto what = reinterpret_cast<WhatFn>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  throw std::runtime_error(what ? std::string(what()) : std::string("torch_manualbp: ") + call + " failed");
+}
+
+template <typename... Parts>
+[[noreturn]] void raise(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+}  // namespace manualbp
+
+// Calls a function of libtorch's C interface.
+#define MBP_TORCH(call)                                \
+  do {                                                 \
+    if ((call) != 0) ::manualbp::raise_libtorch_error(#call); \
+  } while (0)
+
+// Checks an argument: the message names it, what was expected, and what came.
+#define MBP_CHECK(condition, ...)                      \
+  do {                                                 \
+    if (!(condition)) ::manualbp::raise(__VA_ARGS__);  \
+  } while (0)

@@ -1,0 +1,38 @@
+// Every op of the library: torch.ops.manualbp.*. The table of contents of this folder.
+//
+// The ops are private: they have no derivative of their own (torch_manualbp/autograd.py gives them one).
+// Only the stable ABI of torch is used, so that one binary serves every Python and every torch >= 2.10.
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(manualbp, m) {
+  // relu(input weight^T + bias)
+  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // The gradients asked for by needs = [input, weight, bias], in this order.
+  m.def(
+      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, bool[] needs)"
+      " -> Tensor[]");
+  // linear -> ReLU -> ... -> linear (-> ReLU if final_relu). hidden: h_1 ... h_{K-1} one after another, flat,
+  // or empty if not store.
+  m.def(
+      "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store)"
+      " -> (Tensor output, Tensor hidden)");
+  // The gradients asked for by needs = [input, weights..., biases...], in this order. output: of a forward with
+  // final_relu, else None.
+  m.def(
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor hidden, Tensor? output, bool[] needs)"
+      " -> Tensor[]");
+  // The instruction-set level in use.
+  m.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
+  m.impl("linear_relu", TORCH_BOX(&manualbp::linear_relu));
+  m.impl("linear_relu_backward", TORCH_BOX(&manualbp::linear_relu_backward));
+  m.impl("mlp", TORCH_BOX(&manualbp::mlp));
+  m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&manualbp::isa)); }

@@ -1,0 +1,45 @@
+"""Argument errors that are found in Python: each names the argument, what was expected and what came.
+
+Shapes and dtypes are checked by the ops themselves (csrc/cpu/tensor.h), where it costs nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+ACTIVATION_MODES = ("store",)
+
+
+def check_tensor(op: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises TypeError unless `value` is a tensor (or None, if optional)."""
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        expected = "a Tensor or None" if optional else "a Tensor"
+        raise TypeError(f"{op}: `{name}` must be {expected}, got {type(value).__name__}")
+
+
+def check_layers(
+    op: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The weights and biases as tuples of one length; biases=None becomes a None per weight."""
+    if isinstance(weights, Tensor) or isinstance(biases, Tensor):
+        name = "weights" if isinstance(weights, Tensor) else "biases"
+        raise TypeError(f"{op}: `{name}` must be a sequence of tensors, one per layer, got one Tensor")
+    weights = tuple(weights)
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    if not weights:
+        raise ValueError(f"{op}: `weights` must hold at least one weight, got none")
+    if len(biases) != len(weights):
+        raise ValueError(f"{op}: `biases` must have one item per weight ({len(weights)}), got {len(biases)}")
+    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if not isinstance(weight, Tensor):
+            check_tensor(op, f"weights[{k}]", weight)
+        if not (bias is None or isinstance(bias, Tensor)):
+            check_tensor(op, f"biases[{k}]", bias, optional=True)
+    return weights, biases
+
+
+def check_activations(op: str, activations: str) -> None:
+    """Raises ValueError unless `activations` names a memory mode."""
+    if activations not in ACTIVATION_MODES:
+        raise ValueError(f"{op}: `activations` must be one of {ACTIVATION_MODES}, got {activations!r}")

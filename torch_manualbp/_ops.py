@@ -1,0 +1,111 @@
+"""Loads the compiled part, which registers ``torch.ops.manualbp.*``, and tells torch the shapes of its results.
+
+The ops are private: called directly they have no derivative. `torch_manualbp.autograd` gives them one.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+BINARY = Path(__file__).with_name("_C.abi3.so")
+
+
+def _load(binary: Path) -> None:
+    cure = (
+        "Build it where this torch is installed: `pip install --no-build-isolation .` from a checkout, "
+        "or `pip install --force-reinstall --no-deps --no-cache-dir torch_manualbp`. It needs a C++17 compiler."
+    )
+    if not binary.exists():
+        raise ImportError(f"torch_manualbp: the compiled extension {binary.name} is missing. {cure}")
+    try:
+        torch.ops.load_library(str(binary))
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"torch_manualbp: the compiled extension {binary.name} cannot be loaded by torch {torch.__version__} "
+            f"(it needs torch >= 2.10): {error}. {cure}"
+        ) from error
+
+
+_load(BINARY)
+
+linear_relu = torch.ops.manualbp.linear_relu.default
+linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
+mlp = torch.ops.manualbp.mlp.default
+mlp_backward = torch.ops.manualbp.mlp_backward.default
+isa = torch.ops.manualbp.isa.default
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _fake(name: str) -> Callable[[_F], _F]:
+    """Registers what an op returns for tensors without data: shapes and dtypes only."""
+    return torch.library.register_fake(f"manualbp::{name}")
+
+
+def _check_devices(op: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:
+    """An op reaches a device other than the CPU only with arguments on several: say which one is elsewhere."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in tensors.items():
+        items = [(name, value)] if isinstance(value, Tensor) else [
+            (f"{name}[{k}]", item) for k, item in enumerate(value or ())
+        ]  # fmt: skip
+        for label, tensor in items:
+            if tensor is None:
+                continue
+            if first is None:
+                first = (label, tensor.device)
+            elif tensor.device != first[1]:
+                raise RuntimeError(
+                    f"{op}: `{label}` must be on the device of `{first[0]}` ({first[1]}), got {tensor.device}"
+                )
+
+
+@_fake("linear_relu")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices("linear_relu", input=input, weight=weight, bias=bias)
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@_fake("linear_relu_backward")
+def _(grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+@_fake("mlp")
+def _(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+) -> tuple[Tensor, Tensor]:
+    _check_devices("mlp", input=input, weights=weights, biases=biases)
+    batch = input.shape[:-1].numel()
+    hidden = batch * sum(weight.shape[0] for weight in weights[:-1]) if store else 0
+    return input.new_empty((*input.shape[:-1], weights[-1].shape[0])), input.new_empty((hidden,))
+
+
+@_fake("mlp_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    shapes = (input.shape, *(weight.shape for weight in weights), *(weight.shape[:1] for weight in weights))
+    return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+def _reject_mixed_devices(op: str) -> Callable[..., Any]:
+    def kernel(input: Tensor, weights: Any, biases: Any, *rest: Any) -> Any:
+        names = ("weight", "bias") if op == "linear_relu" else ("weights", "biases")
+        _check_devices(op, input=input, **dict(zip(names, (weights, biases), strict=True)))
+        raise RuntimeError(f"{op}: no kernel for tensors on {input.device}")  # functional.py sends none here
+
+    return kernel
+
+
+for _op in ("linear_relu", "mlp"):
+    torch.library.impl(f"manualbp::{_op}", "CUDA")(_reject_mixed_devices(_op))

@@ -1,0 +1,105 @@
+"""The functions: differentiable, any leading dimensions, and the plain torch composition where kernels do not apply."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_manualbp import _ops, reference
+from torch_manualbp._checks import check_activations, check_layers, check_tensor
+from torch_manualbp._function import kernels_apply
+from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.relu(F.linear(input, weight, bias))``, fused: bias and ReLU are applied while the product is in registers.
+
+    The lecture's layer, h' = a[β + Ω h], and its backward ∂ℓ/∂f = I[h' > 0] ⊙ ∂ℓ/∂h', ∂ℓ/∂h = Ωᵀ ∂ℓ/∂f,
+    ∂ℓ/∂Ω = ∂ℓ/∂f hᵀ, ∂ℓ/∂β = ∂ℓ/∂f. Gradients that nobody asks for are not computed.
+
+    Args:
+        input: h, shape (…, in_features); float64, float32, bfloat16 or float16. Any strides.
+        weight: Ω, shape (out_features, in_features), of the same dtype. Any strides.
+        bias: β, shape (out_features,), of the same dtype; or None.
+
+    Returns:
+        h', shape (…, out_features), of the same dtype. Halves are summed in float32 and rounded once.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: shapes, dtypes or devices do not fit (the class that ``F.linear`` raises).
+
+    Example:
+        >>> x = torch.tensor([[1.0, -2.0]])
+        >>> linear_relu(x, torch.eye(2), torch.tensor([0.5, 0.5]))
+        tensor([[1.5000, 0.0000]])
+    """
+    check_tensor("linear_relu", "input", input)
+    check_tensor("linear_relu", "weight", weight)
+    check_tensor("linear_relu", "bias", bias, optional=True)
+    # F.linear also takes a weight without rows and a bias that broadcasts: rare, left to torch.
+    if not kernels_apply(input) or weight.dim() == 1 or (bias is not None and bias.dim() != 1):
+        return F.relu(F.linear(input, weight, bias))
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        output: Tensor = LinearReLUFunction.apply(input, weight, bias)
+    else:
+        output = _ops.linear_relu(input, weight, bias)
+    return output
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activations: str = "store",
+) -> Tensor:
+    """A ReLU network, linear → ReLU → … → linear, as one call and one autograd node.
+
+    The lecture's forward pass f_k = β_k + Ω_k h_k, h_{k+1} = a[f_k], and its backward pass
+    ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). There is no ReLU after the last layer.
+
+    Args:
+        input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
+        weights: Ω_k, shape (D_{k+1}, D_k), of the same dtype; at least one.
+        biases: None, or a sequence with an item per weight: β_k, shape (D_{k+1},), or None.
+        activations: "store" keeps every h_k for the backward pass.
+
+    Returns:
+        f_{K−1}, shape (…, D_K), of the same dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
+        ValueError: no weights, a wrong number of biases, or an unknown `activations`.
+        RuntimeError: shapes, dtypes or devices do not fit (the class that ``F.linear`` raises).
+
+    Example:
+        >>> omega = [torch.ones(3, 2), torch.ones(1, 3)]
+        >>> mlp(torch.tensor([[1.0, 1.0]]), omega)
+        tensor([[6.]])
+    """
+    check_activations("mlp", activations)
+    return run_layers(input, weights, biases)
+
+
+def run_layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    final_relu: bool = False,
+) -> Tensor:
+    """`mlp`, with a ReLU after the last layer too if `final_relu`: what the modules call."""
+    check_tensor("mlp", "input", input)
+    weights, biases = check_layers("mlp", weights, biases)
+    if not kernels_apply(input):
+        output, _ = reference.mlp_forward(input, weights, biases, final_relu)
+    elif torch.is_grad_enabled() and (
+        input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
+    ):
+        output, _ = MLPFunction.apply(input, final_relu, len(weights), *weights, *biases)
+    else:
+        output, _ = _ops.mlp(input, weights, biases, final_relu, False)
+    return output
