@@ -4,34 +4,41 @@ The only file that touches private names of torch; each is looked up with a safe
 renames one makes us slower, not wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-_is_autocast_enabled: Callable[[str], bool] = torch.is_autocast_enabled
-_is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 
 
 global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 
 
-def kernels_apply(input: Tensor) -> bool:
+def kernels_apply(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
     """Whether our kernels compute this call; if not, the caller composes it from plain torch, which always works.
 
-    Not on other devices; not under transforms that must see through the computation (torch.func, forward-mode AD,
-    torch.compile, torch.export); not under autocast, which chooses dtypes by op.
+    Not on other devices, nor for sparse or nested tensors; not under transforms that must see through the computation
+    (torch.func, forward-mode AD, torch.compile, torch.export); not under autocast, which chooses dtypes by op.
     """
     return (
-        input.is_cpu
+        not torch.compiler.is_compiling()
+        and input.is_cpu
+        and input.layout is torch.strided
+        and not input.is_nested
         and not _transforms_active()
         and getattr(forward_ad, "_current_level", 0) < 0
-        and not _is_compiling()
-        and not _is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and all(weight.layout is torch.strided for weight in weights)
     )
+
+
+def backward_is_composed(grad_output: Tensor) -> bool:
+    """Whether backward must be made of torch ops: gradients of gradients are wanted, or backward itself is batched."""
+    return torch.is_grad_enabled() or _transforms_active() or _is_legacy_batched(grad_output)
 
 
 class ManualFunction(torch.autograd.Function):

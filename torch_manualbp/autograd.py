@@ -1,18 +1,18 @@
 """The autograd Functions: forward and hand-written backward of each op, together.
 
-First-order gradients come from our kernels. Where gradients of gradients are wanted (`create_graph=True`), backward
-composes the lecture's equations from differentiable torch ops (`reference.mlp_backward`), on the activations that
-forward saved: they are outputs of the same node, so that the graph goes on through them.
+First-order gradients come from our kernels. Where gradients of gradients are wanted (`create_graph=True`), or backward
+itself is batched (`is_grads_batched=True`), backward composes the lecture's equations from differentiable torch ops
+(`reference.mlp_backward`), on the activations that forward saved: they are outputs of the same node, so that the graph
+goes on through them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._function import ManualFunction
+from torch_manualbp._function import ManualFunction, backward_is_composed
 
 
 class LinearReLUFunction(ManualFunction):
@@ -34,7 +34,7 @@ class LinearReLUFunction(ManualFunction):
         """The gradients that are needed, in one call."""
         input, weight, output = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if backward_is_composed(grad_output):
             grads = reference.mlp_backward(grad_output, [input], [weight], output)
             return _only(needs, [grads.dinput, *grads.dweights, *grads.dbiases])
         return _spread(needs, _ops.linear_relu_backward(grad_output, input, weight, output, needs))
@@ -69,7 +69,7 @@ class MLPFunction(ManualFunction):
             if grad_hidden is None:
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = input.new_zeros((*input.shape[:-1], weights[-1].shape[0]))
-        if torch.is_grad_enabled() or grad_hidden is not None:
+        if grad_hidden is not None or backward_is_composed(grad_output):
             grads = reference.mlp_backward(
                 grad_output,
                 [input, *_split(hidden, input, weights)],

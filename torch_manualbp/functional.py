@@ -39,7 +39,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     check_tensor("linear_relu", "weight", weight)
     check_tensor("linear_relu", "bias", bias, optional=True)
     # F.linear also takes a weight without rows and a bias that broadcasts: rare, left to torch.
-    if not kernels_apply(input) or weight.dim() == 1 or (bias is not None and bias.dim() != 1):
+    broadcasts = weight.dim() == 1 or (
+        bias is not None and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
+    )
+    if broadcasts or not kernels_apply(input, (weight,)):
         return F.relu(F.linear(input, weight, bias))
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -94,7 +97,7 @@ def run_layers(
     """`mlp`, with a ReLU after the last layer too if `final_relu`: what the modules call."""
     check_tensor("mlp", "input", input)
     weights, biases = check_layers("mlp", weights, biases)
-    if not kernels_apply(input):
+    if not kernels_apply(input, weights):
         output, _ = reference.mlp_forward(input, weights, biases, final_relu)
     elif torch.is_grad_enabled() and (
         input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))

@@ -16,13 +16,13 @@
 
 namespace manualbp {
 
-// The threads' packing buffers, one allocation for a whole call. Pages that are not touched cost nothing.
+// The threads' packing buffers, one allocation for a whole call: enough for products of storage type T with at most
+// n columns and depth k.
 class Scratch {
  public:
-  Scratch() : threads_(torch::stable::get_num_threads()), bytes_(round_up(kernel_table().workspace_bytes)) {
-    buffer_ = empty({threads_ * bytes_ + kAlign}, aoti_torch_dtype_uint8());
-    const auto address = reinterpret_cast<uintptr_t>(data<char>(buffer_));
-    base_ = reinterpret_cast<char*>((address + kAlign - 1) / kAlign * kAlign);
+  template <typename T>
+  static Scratch of(int64_t n, int64_t k) {
+    return Scratch(kernels<T>().workspace_bytes(n, k));
   }
   int64_t threads() const { return threads_; }
   // The buffer of the calling thread.
@@ -34,7 +34,14 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlign = 64;
-  static int64_t round_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+  explicit Scratch(int64_t bytes)
+      : threads_(torch::stable::get_num_threads()), bytes_((bytes + kAlign - 1) / kAlign * kAlign) {
+    buffer_ = empty({threads_ * bytes_ + kAlign}, aoti_torch_dtype_uint8());
+    const auto address = reinterpret_cast<uintptr_t>(data<char>(buffer_));
+    base_ = reinterpret_cast<char*>((address + kAlign - 1) / kAlign * kAlign);
+  }
+
   int64_t threads_, bytes_;
   Tensor buffer_;
   char* base_;
@@ -91,6 +98,16 @@ void input_gradient(Matrix<const T> df, Matrix<const T> omega, T* dh, const Scra
                    scratch);
 }
 
+// Sums of slices, waiting to be added up.
+template <typename A>
+struct Partial {
+  explicit Partial(int64_t size)
+      : tensor(empty({size}, sizeof(A) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32())),
+        data(manualbp::data<A>(tensor)) {}
+  Tensor tensor;
+  A* data;
+};
+
 // The fixed-order sum of partial results (slices, size) into out (size).
 template <typename T>
 void parallel_reduce(const accumulator_t<T>* partial, int64_t slices, int64_t size, T* out) {
@@ -110,12 +127,10 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, T* dbeta) {
   const int64_t slices = dbeta ? std::clamp<int64_t>(rows / 256, 1, 32)
                                : std::clamp<int64_t>(rows * cols / (16 * 1024), 1, 32);
   const int64_t share = std::max<int64_t>(ceil_div(rows, slices), 1);
-  Tensor partial;
-  A* sums = nullptr;
-  if (dbeta) {
-    partial = empty({slices * cols}, sizeof(A) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-    sums = data<A>(partial);
-  }
+  const bool direct = slices == 1 && sizeof(T) == sizeof(A);  // the sums need neither reduction nor rounding
+  std::optional<Partial<A>> partial;
+  if (dbeta && !direct) partial.emplace(slices * cols);
+  A* const sums = direct ? reinterpret_cast<A*>(dbeta) : partial ? partial->data : nullptr;
   torch::stable::parallel_for(0, slices, rows * cols < 16 * 1024 ? slices : 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t first = std::min(s * share, rows);
@@ -125,7 +140,7 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, T* dbeta) {
                                   sums ? sums + s * cols : nullptr});
     }
   });
-  if (dbeta) parallel_reduce<T>(sums, slices, cols, dbeta);
+  if (partial) parallel_reduce<T>(sums, slices, cols, dbeta);
 }
 
 // d(Omega) (D_out, D_in) = df^T (D_out, B) h (B, D_in).
@@ -142,12 +157,9 @@ void weight_gradient(Matrix<const T> df, Matrix<const T> h, T* domega, const Scr
   const int64_t slices =
       std::clamp<int64_t>(ceil_div(kTasks, blocks), 1, std::max<int64_t>(batch / kSliceRows, 1));
   const int64_t share = ceil_div(batch, slices);
-  Tensor partial;
-  A* sums = nullptr;
-  if (slices > 1) {
-    partial = empty({slices * d_out * d_in}, sizeof(A) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-    sums = data<A>(partial);
-  }
+  std::optional<Partial<A>> partial;
+  if (slices > 1) partial.emplace(slices * d_out * d_in);
+  A* const sums = partial ? partial->data : nullptr;
   const double work = double(batch) * double(d_out) * double(d_in);
   const int64_t tasks = slices * blocks;
   torch::stable::parallel_for(0, tasks, work < 2 * kGrain ? tasks : 1, [&](int64_t begin, int64_t end) {

@@ -12,7 +12,7 @@ namespace {
 void check(const char* op, const Tensor& input, const Tensor& weight) {
   MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
   MBP_CHECK(weight.dim() == 2, op, ": `weight` must be (out_features, in_features), got shape ", shape_of(weight));
-  check_dtype(op, "weight", weight, input);
+  check_dtype(op, {"weight"}, weight, input);
   const int64_t features = input.size(input.dim() - 1);
   MBP_CHECK(weight.size(1) == features, op, ": `weight` has ", weight.size(1), " columns but `input` has ", features,
             " features (weight: ", shape_of(weight), ", input: ", shape_of(input), ")");
@@ -23,13 +23,14 @@ void check(const char* op, const Tensor& input, const Tensor& weight) {
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
   const char* op = "linear_relu";
   check(op, input, weight);
-  if (bias) check_bias(op, "bias", *bias, "weight", weight, input);
+  if (bias) check_bias(op, {"bias"}, *bias, {"weight"}, weight, input);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep;
     const auto h = as_matrix<T>(input, keep);
     Tensor output = empty(with_last_size(input, weight.size(0)), dtype_of(input));
-    forward<T>(h, as_matrix<T>(weight), as_bias<T>(bias), /*relu=*/true, data<T>(output), Scratch());
+    forward<T>(h, as_matrix<T>(weight), as_bias<T>(bias), /*relu=*/true, data<T>(output),
+               Scratch::of<T>(weight.size(0), weight.size(1)));
     return output;
   });
 }
@@ -38,8 +39,8 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
                                          std::vector<bool> needs) {
   const char* op = "linear_relu_backward";
   check(op, input, weight);
-  check_same_shape(op, "grad_output", grad_output, with_last_size(input, weight.size(0)), input);
-  check_same_shape(op, "output", output, with_last_size(input, weight.size(0)), input);
+  check_same_shape(op, {"grad_output"}, grad_output, with_last_size(input, weight.size(0)), input);
+  check_same_shape(op, {"output"}, output, with_last_size(input, weight.size(0)), input);
   MBP_CHECK(output.is_contiguous(), op, ": `output` must be contiguous");
   MBP_CHECK(needs.size() == 3, op, ": `needs` must have 3 items, got ", needs.size());
   return dispatch(op, input, [&](auto zero) {
@@ -59,7 +60,7 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
 
     std::vector<Tensor> grads;
     if (need_input || need_weight) {
-      const Scratch scratch;
+      const Scratch scratch = Scratch::of<T>(omega.cols, std::max(omega.rows, h.rows));
       const auto df_matrix = Matrix<const T>::contiguous(const_data<T>(df), h.rows, omega.rows);
       if (need_input) {
         grad_input = empty(with_last_size(input, omega.cols), dtype);

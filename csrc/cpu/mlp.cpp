@@ -14,15 +14,13 @@ namespace manualbp {
 
 namespace {
 
-std::string item(const char* list, size_t k) { return std::string(list) + "[" + std::to_string(k) + "]"; }
-
 void check(const char* op, const Tensor& input, const std::vector<Tensor>& weights) {
   MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
   MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
   int64_t features = input.size(input.dim() - 1);
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& weight = weights[k];
-    const std::string name = item("weights", k);
+    const Name name{"weights", int64_t(k)};
     MBP_CHECK(weight.dim() == 2, op, ": `", name, "` must be (out_features, in_features), got shape ",
               shape_of(weight));
     check_dtype(op, name, weight, input);
@@ -30,7 +28,7 @@ void check(const char* op, const Tensor& input, const std::vector<Tensor>& weigh
       MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `input` has ",
                 features, " features (", name, ": ", shape_of(weight), ", input: ", shape_of(input), ")");
     } else {
-      const std::string previous = item("weights", k - 1);
+      const Name previous{"weights", int64_t(k) - 1};
       MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `", previous,
                 "` has ", features, " rows (", name, ": ", shape_of(weight), ", ", previous, ": ",
                 shape_of(weights[k - 1]), ")");
@@ -52,6 +50,12 @@ int64_t widest_hidden(const std::vector<Tensor>& weights) {
   return widest;
 }
 
+int64_t widest_layer(const std::vector<Tensor>& weights) {
+  int64_t widest = weights[0].size(1);
+  for (const Tensor& weight : weights) widest = std::max(widest, weight.size(0));
+  return widest;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
@@ -62,7 +66,7 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
   MBP_CHECK(biases.size() == layers, op, ": `biases` must have one item per weight (", layers, "), got ",
             biases.size());
   for (size_t k = 0; k < layers; ++k) {
-    if (biases[k]) check_bias(op, item("biases", k), *biases[k], item("weights", k), weights[k], input);
+    if (biases[k]) check_bias(op, {"biases", int64_t(k)}, *biases[k], {"weights", int64_t(k)}, weights[k], input);
   }
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
@@ -75,7 +79,8 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
     // Without store, two buffers take turns.
     const int64_t turn = batch * widest_hidden(weights);
     Tensor hidden = empty({store ? offsets[layers] : std::min<int64_t>(layers - 1, 2) * turn}, dtype);
-    const Scratch scratch;
+    const int64_t widest = widest_layer(weights);
+    const Scratch scratch = Scratch::of<T>(widest, widest);
     for (size_t k = 0; k < layers; ++k) {
       const bool last = k + 1 == layers;
       const int64_t offset = store ? offsets[k + 1] : int64_t(k % 2) * turn;
@@ -95,9 +100,9 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
   const size_t layers = weights.size();
   check(op, input, weights);
   const auto output_sizes = with_last_size(input, weights.back().size(0));
-  check_same_shape(op, "grad_output", grad_output, output_sizes, input);
+  check_same_shape(op, {"grad_output"}, grad_output, output_sizes, input);
   if (output) {
-    check_same_shape(op, "output", *output, output_sizes, input);
+    check_same_shape(op, {"output"}, *output, output_sizes, input);
     MBP_CHECK(output->is_contiguous(), op, ": `output` must be contiguous");
   }
   MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
@@ -108,7 +113,8 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
     const auto h0 = as_matrix<T>(input, keep_input);
     const int64_t batch = h0.rows;
     const auto offsets = hidden_offsets(batch, weights);
-    check_same_shape(op, "hidden", hidden, {offsets[layers]}, input);
+    check_same_shape(op, {"hidden"}, hidden, {offsets[layers]}, input);
+    MBP_CHECK(hidden.is_contiguous(), op, ": `hidden` must be contiguous");
     const T* const stored = const_data<T>(hidden);
     const auto need_weight = [&](size_t k) { return bool(needs[1 + k]); };
     const auto need_bias = [&](size_t k) { return bool(needs[1 + layers + k]); };
@@ -122,10 +128,11 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
 
     // df takes turns in two buffers; the first gradient is read where the caller left it.
     auto df = as_matrix<T>(grad_output, keep_grad);
-    const int64_t widest = std::max(widest_hidden(weights), output ? weights.back().size(0) : 0);
-    const Tensor buffer = empty({2 * batch * widest}, dtype);
-    T* turns[2] = {data<T>(buffer), data<T>(buffer) + batch * widest};
-    const Scratch scratch;
+    const int64_t turn = batch * std::max(widest_hidden(weights), output ? weights.back().size(0) : 0);
+    const Tensor buffer = empty({2 * turn}, dtype);
+    T* turns[2] = {data<T>(buffer), data<T>(buffer) + turn};
+    const int64_t widest = widest_layer(weights);
+    const Scratch scratch = Scratch::of<T>(widest, std::max(widest, batch));
     for (size_t k = layers; k-- > lowest;) {
       const auto omega = as_matrix<T>(weights[k]);
       const bool last = k + 1 == layers;

@@ -154,19 +154,29 @@ auto dispatch(const char* op, const Tensor& input, F&& f) {
 
 // --- argument checks: the message names the argument, what was expected and what came --------------
 
-inline void check_dtype(const char* op, const std::string& name, const Tensor& t, const Tensor& input) {
+// An argument's name, as text only when a message needs it: "weights[1]", or "weight".
+struct Name {
+  const char* name;
+  int64_t index = -1;
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& n) {
+  out << n.name;
+  return n.index < 0 ? out : out << '[' << n.index << ']';
+}
+
+inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input) {
   MBP_CHECK(dtype_of(t) == dtype_of(input), op, ": `", name, "` must have the dtype of `input` (",
             dtype_name(dtype_of(input)), "), got ", dtype_name(dtype_of(t)));
 }
 
-inline void check_bias(const char* op, const std::string& name, const Tensor& bias, const std::string& weight_name,
-                       const Tensor& weight, const Tensor& input) {
+inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
+                       const Tensor& input) {
   check_dtype(op, name, bias, input);
   MBP_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": `", name, "` must have shape (", weight.size(0),
             ",), one item per row of `", weight_name, "` ", shape_of(weight), ", got ", shape_of(bias));
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+inline void check_same_shape(const char* op, Name name, const Tensor& t, const std::vector<int64_t>& sizes,
                              const Tensor& input) {
   check_dtype(op, name, t, input);
   bool same = t.dim() == int64_t(sizes.size());

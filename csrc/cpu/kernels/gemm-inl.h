@@ -8,6 +8,8 @@
 //             halves become floats, columns past N become zeros
 // For each element of C the sum runs over k in ascending order, whatever the tile, thread or batch it is in.
 
+MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B + a broadcast memory operand.
 // 16 registers: 6 x 2 + 2 + 1.
 constexpr int kTileRows = MBP_VECTOR_REGISTERS == 32 ? 12 : 6;
@@ -211,28 +213,44 @@ static void pack_a_columns(const T* a, int64_t a_k, int64_t rows, int64_t k, acc
   }
 }
 
-MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The parts of a thread's workspace, each a multiple of 64 bytes.
-template <typename A>
+// The parts of a thread's workspace: no larger than a product with n columns and depth k needs.
+template <typename T>
 struct Workspace {
+  using A = accumulator_t<T>;
   static constexpr int64_t kBlockCols = kBlockBytes / (kBlockDepth * int64_t(sizeof(A)));
-  static constexpr int64_t kChunkRows = 16 * kTileRows;
-  A b[kBlockDepth * kBlockCols];       // packed block of B
-  A a[kBlockDepth * kTileRows];        // strip of A
-  A bias[kBlockCols];                  // in accumulator type, padded with zeros
-  A edge[kTileRows * kTileCols<A>];    // a tile that overhangs C
-  A chunk[kChunkRows * kBlockCols];    // halves: rows of C before they are rounded
+  static constexpr int64_t kChunkRows = sizeof(T) == sizeof(A) ? 0 : 16 * kTileRows;
+  A* b;      // packed block of B, aligned for vectors
+  A* bias;   // in accumulator type, padded with zeros
+  A* edge;   // a tile that overhangs C
+  A* a;      // strip of A
+  A* chunk;  // halves: rows of C before they are rounded
+  int64_t bytes;
+
+  Workspace(void* memory, int64_t n, int64_t k) {
+    const int64_t cols = min_i64(kBlockCols, (n + kTileCols<A> - 1) / kTileCols<A> * kTileCols<A>);
+    const int64_t depth = min_i64(kBlockDepth, k);
+    b = static_cast<A*>(memory);
+    bias = b + depth * cols;
+    edge = bias + cols;
+    a = edge + kTileRows * kTileCols<A>;
+    chunk = a + kTileRows * depth;
+    bytes = (chunk - b + kChunkRows * cols) * int64_t(sizeof(A));
+  }
 };
+
+template <typename T>
+static int64_t workspace_bytes(int64_t n, int64_t k) {
+  return Workspace<T>(nullptr, n, k).bytes;
+}
 
 // C in the accumulator type.
 template <typename T>
 static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
-  constexpr int64_t kBlockCols = Workspace<A>::kBlockCols;
+  constexpr int64_t kBlockCols = Workspace<T>::kBlockCols;
   static_assert(kBlockCols % NR == 0, "a block of B is a whole number of panels");
-  auto& work = *static_cast<Workspace<A>*>(workspace);
+  const Workspace<T> work(workspace, p.n, p.k);
   // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are.
   const bool rows_of_a = p.a_k == 1 || p.a_m != 1;
   const bool contiguous_a = sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
@@ -240,7 +258,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   for (int64_t n0 = 0; n0 < p.n; n0 += kBlockCols) {
     const int64_t n = min_i64(kBlockCols, p.n - n0);
     if (p.bias) {
-      for (int64_t j = 0; j < kBlockCols; ++j) {
+      for (int64_t j = 0; j < (n + NR - 1) / NR * NR; ++j) {
         work.bias[j] = j < n ? widen(p.bias[(n0 + j) * p.bias_stride]) : A(0);
       }
     }
@@ -307,8 +325,8 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
   if constexpr (sizeof(T) == sizeof(A)) {
     gemm_accumulated<T>(p, workspace);
   } else {
-    using W = Workspace<A>;
-    A* const chunk = static_cast<W*>(workspace)->chunk;
+    using W = Workspace<T>;
+    A* const chunk = W(workspace, p.n, p.k).chunk;
     for (int64_t n0 = 0; n0 < p.n; n0 += W::kBlockCols) {
       const int64_t n = min_i64(W::kBlockCols, p.n - n0);
       for (int64_t m0 = 0; m0 < p.m; m0 += W::kChunkRows) {

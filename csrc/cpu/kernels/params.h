@@ -76,6 +76,8 @@ struct Kernels {
   using A = accumulator_t<T>;
   void (*gemm)(const Gemm<T, T>&, void* workspace);
   void (*gemm_accumulated)(const Gemm<T, A>&, void* workspace);  // C in the accumulator type
+  // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
+  int64_t (*workspace_bytes)(int64_t n, int64_t k);
   void (*relu_backward)(const ReluBackward<T>&);
   void (*reduce)(const Reduce<T>&, int64_t begin, int64_t end);
 };
@@ -85,7 +87,6 @@ struct KernelTable {
   const char* name;
   int64_t tile_rows;  // rows of a register tile: work is cut at multiples of it
   int64_t tile_cols;  // float columns of a register tile
-  int64_t workspace_bytes;  // what one thread's `workspace` must hold, 64-byte aligned
   Kernels<double> f64;
   Kernels<float> f32;
   Kernels<bfloat16> bf16;

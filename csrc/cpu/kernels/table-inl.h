@@ -2,7 +2,7 @@
 
 template <typename T>
 static constexpr Kernels<T> kernels_of() {
-  return {gemm<T>, gemm_accumulated<T>, relu_backward<T>, reduce<T>};
+  return {gemm<T>, gemm_accumulated<T>, workspace_bytes<T>, relu_backward<T>, reduce<T>};
 }
 
 extern const KernelTable kTable;
@@ -10,8 +10,6 @@ const KernelTable kTable = {
     MBP_LEVEL,
     kTileRows,
     kTileCols<float>,
-    int64_t(sizeof(Workspace<float>) > sizeof(Workspace<double>) ? sizeof(Workspace<float>)
-                                                                 : sizeof(Workspace<double>)),
     kernels_of<double>(),
     kernels_of<float>(),
     kernels_of<bfloat16>(),
