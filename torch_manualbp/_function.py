@@ -51,5 +51,5 @@ class ManualFunction(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         """Records the node and runs forward."""
         if _transforms_active():
-            return super().apply(*args)
+            return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]

@@ -5,7 +5,7 @@ The ops are private: called directly they have no derivative. `torch_manualbp.au
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def _load(binary: Path) -> None:
     if not binary.exists():
         raise ImportError(f"torch_manualbp: the compiled extension {binary.name} is missing. {cure}")
     try:
-        torch.ops.load_library(str(binary))
+        torch.ops.load_library(str(binary))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         raise ImportError(
             f"torch_manualbp: the compiled extension {binary.name} cannot be loaded by torch {torch.__version__} "
@@ -41,8 +41,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _fake(name: str) -> Callable[[_F], _F]:
-    """Registers what an op returns for tensors without data: shapes and dtypes only."""
-    return torch.library.register_fake(f"manualbp::{name}")
+    """Register what an op returns for tensors without data: shapes and dtypes only."""
+    return cast(Callable[[_F], _F], torch.library.register_fake(f"manualbp::{name}"))
 
 
 def _check_devices(op: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:

@@ -9,6 +9,7 @@ goes on through them.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_manualbp import _ops, reference
@@ -87,7 +88,7 @@ def _split(hidden: Tensor, input: Tensor, weights: Sequence[Tensor]) -> list[Ten
     """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`."""
     leading = input.shape[:-1]
     widths = [weight.shape[0] for weight in weights[:-1]]
-    pieces = hidden.split([leading.numel() * width for width in widths]) if widths else ()
+    pieces = torch.split(hidden, [leading.numel() * width for width in widths]) if widths else ()
     return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
 
 

@@ -41,10 +41,10 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
     _check_module("fuse", module)
     check_activations("fuse", activations)
     for child in module.modules():
-        if _has_sequential_forward(child):
-            child.__class__ = _fused_class(type(child))
-        if isinstance(child, FusedForward):
-            child.activations = activations
+        if isinstance(child, nn.Sequential) and _has_sequential_forward(child):
+            child.__class__ = _fused_class(cast(Any, type(child)))
+        if isinstance(child, _Fused):
+            child.__dict__["activations"] = activations
     return module
 
 
@@ -65,7 +65,7 @@ def unfuse(module: _M) -> _M:
     _check_module("unfuse", module)
     for child in module.modules():
         if isinstance(child, _Fused):
-            child.__class__ = child._original_class
+            child.__class__ = child._original_class  # type: ignore[assignment]
             child.__dict__.pop("activations", None)
     return module
 
@@ -75,12 +75,8 @@ def _check_module(op: str, module: Any) -> None:
         raise TypeError(f"{op}: `module` must be an nn.Module, got {type(module).__name__}")
 
 
-def _has_sequential_forward(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and "forward" not in module.__dict__
-    )
+def _has_sequential_forward(module: nn.Sequential) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
 
 
 class _Fused(FusedForward):
@@ -89,20 +85,20 @@ class _Fused(FusedForward):
     _original_class: type[nn.Sequential]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        rebuild, args, *state = super().__reduce_ex__(protocol)
+        rebuild, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         if rebuild is not copyreg.__newobj__:  # type: ignore[attr-defined]  # absent from the stubs
             return (rebuild, args, *state)
         return (_new, (self._original_class,), *state)
 
 
 @functools.cache
-def _fused_class(original: type[nn.Sequential]) -> type[nn.Sequential]:
-    name = f"Fused{original.__name__}"
+def _fused_class(original: Any) -> Any:
+    """Return the subclass of `original` (a subclass of ``nn.Sequential``) whose forward is fused."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "_original_class": original}
-    return cast(type[nn.Sequential], type(name, (_Fused, original), body))
+    return type(f"Fused{original.__name__}", (_Fused, original), body)
 
 
-def _new(original: type[nn.Sequential]) -> nn.Module:
-    """An empty instance of the fused form of `original`, for copy and pickle."""
+def _new(original: Any) -> Any:
+    """Make an empty instance of the fused form of `original`, for copy and pickle."""
     fused = _fused_class(original)
     return fused.__new__(fused)

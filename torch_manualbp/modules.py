@@ -101,7 +101,7 @@ class FusedForward(nn.Sequential):
     def forward(self, input: Any) -> Any:
         """The children in turn, run by run."""
         if not (isinstance(input, Tensor) and kernels_apply(input)) or global_hooks_exist():
-            return super().forward(input)
+            return super().forward(input)  # type: ignore[no-untyped-call]
         steps: list[_Run | nn.Module] = []
         run: _Run | None = None
         for child in cast(Iterable[nn.Module], self._modules.values()):
