@@ -29,13 +29,13 @@ template <typename... Parts>
 }  // namespace manualbp
 
 // Calls a function of libtorch's C interface.
-#define MBP_TORCH(call)                                \
-  do {                                                 \
+#define MBP_TORCH(call)                                       \
+  do {                                                        \
     if ((call) != 0) ::manualbp::raise_libtorch_error(#call); \
   } while (0)
 
 // Checks an argument: the message names it, what was expected, and what came.
-#define MBP_CHECK(condition, ...)                      \
-  do {                                                 \
-    if (!(condition)) ::manualbp::raise(__VA_ARGS__);  \
+#define MBP_CHECK(condition, ...)                     \
+  do {                                                \
+    if (!(condition)) ::manualbp::raise(__VA_ARGS__); \
   } while (0)

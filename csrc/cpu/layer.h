@@ -124,8 +124,8 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, T* dbeta) {
   using A = accumulator_t<T>;
   const int64_t rows = dh.rows, cols = dh.cols;
   if (cols == 0) return;
-  const int64_t slices = dbeta ? std::clamp<int64_t>(rows / 256, 1, 32)
-                               : std::clamp<int64_t>(rows * cols / (16 * 1024), 1, 32);
+  const int64_t slices =
+      dbeta ? std::clamp<int64_t>(rows / 256, 1, 32) : std::clamp<int64_t>(rows * cols / (16 * 1024), 1, 32);
   const int64_t share = std::max<int64_t>(ceil_div(rows, slices), 1);
   const bool direct = slices == 1 && sizeof(T) == sizeof(A);  // the sums need neither reduction nor rounding
   std::optional<Partial<A>> partial;
@@ -154,8 +154,7 @@ void weight_gradient(Matrix<const T> df, Matrix<const T> h, T* domega, const Scr
   constexpr int64_t kBlockRows = 192, kBlockCols = 256, kTasks = 32, kSliceRows = 256;
   const int64_t blocks_m = ceil_div(d_out, kBlockRows), blocks_n = ceil_div(d_in, kBlockCols);
   const int64_t blocks = blocks_m * blocks_n;
-  const int64_t slices =
-      std::clamp<int64_t>(ceil_div(kTasks, blocks), 1, std::max<int64_t>(batch / kSliceRows, 1));
+  const int64_t slices = std::clamp<int64_t>(ceil_div(kTasks, blocks), 1, std::max<int64_t>(batch / kSliceRows, 1));
   const int64_t share = ceil_div(batch, slices);
   std::optional<Partial<A>> partial;
   if (slices > 1) partial.emplace(slices * d_out * d_in);
@@ -172,14 +171,14 @@ void weight_gradient(Matrix<const T> df, Matrix<const T> h, T* domega, const Scr
       const T* b = h.data + first * h.row_stride + n0 * h.col_stride;
       if (sums) {
         A* c = sums + slice * d_out * d_in + m0 * d_in + n0;
-        kernels<T>().gemm_accumulated({m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c,
-                                       d_in, nullptr, 0, false},
-                                      scratch.mine());
+        kernels<T>().gemm_accumulated(
+            {m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c, d_in, nullptr, 0, false},
+            scratch.mine());
       } else {
         T* c = domega + m0 * d_in + n0;
-        kernels<T>().gemm({m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c, d_in,
-                           nullptr, 0, false},
-                          scratch.mine());
+        kernels<T>().gemm(
+            {m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c, d_in, nullptr, 0, false},
+            scratch.mine());
       }
     }
   });

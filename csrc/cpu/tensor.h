@@ -38,12 +38,12 @@ inline const char* dtype_name(int32_t dtype) {
     int32_t (*dtype)();
     const char* name;
   } names[] = {
-      {aoti_torch_dtype_float32, "float32"},       {aoti_torch_dtype_float64, "float64"},
-      {aoti_torch_dtype_bfloat16, "bfloat16"},     {aoti_torch_dtype_float16, "float16"},
-      {aoti_torch_dtype_bool, "bool"},             {aoti_torch_dtype_uint8, "uint8"},
-      {aoti_torch_dtype_int8, "int8"},             {aoti_torch_dtype_int16, "int16"},
-      {aoti_torch_dtype_int32, "int32"},           {aoti_torch_dtype_int64, "int64"},
-      {aoti_torch_dtype_complex64, "complex64"},   {aoti_torch_dtype_complex128, "complex128"},
+      {aoti_torch_dtype_float32, "float32"},     {aoti_torch_dtype_float64, "float64"},
+      {aoti_torch_dtype_bfloat16, "bfloat16"},   {aoti_torch_dtype_float16, "float16"},
+      {aoti_torch_dtype_bool, "bool"},           {aoti_torch_dtype_uint8, "uint8"},
+      {aoti_torch_dtype_int8, "int8"},           {aoti_torch_dtype_int16, "int16"},
+      {aoti_torch_dtype_int32, "int32"},         {aoti_torch_dtype_int64, "int64"},
+      {aoti_torch_dtype_complex64, "complex64"}, {aoti_torch_dtype_complex128, "complex128"},
   };
   for (const auto& entry : names) {
     if (entry.dtype() == dtype) return entry.name;

@@ -332,8 +332,8 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
       for (int64_t m0 = 0; m0 < p.m; m0 += W::kChunkRows) {
         const int64_t m = min_i64(W::kChunkRows, p.m - m0);
         const T* bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
-        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k, p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n,
-                             bias, p.bias_stride, p.relu},
+        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k, p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n, bias,
+                             p.bias_stride, p.relu},
                             workspace);
         for (int64_t i = 0; i < m; ++i) {
           T* c = p.c + (m0 + i) * p.c_m + n0;
