@@ -74,12 +74,12 @@ def mlp_backward(
         >>> mlp_backward(torch.ones(1, 1), h, omega).dinput  # ω_1 ω_0
         tensor([[6.]])
     """
-    layers = len(weights)
+    layers, batch = len(weights), grad_output.shape[:-1].numel()
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = []
     df = grad_output if output is None else relu_mask(output, grad_output)
     for k in reversed(range(layers)):
-        rows, h_rows = df.reshape(-1, df.shape[-1]), h[k].reshape(-1, h[k].shape[-1])
+        rows, h_rows = df.reshape(batch, df.shape[-1]), h[k].reshape(batch, h[k].shape[-1])
         dbiases.insert(0, rows.sum(0))
         dweights.insert(0, rows.t() @ h_rows)
         dh = df @ weights[k]
