@@ -1,12 +1,15 @@
-// The steps of one layer, cut over torch's threads. Lecture notation: f = beta + Omega h, h' = a[f].
+// The steps of one layer on a block of rows. Lecture notation: f = beta + Omega
+// h, h' = a[f].
 //
-//   forward           f = h Omega^T + beta, and ReLU where asked for, in one pass
-//   relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
-//   input_gradient    dh = df Omega
-//   weight_gradient   d(Omega) = df^T h
+//   forward           f = h Omega^T + beta, and ReLU where asked for, in one
+//   pass relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df,
+//   in one pass input_gradient    dh = df Omega weight_gradient   d(Omega) =
+//   df^T h
 //
-// How work is cut never changes a result: an element of a product is summed by one thread in ascending order,
-// and sums over the batch are cut into slices whose number depends on the sizes alone, then added in order.
+// Each step runs on one thread or cuts its work over torch's threads, as its
+// Workers say. How work is cut never changes a result: an element of a product
+// is summed by one thread in ascending order, and sums over rows are cut into
+// slices whose number depends on the sizes alone, then added in order.
 #pragma once
 
 #include <algorithm>
@@ -16,55 +19,90 @@
 
 namespace manualbp {
 
-// The threads' packing buffers, one allocation for a whole call: enough for products of storage type T with at most
-// n columns and depth k.
-class Scratch {
- public:
-  template <typename T>
-  static Scratch of(int64_t n, int64_t k) {
-    return Scratch(kernels<T>().workspace_bytes(n, k));
-  }
-  int64_t threads() const { return threads_; }
-  // The buffer of the calling thread.
-  void* mine() const {
-    uint32_t thread;
-    MBP_TORCH(torch_get_thread_idx(&thread));
-    return base_ + int64_t(thread) * bytes_;
-  }
-
- private:
-  static constexpr int64_t kAlign = 64;
-
-  explicit Scratch(int64_t bytes)
-      : threads_(torch::stable::get_num_threads()), bytes_((bytes + kAlign - 1) / kAlign * kAlign) {
-    buffer_ = empty({threads_ * bytes_ + kAlign}, aoti_torch_dtype_uint8());
-    const auto address = reinterpret_cast<uintptr_t>(data<char>(buffer_));
-    base_ = reinterpret_cast<char*>((address + kAlign - 1) / kAlign * kAlign);
-  }
-
-  int64_t threads_, bytes_;
-  Tensor buffer_;
-  char* base_;
-};
-
-// Below this many multiply-adds a thread's share costs less than waking the thread.
-constexpr int64_t kGrain = 128 * 1024;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Below this many multiply-adds a thread's share costs less than waking the
+// thread.
+constexpr int64_t kGrain = 128 * 1024;
+
+// Uninitialised memory from torch's allocator, aligned to a cache line.
+template <typename T> struct Buffer {
+  explicit Buffer(int64_t size)
+      : bytes_(empty({size * int64_t(sizeof(T)) + kAlign},
+                     aoti_torch_dtype_uint8())) {
+    const auto address =
+        reinterpret_cast<uintptr_t>(manualbp::data<char>(bytes_));
+    data = reinterpret_cast<T *>((address + kAlign - 1) / kAlign * kAlign);
+  }
+  T *data;
+
+private:
+  static constexpr int64_t kAlign = 64;
+  Tensor bytes_;
+};
+
+// Who computes a step: all of torch's threads, or (`alone`) the calling thread.
+// Each has its packing workspace.
+class Workers {
+public:
+  Workers(char *workspaces, int64_t bytes, int64_t threads)
+      : base_(workspaces), bytes_(bytes), threads_(threads) {}
+
+  int64_t threads() const { return threads_; }
+  bool is_alone() const { return alone_; }
+
+  // The calling thread, counted from 0.
+  int64_t index() const {
+    if (threads_ == 1)
+      return 0;
+    uint32_t thread;
+    MBP_TORCH(torch_get_thread_idx(&thread));
+    return thread;
+  }
+
+  // The workspace of the calling thread.
+  void *workspace() const { return base_ + index() * bytes_; }
+
+  // The calling thread on its own, inside a parallel region: steps are not cut
+  // again.
+  Workers alone() const {
+    Workers one(static_cast<char *>(workspace()), bytes_, 1);
+    one.alone_ = true;
+    return one;
+  }
+
+  // f(begin, end) over [0, tasks); on one thread unless `work` multiply-adds
+  // are worth more.
+  template <typename F> void run(int64_t tasks, double work, const F &f) const {
+    if (threads_ == 1 || tasks <= 1 || work < 2 * kGrain) {
+      if (tasks > 0)
+        f(int64_t(0), tasks);
+    } else {
+      torch::stable::parallel_for(0, tasks, 1, f);
+    }
+  }
+
+private:
+  char *base_;
+  int64_t bytes_, threads_;
+  bool alone_ = false;
+};
+
 // C = A B, cut by rows of C, or by columns where rows are few.
-template <typename T>
-void parallel_gemm(const Gemm<T, T>& p, const Scratch& scratch) {
-  if (p.m == 0 || p.n == 0) return;
-  const auto& kernel = kernels<T>();
-  const double work = double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1));
-  const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, scratch.threads());
-  // Every part packs the block of B that it uses: cut columns unless a part still has rows to pay for that.
-  const bool by_rows = p.m >= parts * 64 || p.m >= p.n;
-  const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
+template <typename T> void gemm(const Gemm<T, T> &p, const Workers &workers) {
+  if (p.m == 0 || p.n == 0)
+    return;
+  const double work =
+      double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1));
+  const int64_t parts =
+      std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
+  const bool by_rows =
+      p.m >= parts * 4 * kernel_table().tile_rows || p.m >= p.n;
+  const int64_t step =
+      by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
   const int64_t share = ceil_div(ceil_div(extent, parts), step) * step;
-  torch::stable::parallel_for(0, ceil_div(extent, share), 1, [&](int64_t begin, int64_t end) {
+  workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * share;
     const int64_t count = std::min(end * share, extent) - first;
     Gemm<T, T> part = p;
@@ -76,113 +114,127 @@ void parallel_gemm(const Gemm<T, T>& p, const Scratch& scratch) {
       part.n = count;
       part.b += first * p.b_n;
       part.c += first;
-      if (p.bias) part.bias += first * p.bias_stride;
+      if (p.bias)
+        part.bias += first * p.bias_stride;
+      if (p.packed_b)
+        part.packed_b += first * p.k;
     }
-    kernel.gemm(part, scratch.mine());
+    kernels<T>().gemm(part, workers.workspace());
   });
 }
 
+// A layer's parameters, and its weight packed for the two products that
+// multiply by it.
+template <typename T> struct Layer {
+  Matrix<const T> omega; // (D_out, D_in)
+  Bias<T> beta;          // (D_out), or none
+  const accumulator_t<T> *packed_transposed =
+      nullptr; // Omega^T (D_in, D_out), for forward
+  const accumulator_t<T> *packed =
+      nullptr; // Omega (D_out, D_in), for the input gradient
+
+  int64_t d_in() const { return omega.cols; }
+  int64_t d_out() const { return omega.rows; }
+};
+
 // f (B, D_out) = h (B, D_in) Omega^T + beta, then ReLU if asked for.
 template <typename T>
-void forward(Matrix<const T> h, Matrix<const T> omega, Bias<T> beta, bool relu, T* f, const Scratch& scratch) {
-  parallel_gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride, omega.data, omega.col_stride,
-                    omega.row_stride, f, omega.rows, beta.data, beta.stride, relu},
-                   scratch);
+void forward(Matrix<const T> h, const Layer<T> &layer, bool relu, T *f,
+             const Workers &workers) {
+  const auto &omega = layer.omega;
+  gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride,
+           omega.data, omega.col_stride, omega.row_stride, f, omega.rows,
+           layer.beta.data, layer.beta.stride, relu, false,
+           layer.packed_transposed},
+          workers);
 }
 
 // dh (B, D_in) = df (B, D_out) Omega.
 template <typename T>
-void input_gradient(Matrix<const T> df, Matrix<const T> omega, T* dh, const Scratch& scratch) {
-  parallel_gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data,
-                    omega.row_stride, omega.col_stride, dh, omega.cols, nullptr, 0, false},
-                   scratch);
+void input_gradient(Matrix<const T> df, const Layer<T> &layer, T *dh,
+                    const Workers &workers) {
+  const auto &omega = layer.omega;
+  gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride,
+           df.col_stride, omega.data, omega.row_stride, omega.col_stride, dh,
+           omega.cols, nullptr, 0, false, false, layer.packed},
+          workers);
 }
 
-// Sums of slices, waiting to be added up.
-template <typename A>
-struct Partial {
-  explicit Partial(int64_t size)
-      : tensor(empty({size}, sizeof(A) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32())),
-        data(manualbp::data<A>(tensor)) {}
-  Tensor tensor;
-  A* data;
-};
-
-// The fixed-order sum of partial results (slices, size) into out (size).
+// out (size) = sum of partial (slices, size), slice by slice.
 template <typename T>
-void parallel_reduce(const accumulator_t<T>* partial, int64_t slices, int64_t size, T* out) {
-  if (size == 0) return;
-  const Reduce<T> p{slices, size, partial, out};
-  torch::stable::parallel_for(0, size, std::max<int64_t>(kGrain / slices, 1),
-                              [&](int64_t begin, int64_t end) { kernels<T>().reduce(p, begin, end); });
+void reduce(const accumulator_t<T> *partial, int64_t slices, int64_t stride,
+            int64_t size, T *out, const Workers &workers) {
+  const int64_t share = 4096;
+  workers.run(ceil_div(size, share), double(slices) * double(size),
+              [&](int64_t begin, int64_t end) {
+                kernels<T>().reduce({slices, stride, partial, out},
+                                    begin * share, std::min(end * share, size));
+              });
 }
 
-// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself, and d(beta) (D) = sum over the batch of df.
-// h = nullptr: no ReLU, only the sums. df = nullptr: only the sums. dbeta = nullptr: only df.
+// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and
+// d(beta) (D) (+)= the sum over rows of df. h = nullptr: no ReLU, only the
+// sums. df = nullptr: only the sums. dbeta = nullptr: only df.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T* h, T* df, T* dbeta) {
+void relu_backward(Matrix<const T> dh, const T *h, T *df,
+                   accumulator_t<T> *dbeta, bool accumulate,
+                   const Workers &workers) {
   using A = accumulator_t<T>;
   const int64_t rows = dh.rows, cols = dh.cols;
-  if (cols == 0) return;
-  const int64_t slices =
-      dbeta ? std::clamp<int64_t>(rows / 256, 1, 32) : std::clamp<int64_t>(rows * cols / (16 * 1024), 1, 32);
-  const int64_t share = std::max<int64_t>(ceil_div(rows, slices), 1);
-  const bool direct = slices == 1 && sizeof(T) == sizeof(A);  // the sums need neither reduction nor rounding
-  std::optional<Partial<A>> partial;
-  if (dbeta && !direct) partial.emplace(slices * cols);
-  A* const sums = direct ? reinterpret_cast<A*>(dbeta) : partial ? partial->data : nullptr;
-  torch::stable::parallel_for(0, slices, rows * cols < 16 * 1024 ? slices : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t first = std::min(s * share, rows);
-      const int64_t count = std::min(first + share, rows) - first;
-      kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
-                                  h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr,
-                                  sums ? sums + s * cols : nullptr});
-    }
-  });
-  if (partial) parallel_reduce<T>(sums, slices, cols, dbeta);
+  const auto part = [&](int64_t first, int64_t count, A *sums, bool add) {
+    kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride,
+                                dh.row_stride, dh.col_stride,
+                                h ? h + first * cols : nullptr, cols,
+                                df ? df + first * cols : nullptr, sums, add});
+  };
+  const int64_t slices = std::clamp<int64_t>(rows / 128, 1, 32);
+  if (workers.is_alone() || slices == 1)
+    return part(0, rows, dbeta, accumulate);
+  const int64_t share = ceil_div(rows, slices);
+  const Buffer<A> partial(dbeta ? slices * cols : 0);
+  // 16: a pass over memory costs about as much as that many multiply-adds for
+  // each element.
+  workers.run(slices, 16 * double(rows) * double(cols),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t s = begin; s < end; ++s) {
+                  const int64_t first = std::min(s * share, rows);
+                  part(first, std::min(share, rows - first),
+                       dbeta ? partial.data + s * cols : nullptr, false);
+                }
+              });
+  if (dbeta) {
+    reduce<A>(partial.data, slices, cols, cols, dbeta, workers);
+  }
 }
 
-// d(Omega) (D_out, D_in) = df^T (D_out, B) h (B, D_in).
+// d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
 template <typename T>
-void weight_gradient(Matrix<const T> df, Matrix<const T> h, T* domega, const Scratch& scratch) {
-  using A = accumulator_t<T>;
-  const int64_t d_out = df.cols, d_in = h.cols, batch = h.rows;
-  if (d_out == 0 || d_in == 0) return;
-  // Tasks are blocks of d(Omega) times slices of the batch. A block is large enough to pay for packing h; slices
-  // are taken where blocks are few (narrow layers, tall batches), each long enough to pay for the reduction.
-  constexpr int64_t kBlockRows = 192, kBlockCols = 256, kTasks = 32, kSliceRows = 256;
-  const int64_t blocks_m = ceil_div(d_out, kBlockRows), blocks_n = ceil_div(d_in, kBlockCols);
-  const int64_t blocks = blocks_m * blocks_n;
-  const int64_t slices = std::clamp<int64_t>(ceil_div(kTasks, blocks), 1, std::max<int64_t>(batch / kSliceRows, 1));
-  const int64_t share = ceil_div(batch, slices);
-  std::optional<Partial<A>> partial;
-  if (slices > 1) partial.emplace(slices * d_out * d_in);
-  A* const sums = partial ? partial->data : nullptr;
-  const double work = double(batch) * double(d_out) * double(d_in);
-  const int64_t tasks = slices * blocks;
-  torch::stable::parallel_for(0, tasks, work < 2 * kGrain ? tasks : 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / blocks, block = task % blocks;
-      const int64_t first = std::min(slice * share, batch), count = std::min(first + share, batch) - first;
-      const int64_t m0 = block / blocks_n * kBlockRows, m = std::min(d_out - m0, kBlockRows);
-      const int64_t n0 = block % blocks_n * kBlockCols, n = std::min(d_in - n0, kBlockCols);
-      const T* a = df.data + first * df.row_stride + m0 * df.col_stride;
-      const T* b = h.data + first * h.row_stride + n0 * h.col_stride;
-      if (sums) {
-        A* c = sums + slice * d_out * d_in + m0 * d_in + n0;
-        kernels<T>().gemm_accumulated(
-            {m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c, d_in, nullptr, 0, false},
-            scratch.mine());
-      } else {
-        T* c = domega + m0 * d_in + n0;
-        kernels<T>().gemm(
-            {m, n, count, a, df.col_stride, df.row_stride, b, h.row_stride, h.col_stride, c, d_in, nullptr, 0, false},
-            scratch.mine());
-      }
-    }
-  });
-  if (sums) parallel_reduce<T>(sums, slices, d_out * d_in, domega);
+void weight_gradient(Matrix<const T> df, Matrix<const T> h,
+                     accumulator_t<T> *domega, bool accumulate,
+                     const Workers &workers) {
+  const int64_t d_out = df.cols, d_in = h.cols;
+  const bool whole = workers.is_alone();
+  const int64_t block_rows = whole ? d_out : 96,
+                block_cols = whole ? d_in : 128;
+  if (d_out == 0 || d_in == 0)
+    return;
+  const int64_t across = ceil_div(d_in, block_cols),
+                blocks = ceil_div(d_out, block_rows) * across;
+  workers.run(blocks, double(h.rows) * double(d_out) * double(d_in),
+              [&](int64_t begin, int64_t end) {
+                for (int64_t block = begin; block < end; ++block) {
+                  const int64_t m0 = block / across * block_rows,
+                                n0 = block % across * block_cols;
+                  kernels<T>().gemm_accumulated(
+                      {std::min(d_out - m0, block_rows),
+                       std::min(d_in - n0, block_cols), h.rows,
+                       df.data + m0 * df.col_stride, df.col_stride,
+                       df.row_stride, h.data + n0 * h.col_stride, h.row_stride,
+                       h.col_stride, domega + m0 * d_in + n0, d_in, nullptr, 0,
+                       false, accumulate},
+                      workers.workspace());
+                }
+              });
 }
 
-}  // namespace manualbp
+} // namespace manualbp
