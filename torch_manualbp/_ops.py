@@ -3,6 +3,7 @@
 The ops are private: called directly they have no derivative. `torch_manualbp.autograd` gives them one.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,6 +14,17 @@ from torch import Tensor
 BINARY = Path(__file__).with_name("_C.abi3.so")
 
 
+def _is_truncated(binary: Path) -> bool:
+    """Whether an ELF file ends before its section table: mapping it would kill the process, not raise."""
+    header = binary.read_bytes()[:64]
+    if header[:4] != b"\x7fELF":
+        return False
+    if len(header) < 64:
+        return True
+    offset, entry_size, entries = struct.unpack_from("<Q10xHH", header, 40)
+    return binary.stat().st_size < int(offset + entry_size * entries)
+
+
 def _load(binary: Path) -> None:
     cure = (
         "Build it where this torch is installed: `pip install --no-build-isolation .` from a checkout, "
@@ -20,6 +32,8 @@ def _load(binary: Path) -> None:
     )
     if not binary.exists():
         raise ImportError(f"torch_manualbp: the compiled extension {binary.name} is missing. {cure}")
+    if _is_truncated(binary):
+        raise ImportError(f"torch_manualbp: the compiled extension {binary.name} is incomplete. {cure}")
     try:
         torch.ops.load_library(str(binary))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
