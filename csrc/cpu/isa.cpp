@@ -22,7 +22,7 @@ extern const KernelTable kTable;
 namespace {
 
 struct Level {
-  const KernelTable *table;
+  const KernelTable* table;
   bool (*supported)();
 };
 
@@ -31,49 +31,53 @@ const Level kLevels[] = {
 #if defined(__x86_64__)
     {&avx512::kTable,
      [] {
-       return __builtin_cpu_supports("avx512f") &&
-              __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") &&
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
-    {&avx2::kTable,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
+    {&avx2::kTable, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&baseline::kTable, [] { return true; }},
 };
 
-const KernelTable &choose() {
-  const char *forced = std::getenv("MANUALBP_ISA");
+const KernelTable& choose() {
+  const char* forced = std::getenv("MANUALBP_ISA");
   std::string names;
-  for (const Level &level : kLevels) {
+  for (const Level& level : kLevels) {
     const std::string name = level.table->name;
     names += (names.empty() ? "" : ", ") + name;
     if (forced && *forced) {
-      if (name != forced)
-        continue;
-      MBP_CHECK(level.supported(), "MANUALBP_ISA=", forced,
-                ": this machine does not have these instructions");
+      if (name != forced) continue;
+      MBP_CHECK(level.supported(), "MANUALBP_ISA=", forced, ": this machine does not have these instructions");
       return *level.table;
     }
-    if (level.supported())
-      return *level.table;
+    if (level.supported()) return *level.table;
   }
   raise("MANUALBP_ISA=", forced, " is not a level of this build (", names, ")");
 }
 
-} // namespace
+}  // namespace
 
-const KernelTable &kernel_table() {
-  static const KernelTable &table = choose();
+const KernelTable& kernel_table() {
+  static const KernelTable& table = choose();
   return table;
 }
 
-template <> const Kernels<double> &kernels() { return kernel_table().f64; }
-template <> const Kernels<float> &kernels() { return kernel_table().f32; }
-template <> const Kernels<bfloat16> &kernels() { return kernel_table().bf16; }
-template <> const Kernels<float16> &kernels() { return kernel_table().f16; }
+template <>
+const Kernels<double>& kernels() {
+  return kernel_table().f64;
+}
+template <>
+const Kernels<float>& kernels() {
+  return kernel_table().f32;
+}
+template <>
+const Kernels<bfloat16>& kernels() {
+  return kernel_table().bf16;
+}
+template <>
+const Kernels<float16>& kernels() {
+  return kernel_table().f16;
+}
 
-} // namespace manualbp
+}  // namespace manualbp

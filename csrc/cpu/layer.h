@@ -1,15 +1,13 @@
-// The steps of one layer on a block of rows. Lecture notation: f = beta + Omega
-// h, h' = a[f].
+// The steps of one layer on a block of rows. Lecture notation: f = beta + Omega h, h' = a[f].
 //
-//   forward           f = h Omega^T + beta, and ReLU where asked for, in one
-//   pass relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df,
-//   in one pass input_gradient    dh = df Omega weight_gradient   d(Omega) =
-//   df^T h
+//   forward           f = h Omega^T + beta, and ReLU where asked for, in one pass
+//   relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
+//   input_gradient    dh = df Omega
+//   weight_gradient   d(Omega) = df^T h
 //
-// Each step runs on one thread or cuts its work over torch's threads, as its
-// Workers say. How work is cut never changes a result: an element of a product
-// is summed by one thread in ascending order, and sums over rows are cut into
-// slices whose number depends on the sizes alone, then added in order.
+// Each step runs on one thread or cuts its work over torch's threads, as its Workers say. How work is cut never
+// changes a result: an element of a product is summed by one thread in ascending order, and sums over rows are cut
+// into slices whose number depends on the sizes alone, then added in order.
 #pragma once
 
 #include <algorithm>
@@ -21,85 +19,73 @@ namespace manualbp {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below this many multiply-adds a thread's share costs less than waking the
-// thread.
+// Below this many multiply-adds a thread's share costs less than waking the thread.
 constexpr int64_t kGrain = 128 * 1024;
 
 // Uninitialised memory from torch's allocator, aligned to a cache line.
-template <typename T> struct Buffer {
-  explicit Buffer(int64_t size)
-      : bytes_(empty({size * int64_t(sizeof(T)) + kAlign},
-                     aoti_torch_dtype_uint8())) {
-    const auto address =
-        reinterpret_cast<uintptr_t>(manualbp::data<char>(bytes_));
-    data = reinterpret_cast<T *>((address + kAlign - 1) / kAlign * kAlign);
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t size) : bytes_(empty({size * int64_t(sizeof(T)) + kAlign}, aoti_torch_dtype_uint8())) {
+    const auto address = reinterpret_cast<uintptr_t>(manualbp::data<char>(bytes_));
+    data = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
   }
-  T *data;
+  T* data;
 
-private:
+ private:
   static constexpr int64_t kAlign = 64;
   Tensor bytes_;
 };
 
-// Who computes a step: all of torch's threads, or (`alone`) the calling thread.
-// Each has its packing workspace.
+// Who computes a step: all of torch's threads, or (`alone`) the calling thread. Each has its packing workspace.
 class Workers {
-public:
-  Workers(char *workspaces, int64_t bytes, int64_t threads)
-      : base_(workspaces), bytes_(bytes), threads_(threads) {}
+ public:
+  Workers(char* workspaces, int64_t bytes, int64_t threads) : base_(workspaces), bytes_(bytes), threads_(threads) {}
 
   int64_t threads() const { return threads_; }
   bool is_alone() const { return alone_; }
 
   // The calling thread, counted from 0.
   int64_t index() const {
-    if (threads_ == 1)
-      return 0;
+    if (threads_ == 1) return 0;
     uint32_t thread;
     MBP_TORCH(torch_get_thread_idx(&thread));
     return thread;
   }
 
   // The workspace of the calling thread.
-  void *workspace() const { return base_ + index() * bytes_; }
+  void* workspace() const { return base_ + index() * bytes_; }
 
-  // The calling thread on its own, inside a parallel region: steps are not cut
-  // again.
+  // The calling thread on its own, inside a parallel region: steps are not cut again.
   Workers alone() const {
-    Workers one(static_cast<char *>(workspace()), bytes_, 1);
+    Workers one(static_cast<char*>(workspace()), bytes_, 1);
     one.alone_ = true;
     return one;
   }
 
-  // f(begin, end) over [0, tasks); on one thread unless `work` multiply-adds
-  // are worth more.
-  template <typename F> void run(int64_t tasks, double work, const F &f) const {
+  // f(begin, end) over [0, tasks); on one thread unless `work` multiply-adds are worth more.
+  template <typename F>
+  void run(int64_t tasks, double work, const F& f) const {
     if (threads_ == 1 || tasks <= 1 || work < 2 * kGrain) {
-      if (tasks > 0)
-        f(int64_t(0), tasks);
+      if (tasks > 0) f(int64_t(0), tasks);
     } else {
       torch::stable::parallel_for(0, tasks, 1, f);
     }
   }
 
-private:
-  char *base_;
+ private:
+  char* base_;
   int64_t bytes_, threads_;
   bool alone_ = false;
 };
 
 // C = A B, cut by rows of C, or by columns where rows are few.
-template <typename T> void gemm(const Gemm<T, T> &p, const Workers &workers) {
-  if (p.m == 0 || p.n == 0)
-    return;
-  const double work =
-      double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1));
-  const int64_t parts =
-      std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
-  const bool by_rows =
-      p.m >= parts * 4 * kernel_table().tile_rows || p.m >= p.n;
-  const int64_t step =
-      by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
+template <typename T>
+void gemm(const Gemm<T, T>& p, const Workers& workers) {
+  if (p.m == 0 || p.n == 0) return;
+  const double work = double(p.m) * double(p.n) * double(std::max<int64_t>(p.k, 1));
+  const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
+  const bool by_rows = p.m >= parts * 4 * kernel_table().tile_rows || p.m >= p.n;
+  const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
   const int64_t share = ceil_div(ceil_div(extent, parts), step) * step;
   workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
@@ -114,24 +100,20 @@ template <typename T> void gemm(const Gemm<T, T> &p, const Workers &workers) {
       part.n = count;
       part.b += first * p.b_n;
       part.c += first;
-      if (p.bias)
-        part.bias += first * p.bias_stride;
-      if (p.packed_b)
-        part.packed_b += first * p.k;
+      if (p.bias) part.bias += first * p.bias_stride;
+      if (p.packed_b) part.packed_b += first * p.k;
     }
     kernels<T>().gemm(part, workers.workspace());
   });
 }
 
-// A layer's parameters, and its weight packed for the two products that
-// multiply by it.
-template <typename T> struct Layer {
+// A layer's parameters, and its weight packed for the two products that multiply by it.
+template <typename T>
+struct Layer {
   Matrix<const T> omega; // (D_out, D_in)
   Bias<T> beta;          // (D_out), or none
-  const accumulator_t<T> *packed_transposed =
-      nullptr; // Omega^T (D_in, D_out), for forward
-  const accumulator_t<T> *packed =
-      nullptr; // Omega (D_out, D_in), for the input gradient
+  const accumulator_t<T>* packed_transposed = nullptr; // Omega^T (D_in, D_out), for forward
+  const accumulator_t<T>* packed = nullptr; // Omega (D_out, D_in), for the input gradient
 
   int64_t d_in() const { return omega.cols; }
   int64_t d_out() const { return omega.rows; }
@@ -139,102 +121,78 @@ template <typename T> struct Layer {
 
 // f (B, D_out) = h (B, D_in) Omega^T + beta, then ReLU if asked for.
 template <typename T>
-void forward(Matrix<const T> h, const Layer<T> &layer, bool relu, T *f,
-             const Workers &workers) {
-  const auto &omega = layer.omega;
-  gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride,
-           omega.data, omega.col_stride, omega.row_stride, f, omega.rows,
-           layer.beta.data, layer.beta.stride, relu, false,
-           layer.packed_transposed},
+void forward(Matrix<const T> h, const Layer<T>& layer, bool relu, T* f, const Workers& workers) {
+  const auto& omega = layer.omega;
+  gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride, omega.data, omega.col_stride,
+           omega.row_stride, f, omega.rows, layer.beta.data, layer.beta.stride, relu, false, layer.packed_transposed},
           workers);
 }
 
 // dh (B, D_in) = df (B, D_out) Omega.
 template <typename T>
-void input_gradient(Matrix<const T> df, const Layer<T> &layer, T *dh,
-                    const Workers &workers) {
-  const auto &omega = layer.omega;
-  gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride,
-           df.col_stride, omega.data, omega.row_stride, omega.col_stride, dh,
-           omega.cols, nullptr, 0, false, false, layer.packed},
+void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Workers& workers) {
+  const auto& omega = layer.omega;
+  gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
+           omega.col_stride, dh, omega.cols, nullptr, 0, false, false, layer.packed},
           workers);
 }
 
-// out (size) = sum of partial (slices, size), slice by slice.
+// out (size) (+)= sum of partial (slices, size), slice by slice; the slices lie `stride` apart.
 template <typename T>
-void reduce(const accumulator_t<T> *partial, int64_t slices, int64_t stride,
-            int64_t size, T *out, const Workers &workers) {
+void reduce(const accumulator_t<T>* partial, int64_t slices, int64_t stride, int64_t size, T* out, bool accumulate,
+            const Workers& workers) {
   const int64_t share = 4096;
-  workers.run(ceil_div(size, share), double(slices) * double(size),
-              [&](int64_t begin, int64_t end) {
-                kernels<T>().reduce({slices, stride, partial, out},
-                                    begin * share, std::min(end * share, size));
-              });
+  workers.run(ceil_div(size, share), double(slices) * double(size), [&](int64_t begin, int64_t end) {
+    kernels<T>().reduce({slices, stride, partial, out, accumulate}, begin * share, std::min(end * share, size));
+  });
 }
 
-// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and
-// d(beta) (D) (+)= the sum over rows of df. h = nullptr: no ReLU, only the
-// sums. df = nullptr: only the sums. dbeta = nullptr: only df.
+// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and d(beta) (D) (+)= the sum over rows of df.
+// h = nullptr: no ReLU, only the sums. df = nullptr: only the sums. dbeta = nullptr: only df.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T *h, T *df,
-                   accumulator_t<T> *dbeta, bool accumulate,
-                   const Workers &workers) {
+void relu_backward(Matrix<const T> dh, const T* h, T* df, accumulator_t<T>* dbeta, bool accumulate,
+                   const Workers& workers) {
   using A = accumulator_t<T>;
   const int64_t rows = dh.rows, cols = dh.cols;
-  const auto part = [&](int64_t first, int64_t count, A *sums, bool add) {
-    kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride,
-                                dh.row_stride, dh.col_stride,
-                                h ? h + first * cols : nullptr, cols,
-                                df ? df + first * cols : nullptr, sums, add});
+  const auto part = [&](int64_t first, int64_t count, A* sums, bool add) {
+    kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
+                                h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums, add});
   };
   const int64_t slices = std::clamp<int64_t>(rows / 128, 1, 32);
-  if (workers.is_alone() || slices == 1)
-    return part(0, rows, dbeta, accumulate);
+  if (workers.is_alone() || slices == 1) return part(0, rows, dbeta, accumulate);
   const int64_t share = ceil_div(rows, slices);
   const Buffer<A> partial(dbeta ? slices * cols : 0);
-  // 16: a pass over memory costs about as much as that many multiply-adds for
-  // each element.
-  workers.run(slices, 16 * double(rows) * double(cols),
-              [&](int64_t begin, int64_t end) {
-                for (int64_t s = begin; s < end; ++s) {
-                  const int64_t first = std::min(s * share, rows);
-                  part(first, std::min(share, rows - first),
-                       dbeta ? partial.data + s * cols : nullptr, false);
-                }
-              });
+  // 16: a pass over memory costs about as much as that many multiply-adds for each element.
+  workers.run(slices, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t first = std::min(s * share, rows);
+      part(first, std::min(share, rows - first), dbeta ? partial.data + s * cols : nullptr, false);
+    }
+  });
   if (dbeta) {
-    reduce<A>(partial.data, slices, cols, cols, dbeta, workers);
+    reduce<A>(partial.data, slices, cols, cols, dbeta, accumulate, workers);
   }
 }
 
 // d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
 template <typename T>
-void weight_gradient(Matrix<const T> df, Matrix<const T> h,
-                     accumulator_t<T> *domega, bool accumulate,
-                     const Workers &workers) {
+void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
+                     const Workers& workers) {
   const int64_t d_out = df.cols, d_in = h.cols;
   const bool whole = workers.is_alone();
-  const int64_t block_rows = whole ? d_out : 96,
-                block_cols = whole ? d_in : 128;
-  if (d_out == 0 || d_in == 0)
-    return;
-  const int64_t across = ceil_div(d_in, block_cols),
-                blocks = ceil_div(d_out, block_rows) * across;
-  workers.run(blocks, double(h.rows) * double(d_out) * double(d_in),
-              [&](int64_t begin, int64_t end) {
-                for (int64_t block = begin; block < end; ++block) {
-                  const int64_t m0 = block / across * block_rows,
-                                n0 = block % across * block_cols;
-                  kernels<T>().gemm_accumulated(
-                      {std::min(d_out - m0, block_rows),
-                       std::min(d_in - n0, block_cols), h.rows,
-                       df.data + m0 * df.col_stride, df.col_stride,
-                       df.row_stride, h.data + n0 * h.col_stride, h.row_stride,
-                       h.col_stride, domega + m0 * d_in + n0, d_in, nullptr, 0,
-                       false, accumulate},
-                      workers.workspace());
-                }
-              });
+  const int64_t block_rows = whole ? d_out : 96, block_cols = whole ? d_in : 128;
+  if (d_out == 0 || d_in == 0) return;
+  const int64_t across = ceil_div(d_in, block_cols), blocks = ceil_div(d_out, block_rows) * across;
+  workers.run(blocks, double(h.rows) * double(d_out) * double(d_in), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t m0 = block / across * block_rows, n0 = block % across * block_cols;
+      kernels<T>().gemm_accumulated(
+          {std::min(d_out - m0, block_rows), std::min(d_in - n0, block_cols), h.rows, df.data + m0 * df.col_stride,
+           df.col_stride, df.row_stride, h.data + n0 * h.col_stride, h.row_stride, h.col_stride,
+           domega + m0 * d_in + n0, d_in, nullptr, 0, false, accumulate},
+          workers.workspace());
+    }
+  });
 }
 
 } // namespace manualbp

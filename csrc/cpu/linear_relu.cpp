@@ -1,9 +1,6 @@
-// linear_relu on the CPU: checks the arguments, allocates the results, and
-// computes a Network (network.h) of one layer,
-//   h' = a[beta + Omega h];   df = I[h' > 0] . dh',   dh = df Omega,   d(Omega)
-//   = df^T h,   d(beta) = sum of df.
-// input (..., D_in), weight = Omega (D_out, D_in), bias = beta (D_out), output
-// = h' (..., D_out).
+// linear_relu on the CPU: checks the arguments, allocates the results, and computes a Network (network.h) of one layer:
+//   h' = a[beta + Omega h];   df = I[h' > 0] . dh',   dh = df Omega,   d(Omega) = df^T h,   d(beta) = sum of df.
+// input (..., D_in), weight = Omega (D_out, D_in), bias = beta (D_out), output = h' (..., D_out).
 
 #include "network.h"
 #include "ops.h"
@@ -12,34 +9,26 @@ namespace manualbp {
 
 namespace {
 
-void check(const char *op, const Tensor &input, const Tensor &weight) {
-  MBP_CHECK(
-      input.dim() >= 1, op,
-      ": `input` must have at least one dimension, got a tensor of shape ()");
-  MBP_CHECK(weight.dim() == 2, op,
-            ": `weight` must be (out_features, in_features), got shape ",
-            shape_of(weight));
+void check(const char* op, const Tensor& input, const Tensor& weight) {
+  MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
+  MBP_CHECK(weight.dim() == 2, op, ": `weight` must be (out_features, in_features), got shape ", shape_of(weight));
   check_dtype(op, {"weight"}, weight, input);
   const int64_t features = input.size(input.dim() - 1);
-  MBP_CHECK(weight.size(1) == features, op, ": `weight` has ", weight.size(1),
-            " columns but `input` has ", features,
-            " features (weight: ", shape_of(weight),
-            ", input: ", shape_of(input), ")");
+  MBP_CHECK(weight.size(1) == features, op, ": `weight` has ", weight.size(1), " columns but `input` has ", features,
+            " features (weight: ", shape_of(weight), ", input: ", shape_of(input), ")");
 }
 
-} // namespace
+}  // namespace
 
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  const char *op = "linear_relu";
+  const char* op = "linear_relu";
   check(op, input, weight);
-  if (bias)
-    check_bias(op, {"bias"}, *bias, {"weight"}, weight, input);
+  if (bias) check_bias(op, {"bias"}, *bias, {"weight"}, weight, input);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep;
     const auto h = as_matrix<T>(input, keep);
-    Tensor output =
-        empty(with_last_size(input, weight.size(0)), dtype_of(input));
+    Tensor output = empty(with_last_size(input, weight.size(0)), dtype_of(input));
     Network<T>(h.rows, {{as_matrix<T>(weight), as_bias<T>(bias)}},
                /*final_relu=*/true)
         .forward(h, nullptr, data<T>(output));
@@ -47,18 +36,14 @@ Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
   });
 }
 
-std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input,
-                                         Tensor weight, Tensor output,
+std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output,
                                          std::vector<bool> needs) {
-  const char *op = "linear_relu_backward";
+  const char* op = "linear_relu_backward";
   check(op, input, weight);
-  check_same_shape(op, {"grad_output"}, grad_output,
-                   with_last_size(input, weight.size(0)), input);
-  check_same_shape(op, {"output"}, output,
-                   with_last_size(input, weight.size(0)), input);
+  check_same_shape(op, {"grad_output"}, grad_output, with_last_size(input, weight.size(0)), input);
+  check_same_shape(op, {"output"}, output, with_last_size(input, weight.size(0)), input);
   MBP_CHECK(output.is_contiguous(), op, ": `output` must be contiguous");
-  MBP_CHECK(needs.size() == 3, op, ": `needs` must have 3 items, got ",
-            needs.size());
+  MBP_CHECK(needs.size() == 3, op, ": `needs` must have 3 items, got ", needs.size());
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     const int32_t dtype = dtype_of(input);
@@ -66,9 +51,8 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input,
     const auto h = as_matrix<T>(input, keep_input);
 
     std::vector<Tensor> asked;
-    const auto ask = [&](size_t i, std::vector<int64_t> sizes) -> T * {
-      if (!needs[i])
-        return nullptr;
+    const auto ask = [&](size_t i, std::vector<int64_t> sizes) -> T* {
+      if (!needs[i]) return nullptr;
       asked.push_back(empty(sizes, dtype));
       return data<T>(asked.back());
     };
@@ -77,12 +61,11 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input,
     grads.omega = {ask(1, {weight.size(0), weight.size(1)})};
     grads.beta = {ask(2, {weight.size(0)})};
     Network<T>(h.rows, {{as_matrix<T>(weight), {}}}, /*final_relu=*/true)
-        .backward(h, nullptr, as_matrix<T>(grad_output, keep_grad),
-                  const_data<T>(output), grads);
+        .backward(h, nullptr, /*recompute=*/false, as_matrix<T>(grad_output, keep_grad), const_data<T>(output), grads);
     return asked;
   });
 }
 
 std::string isa() { return kernel_table().name; }
 
-} // namespace manualbp
+}  // namespace manualbp

@@ -1,20 +1,14 @@
 // A network on the CPU: the lecture's two passes, over blocks of rows.
 //
-//   forward    h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k];
-//   output = f_{K-1} (or a[f_{K-1}]) backward   k = K-1 ... 0:   d(beta_k) =
-//   sum of df_k,   d(Omega_k) = df_k^T h_k,
+//   forward    h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k];   output = f_{K-1} (or a[f_{K-1}])
+//   backward   k = K-1 ... 0:   d(beta_k) = sum of df_k,   d(Omega_k) = df_k^T h_k,
 //                               df_{k-1} = I[h_k > 0] . (df_k Omega_k)
 //
-// Layer k maps D_k to D_{k+1} features; B is the number of rows of the input.
-// Two ways to cut the work:
-//   tall (and narrow)   blocks of rows go through all layers while they lie in
-//   the cache, each block on one thread;
-//                       the backward pass sums gradients over slices of the
-//                       batch, added up in order at the end
-//   short (or wide)     all rows go through one layer after the other, each
-//   step cut over the threads
-// The choice depends on the sizes alone, never on the number of threads: so do
-// the results.
+// Layer k maps D_k to D_{k+1} features; B is the number of rows of the input. Two ways to cut the work:
+//   tall (and narrow)   blocks of rows go through all layers while they lie in the cache, each block on one thread;
+//                       the backward pass sums gradients over slices of the batch, added up in order at the end
+//   short (or wide)     all rows go through one layer after the other, each step cut over the threads
+// The choice depends on the sizes alone, never on the number of threads: so do the results.
 #pragma once
 
 #include <optional>
@@ -24,312 +18,302 @@
 
 namespace manualbp {
 
-// What the backward pass writes: the tensors' memory, or nullptr where nobody
-// asked.
-template <typename T> struct Gradients {
-  T *input = nullptr;     // (B, D_0)
-  std::vector<T *> omega; // (D_{k+1}, D_k) each
-  std::vector<T *> beta;  // (D_{k+1}) each
+// What the backward pass writes: the tensors' memory, or nullptr where nobody asked.
+template <typename T>
+struct Gradients {
+  T* input = nullptr;     // (B, D_0)
+  std::vector<T*> omega;  // (D_{k+1}, D_k) each
+  std::vector<T*> beta;   // (D_{k+1}) each
 
   // The lowest layer that has something to learn: the backward pass ends there.
   size_t lowest() const {
-    if (input)
-      return 0;
+    if (input) return 0;
     size_t k = 0;
-    while (k < omega.size() && !omega[k] && !beta[k])
-      ++k;
+    while (k < omega.size() && !omega[k] && !beta[k]) ++k;
     return k;
   }
 };
 
-template <typename T> class Network {
+template <typename T>
+class Network {
   using A = accumulator_t<T>;
 
-public:
+ public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
-      : layers_(std::move(layers)), batch_(batch), final_relu_(final_relu) {
-    widest_ = layers_[0].d_in();
+      : layers_(std::move(layers)), batch_(batch), final_relu_(final_relu), widest_(layers_[0].d_in()) {
+    starts_ = {0, 0};
     for (size_t k = 0; k < layers_.size(); ++k) {
       widest_ = std::max(widest_, layers_[k].d_out());
       parameters_ += (layers_[k].d_in() + 1) * layers_[k].d_out();
       if (k + 1 < layers_.size()) {
         widest_hidden_ = std::max(widest_hidden_, layers_[k].d_out());
-        hidden_size_ += batch_ * layers_[k].d_out();
+        starts_.push_back(starts_.back() + layers_[k].d_out());
       }
     }
     slice_rows_ = choose_slice_rows();
   }
 
   // Elements of h_1 ... h_{K-1}, stored one after another.
-  int64_t hidden_size() const { return hidden_size_; }
+  int64_t hidden_size() const { return batch_ * starts_.back(); }
 
-  // output (B, D_K), contiguous. hidden: where h_1 ... h_{K-1} are stored, or
-  // nullptr.
-  void forward(Matrix<const T> input, T *hidden, T *output) {
+  // output (B, D_K), contiguous. hidden: where h_1 ... h_{K-1} are stored, or nullptr.
+  void forward(Matrix<const T> input, T* hidden, T* output) {
     const Team team(widest_, widest_);
-    const auto &workers = team.workers;
-    const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, workers));
-    const int64_t rows =
-        is_tall() ? std::min(block_rows(), ceil_div(batch_, workers.threads()))
-                  : batch_;
-    const int64_t turn =
-        hidden ? 0 : rows * widest_hidden_; // without store, two buffers a
-                                            // thread take turns
-    const Buffer<T> turns(2 * turn * (is_tall() ? workers.threads() : 1));
-    const auto block = [&](int64_t first, T *turns, const Workers &who) {
-      auto h = rows_of(input, first, std::min(rows, batch_ - first));
-      T *stored = hidden;
-      for (size_t k = 0; k < layers_.size(); ++k) {
-        const bool last = k + 1 == layers_.size();
-        const int64_t width = layers_[k].d_out();
-        T *next = last     ? output + first * width
-                  : hidden ? stored + first * width
-                           : turns + int64_t(k % 2) * turn;
-        manualbp::forward<T>(h, layers_[k], !last || final_relu_, next, who);
-        h = Matrix<const T>::contiguous(next, h.rows, width);
-        stored += hidden ? batch_ * width : 0;
-      }
+    const auto& workers = team.workers;
+    const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
+    const int64_t rows = is_tall() ? std::min(block_rows(2 * widest_), ceil_div(batch_, workers.threads())) : batch_;
+    const int64_t turn = hidden ? 0 : rows * widest_hidden_;  // without store, two buffers a thread take turns
+    const Buffer<T> memory(2 * turn * (is_tall() ? workers.threads() : 1));
+    const auto block = [&](int64_t first, T* turns, const Workers& who) {
+      const auto place = [&](size_t k) -> T* {
+        if (k + 1 == layers_.size()) return output + first * layers_[k].d_out();
+        return hidden ? Activations{hidden, batch_, first}.at(*this, k + 1) : turns + int64_t(k % 2) * turn;
+      };
+      forward_block(rows_of(input, first, std::min(rows, batch_ - first)), layers_.size(), place, who);
     };
-    if (!is_tall())
-      return block(0, turns.data, workers);
-    workers.run(ceil_div(batch_, rows), multiply_adds(),
-                [&](int64_t begin, int64_t end) {
-                  for (int64_t i = begin; i < end; ++i)
-                    block(i * rows, turns.data + 2 * turn * workers.index(),
-                          workers.alone());
-                });
+    if (!is_tall()) return block(0, memory.data, workers);
+    workers.run(ceil_div(batch_, rows), multiply_adds(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) block(i * rows, memory.data + 2 * turn * workers.index(), workers.alone());
+    });
   }
 
-  // hidden: h_1 ... h_{K-1} as forward stored them. output: what forward
-  // returned if a ReLU ended it, else nullptr.
-  void backward(Matrix<const T> input, const T *hidden,
-                Matrix<const T> grad_output, const T *output,
-                const Gradients<T> &grads) {
-    const size_t lowest = grads.lowest();
-    if (lowest == layers_.size())
-      return;
-    const int64_t slices = is_tall() ? ceil_div(batch_, slice_rows_) : 1;
-    const int64_t rows =
-        is_tall() ? std::min(block_rows(), slice_rows_) : batch_;
-    const Team team(widest_, std::max(widest_, rows));
-    const auto &workers = team.workers;
-    const Buffer<A> packed(
-        pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, workers));
-    const Sums sums(layers_, grads, slices);
-    const int64_t turn =
-        rows * std::max(widest_hidden_, output ? layers_.back().d_out() : 0);
-    const Buffer<T> turns(2 * turn *
-                          (is_tall()
-                               ? workers.threads()
-                               : 1)); // df takes turns in two buffers a thread
+  // From the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them; recompute: they are computed
+  // again, block by block. output: what forward returned if a ReLU ended it, else nullptr.
+  void backward(Matrix<const T> input, const T* hidden, bool recompute, Matrix<const T> grad_output, const T* output,
+                const Gradients<T>& grads) {
+    if (grads.lowest() == layers_.size()) return;
+    run_backward(input, hidden, recompute ? layers_.size() - 1 : 0, grads,
+                 [&](int64_t first, int64_t count, int64_t, T*) -> Top {
+                   return {rows_of(grad_output, first, count),
+                           output ? output + first * layers_.back().d_out() : nullptr};
+                 });
+  }
 
-    const auto block = [&](int64_t first, int64_t count, int64_t slice,
-                           bool accumulate, T *turns, const Workers &who) {
-      auto df = rows_of(grad_output, first, count);
-      const T *mask =
-          output ? output + first * layers_.back().d_out() : nullptr;
-      const T *stored = hidden + hidden_size_; // the end of h_{k+1}
-      T *free = turns;
-      for (size_t k = layers_.size(); k-- > lowest;) {
-        const auto &layer = layers_[k];
-        // df_k = I[h_{k+1} > 0] . dh_{k+1} and d(beta_k) in one pass; without a
-        // ReLU on top, only the sums.
-        A *const dbeta = sums.beta(slice, k);
-        A *const domega = sums.omega(slice, k);
-        const bool need_dh = k > lowest || grads.input;
-        if (mask) {
-          const bool ours = df.data == turns || df.data == turns + turn;
-          T *out = !domega && !need_dh ? nullptr
-                   : ours              ? const_cast<T *>(df.data)
-                                       : free;
-          relu_backward<T>(df, mask, out, dbeta, accumulate, who);
-          df = Matrix<const T>::contiguous(out, count, layer.d_out());
-          free = out == turns ? turns + turn : turns;
-        } else if (dbeta) {
-          relu_backward<T>(df, nullptr, nullptr, dbeta, accumulate, who);
-        }
-        if (k > 0)
-          stored -= batch_ * layer.d_in();
-        const auto h =
-            k == 0 ? rows_of(input, first, count)
-                   : Matrix<const T>::contiguous(stored + first * layer.d_in(),
-                                                 count, layer.d_in());
-        if (domega)
-          weight_gradient<T>(df, h, domega, accumulate, who);
-        if (need_dh) {
-          T *dh = k == 0 ? grads.input + first * layer.d_in() : free;
-          input_gradient<T>(df, layer, dh, who);
-          df = Matrix<const T>::contiguous(dh, count, layer.d_in());
-          free = dh == turns ? turns + turn : turns;
-          mask = h.data;
-        }
-      }
-    };
-    if (!is_tall()) {
-      block(0, batch_, 0, false, turns.data, workers);
-    } else {
-      workers.run(slices, 2 * multiply_adds(), [&](int64_t begin, int64_t end) {
-        T *const mine = turns.data + 2 * turn * workers.index();
-        for (int64_t s = begin; s < end; ++s) {
-          const int64_t start = s * slice_rows_,
-                        stop = std::min(start + slice_rows_, batch_);
-          for (int64_t first = start; first < stop; first += rows) {
-            block(first, std::min(rows, stop - first), s, first > start, mine,
-                  workers.alone());
-          }
-        }
-      });
+  // Forward, loss and backward in one pass over blocks of rows; returns the loss summed over all rows.
+  // loss: describes the whole batch; its rows and f are filled in here, block by block.
+  double loss_backward(Matrix<const T> input, double (*kernel)(const Loss<T>&), const Loss<T>& loss,
+                       const Gradients<T>& grads) {
+    std::vector<double> sums(size_t(slices()), 0.0);
+    run_backward(input, nullptr, layers_.size(), grads, [&](int64_t first, int64_t count, int64_t slice, T* f) -> Top {
+      Loss<T> part = loss;
+      part.rows = count;
+      part.f = f;
+      if (part.target) part.target += first * part.target_row;
+      if (part.classes) part.classes += first * part.target_row;
+      sums[size_t(slice)] += kernel(part);
+      return {Matrix<const T>::contiguous(f, count, layers_.back().d_out()), nullptr};
+    });
+    double sum = 0;
+    for (const double s : sums) sum += s;
+    return sum;
+  }
+
+ private:
+  // h_1 ... h_{K-1} of `capacity` rows, one after another, seen from row `first` on.
+  struct Activations {
+    T* data;
+    int64_t capacity, first;
+    T* at(const Network& net, size_t k) const {
+      return data + capacity * net.starts_[k] + first * net.layers_[k].d_in();
     }
-    sums.finish(grads, workers);
-  }
+  };
 
-private:
-  // The threads of a call and their packing workspaces, for products of at most
-  // n columns and depth k.
+  // Where the backward pass of a block starts: the gradient of the output, and the output if a ReLU ended the network.
+  struct Top {
+    Matrix<const T> gradient;
+    const T* output;
+  };
+
+  // The threads of a call and their packing workspaces, for products of at most n columns and depth k.
   struct Team {
     Team(int64_t n, int64_t k)
         : bytes(ceil_div(kernels<T>().workspace_bytes(n, k), 64) * 64),
-          threads(torch::stable::get_num_threads()), memory(threads * bytes),
+          threads(torch::stable::get_num_threads()),
+          memory(threads * bytes),
           workers(memory.data, bytes, threads) {}
     int64_t bytes, threads;
     Buffer<char> memory;
     Workers workers;
   };
 
-  // Where each slice of the batch sums its gradients: the gradients themselves
-  // if there is one slice and its sums need no rounding, else a row of a
-  // buffer.
+  // Where each slice of the batch sums its gradients: the gradients themselves if there is one slice and its sums
+  // need no rounding, else a row of a buffer.
   class Sums {
-  public:
-    Sums(const std::vector<Layer<T>> &layers, const Gradients<T> &grads,
-         int64_t slices)
-        : layers_(layers), grads_(grads), slices_(slices),
-          direct_(slices == 1 && sizeof(T) == sizeof(A)) {
-      if (direct_)
-        return;
+   public:
+    Sums(const std::vector<Layer<T>>& layers, const Gradients<T>& grads, int64_t slices)
+        : layers_(layers), grads_(grads), slices_(slices), direct_(slices == 1 && sizeof(T) == sizeof(A)) {
+      if (direct_) return;
       for (size_t k = 0; k < layers.size(); ++k) {
         offsets_.push_back(size_);
-        if (grads.omega[k])
-          size_ += layers[k].d_in() * layers[k].d_out();
+        if (grads.omega[k]) size_ += layers[k].d_in() * layers[k].d_out();
         offsets_.push_back(size_);
-        if (grads.beta[k])
-          size_ += layers[k].d_out();
+        if (grads.beta[k]) size_ += layers[k].d_out();
       }
       buffer_.emplace(slices * size_);
     }
-    A *omega(int64_t slice, size_t k) const {
-      return place(slice, 2 * k, grads_.omega[k]);
-    }
-    A *beta(int64_t slice, size_t k) const {
-      return place(slice, 2 * k + 1, grads_.beta[k]);
-    }
+    A* omega(int64_t slice, size_t k) const { return place(slice, 2 * k, grads_.omega[k]); }
+    A* beta(int64_t slice, size_t k) const { return place(slice, 2 * k + 1, grads_.beta[k]); }
 
     // Adds up the slices in order and rounds to the storage type.
-    void finish(const Gradients<T> &grads, const Workers &workers) const {
-      if (direct_)
-        return;
+    void finish(const Workers& workers) const {
+      if (direct_) return;
       for (size_t k = 0; k < layers_.size(); ++k) {
-        if (T *out = grads.omega[k]) {
-          reduce<T>(omega(0, k), slices_, size_,
-                    layers_[k].d_in() * layers_[k].d_out(), out, workers);
+        if (T* out = grads_.omega[k]) {
+          reduce<T>(omega(0, k), slices_, size_, layers_[k].d_in() * layers_[k].d_out(), out, false, workers);
         }
-        if (T *out = grads.beta[k])
-          reduce<T>(beta(0, k), slices_, size_, layers_[k].d_out(), out,
-                    workers);
+        if (T* out = grads_.beta[k]) reduce<T>(beta(0, k), slices_, size_, layers_[k].d_out(), out, false, workers);
       }
     }
 
-  private:
-    A *place(int64_t slice, size_t item, T *grad) const {
-      if (!grad)
-        return nullptr;
-      if (direct_)
-        return reinterpret_cast<A *>(grad);
+   private:
+    A* place(int64_t slice, size_t item, T* grad) const {
+      if (!grad) return nullptr;
+      if (direct_) return reinterpret_cast<A*>(grad);
       return buffer_->data + slice * size_ + offsets_[item];
     }
-    const std::vector<Layer<T>> &layers_;
-    const Gradients<T> &grads_;
+    const std::vector<Layer<T>>& layers_;
+    const Gradients<T>& grads_;
     int64_t slices_, size_ = 0;
     bool direct_;
     std::vector<int64_t> offsets_;
     std::optional<Buffer<A>> buffer_;
   };
 
-  static Matrix<const T> rows_of(Matrix<const T> m, int64_t first,
-                                 int64_t count) {
-    return {m.data + first * m.row_stride, count, m.cols, m.row_stride,
-            m.col_stride};
+  static Matrix<const T> rows_of(Matrix<const T> m, int64_t first, int64_t count) {
+    return {m.data + first * m.row_stride, count, m.cols, m.row_stride, m.col_stride};
+  }
+
+  // The forward pass of a block of rows through the first `layers` layers; h_{k+1} goes to place(k).
+  template <typename Place>
+  void forward_block(Matrix<const T> h, size_t layers, const Place& place, const Workers& who) const {
+    for (size_t k = 0; k < layers; ++k) {
+      T* next = place(k);
+      manualbp::forward<T>(h, layers_[k], k + 1 < layers_.size() || final_relu_, next, who);
+      h = Matrix<const T>::contiguous(next, h.rows, layers_[k].d_out());
+    }
+  }
+
+  // The backward pass over all blocks. hidden: the stored activations, unless the first `again` layers are computed
+  // again. top(first, count, slice, f) says where a block starts; f is its output, if that was computed again.
+  template <typename TopOf>
+  void run_backward(Matrix<const T> input, const T* hidden, size_t again, const Gradients<T>& grads, const TopOf& top) {
+    const int64_t slice_rows = is_tall() ? slice_rows_ : batch_;
+    const int64_t touched = 2 * widest_ + (again ? starts_.back() : 0);
+    const int64_t rows = !again && !is_tall() ? batch_ : std::min(slice_rows, block_rows(touched));
+    const Team team(widest_, std::max(widest_, rows));
+    const auto& workers = team.workers;
+    const size_t lowest = grads.lowest();
+    const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers_.size(), workers));
+    const Buffer<A> packed_transposed(pack(&Layer<T>::packed_transposed, 0, again, workers));
+    const Sums sums(layers_, grads, slices());
+    // A thread's memory: two buffers in which df takes turns, and the activations that are computed again.
+    const int64_t turn = rows * std::max(widest_hidden_, layers_.back().d_out());
+    const int64_t each = 2 * turn + (again ? rows * starts_.back() : 0);
+    const Buffer<T> memory(each * (is_tall() ? workers.threads() : 1));
+
+    const auto block = [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* turns, const Workers& who) {
+      const auto h0 = rows_of(input, first, count);
+      const auto activations =
+          again ? Activations{turns + 2 * turn, rows, 0} : Activations{const_cast<T*>(hidden), batch_, first};
+      if (again) {
+        const auto place = [&](size_t k) { return k + 1 == layers_.size() ? turns : activations.at(*this, k + 1); };
+        forward_block(h0, again, place, who);
+      }
+      auto [df, mask] = top(first, count, slice, turns);
+      for (size_t k = layers_.size(); k-- > lowest;) {
+        const auto& layer = layers_[k];
+        A* const dbeta = sums.beta(slice, k);
+        A* const domega = sums.omega(slice, k);
+        const bool need_dh = k > lowest || grads.input;
+        // df_k = I[h_{k+1} > 0] . dh_{k+1} and d(beta_k) in one pass; without a ReLU on top, only the sums.
+        if (mask) {
+          const bool ours = df.data == turns || df.data == turns + turn;
+          T* out = !domega && !need_dh ? nullptr : ours ? const_cast<T*>(df.data) : turns;
+          relu_backward<T>(df, mask, out, dbeta, accumulate, who);
+          df = Matrix<const T>::contiguous(out, count, layer.d_out());
+        } else if (dbeta) {
+          relu_backward<T>(df, nullptr, nullptr, dbeta, accumulate, who);
+        }
+        const auto h = k == 0 ? h0 : Matrix<const T>::contiguous(activations.at(*this, k), count, layer.d_in());
+        if (domega) weight_gradient<T>(df, h, domega, accumulate, who);
+        if (need_dh) {
+          T* dh = k == 0 ? grads.input + first * layer.d_in() : df.data == turns ? turns + turn : turns;
+          input_gradient<T>(df, layer, dh, who);
+          df = Matrix<const T>::contiguous(dh, count, layer.d_in());
+          mask = h.data;
+        }
+      }
+    };
+    const auto slice = [&](int64_t s, T* mine, const Workers& who) {
+      const int64_t start = s * slice_rows, stop = std::min(start + slice_rows, batch_);
+      int64_t first = start;
+      do {  // once even for an empty batch: its gradients are zero
+        block(first, std::min(rows, stop - first), s, first > start, mine, who);
+        first += rows;
+      } while (first < stop);
+    };
+    if (!is_tall()) {
+      slice(0, memory.data, workers);
+    } else {
+      workers.run(slices(), 3 * multiply_adds(), [&](int64_t begin, int64_t end) {
+        for (int64_t s = begin; s < end; ++s) slice(s, memory.data + each * workers.index(), workers.alone());
+      });
+    }
+    sums.finish(workers);
   }
 
   bool is_tall() const { return slice_rows_ < batch_; }
+  int64_t slices() const { return is_tall() ? ceil_div(batch_, slice_rows_) : 1; }
+  double multiply_adds() const { return double(batch_) * double(parameters_); }
 
-  // Rows of a slice; all of them where slices do not pay: their sums must not
-  // take more than 16 MiB.
+  // Rows of a slice; all of them where slices do not pay: their sums must not take more than 16 MiB.
   int64_t choose_slice_rows() const {
-    constexpr int64_t kFewest = 4, kMost = 32, kRows = 128,
-                      kSumBytes = 16 << 20;
-    if (batch_ < kRows)
-      return batch_;
-    const int64_t most = std::min(kMost, kSumBytes / int64_t(sizeof(A)) /
-                                             std::max<int64_t>(parameters_, 1));
-    if (most < kFewest)
-      return batch_;
+    constexpr int64_t kFewest = 4, kMost = 32, kRows = 128, kSumBytes = 16 << 20;
+    if (batch_ < kRows) return batch_;
+    const int64_t most = std::min(kMost, kSumBytes / int64_t(sizeof(A)) / std::max<int64_t>(parameters_, 1));
+    if (most < kFewest) return batch_;
     return ceil_div(batch_, std::clamp(batch_ / kRows, kFewest, most));
   }
 
-  // Rows of a block: what a thread touches at a time, two layers' activations,
-  // fits in half of a 1 MiB cache.
-  int64_t block_rows() const {
-    return std::clamp<int64_t>(64 * 1024 / std::max<int64_t>(widest_, 1), 48,
-                               512);
+  // Rows of a block of which a thread touches `width` features a row again and again: half of a 1 MiB cache.
+  static int64_t block_rows(int64_t width) {
+    return std::clamp<int64_t>(128 * 1024 / std::max<int64_t>(width, 1), 96, 512);
   }
 
-  double multiply_adds() const { return double(batch_) * double(parameters_); }
-
-  // Packs the weights of layers `first` and up once, for all the blocks that
-  // will multiply by them. field: &Layer::packed_transposed (forward) or
-  // &Layer::packed (input gradient). Returns the memory.
-  Buffer<A> pack(const A *Layer<T>::*field, size_t first,
-                 const Workers &workers) {
+  // Packs the weights of layers [first, last) once, for all the blocks that will multiply by them.
+  // field: &Layer::packed_transposed (forward) or &Layer::packed (input gradient). Returns the memory.
+  Buffer<A> pack(const A* Layer<T>::* field, size_t first, size_t last, const Workers& workers) {
     const bool transposed = field == &Layer<T>::packed_transposed;
-    const auto &kernel = kernels<T>();
+    const auto& kernel = kernels<T>();
     std::vector<int64_t> offsets;
     int64_t size = 0;
-    for (const auto &layer : layers_) {
-      const int64_t k = transposed ? layer.d_in() : layer.d_out(),
-                    n = transposed ? layer.d_out() : layer.d_in();
+    for (size_t i = first; is_tall() && i < last; ++i) {
+      const auto& omega = layers_[i].omega;
       offsets.push_back(size);
-      if (is_tall() && offsets.size() > first)
-        size += kernel.packed_size(k, n);
+      size += transposed ? kernel.packed_size(omega.cols, omega.rows) : kernel.packed_size(omega.rows, omega.cols);
     }
     Buffer<A> memory(size);
-    if (!is_tall())
-      return memory;
-    workers.run(
-        int64_t(layers_.size() - first), double(parameters_),
-        [&](int64_t begin, int64_t end) {
-          for (size_t i = first + size_t(begin); i < first + size_t(end); ++i) {
-            auto &layer = layers_[i];
-            const auto &omega = layer.omega;
-            A *out = memory.data + offsets[i];
-            if (transposed) {
-              kernel.pack(omega.data, omega.col_stride, omega.row_stride,
-                          layer.d_in(), layer.d_out(), out);
-            } else {
-              kernel.pack(omega.data, omega.row_stride, omega.col_stride,
-                          layer.d_out(), layer.d_in(), out);
-            }
-            layer.*field = out;
-          }
-        });
+    workers.run(int64_t(offsets.size()), double(parameters_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        auto& layer = layers_[first + size_t(i)];
+        const auto& omega = layer.omega;
+        A* out = memory.data + offsets[size_t(i)];
+        if (transposed) {
+          kernel.pack(omega.data, omega.col_stride, omega.row_stride, omega.cols, omega.rows, out);
+        } else {
+          kernel.pack(omega.data, omega.row_stride, omega.col_stride, omega.rows, omega.cols, out);
+        }
+        layer.*field = out;
+      }
+    });
     return memory;
   }
 
   std::vector<Layer<T>> layers_;
   int64_t batch_;
   bool final_relu_;
-  int64_t widest_, widest_hidden_ = 0, hidden_size_ = 0, parameters_ = 0,
-                   slice_rows_;
+  int64_t widest_, widest_hidden_ = 0, parameters_ = 0, slice_rows_;
+  std::vector<int64_t> starts_;  // h_k starts at row width starts_[k], for k = 1 ... K-1; the last item is the end
 };
 
-} // namespace manualbp
+}  // namespace manualbp

@@ -1,5 +1,4 @@
-// The CPU entries of the ops, as ops.cpp registers them. One file each:
-// linear_relu.cpp, mlp.cpp.
+// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,19 +14,15 @@ using torch::stable::Tensor;
 
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias);
 
-std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input,
-                                         Tensor weight, Tensor output,
+std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output,
                                          std::vector<bool> needs);
 
-std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights,
-                               std::vector<std::optional<Tensor>> biases,
+std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
                                bool final_relu, bool store);
 
-std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input,
-                                 std::vector<Tensor> weights, Tensor hidden,
-                                 std::optional<Tensor> output,
-                                 std::vector<bool> needs);
+std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                 std::optional<Tensor> output, std::vector<bool> needs);
 
 std::string isa();
 
-} // namespace manualbp
+}  // namespace manualbp

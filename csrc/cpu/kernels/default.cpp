@@ -1,6 +1,5 @@
-// Kernels for the baseline of the target machine (SSE2 on x86-64, NEON on
-// aarch64): always built. The same -inl.h files are compiled once per level;
-// isa.cpp chooses at run time.
+// Kernels for the baseline of the target machine (SSE2 on x86-64, NEON on aarch64): always built.
+// The same -inl.h files are compiled once per level; isa.cpp chooses at run time.
 #include <cstdint>
 
 #include "params.h"
@@ -17,6 +16,8 @@ namespace baseline {
 
 #include "relu_backward-inl.h"
 
+#include "loss-inl.h"
+
 #include "table-inl.h"
-} // namespace baseline
-} // namespace manualbp
+}  // namespace baseline
+}  // namespace manualbp

@@ -1,106 +1,93 @@
-// C = A B with bias and ReLU in the same pass: the only matrix product of the
-// library, on one thread. It serves the forward pass, the input gradient and
-// the weight gradient of a layer (see Gemm in params.h).
+// C = A B with bias and ReLU in the same pass: the only matrix product of the library, on one thread.
+// It serves the forward pass, the input gradient and the weight gradient of a layer (see Gemm in params.h).
 //
 // Structure, from the inside out:
-//   tile      MR x NR accumulators stay in registers while k runs; A is
-//   broadcast, B is read as vectors strip     MR rows of A, copied (and
-//   widened) into the workspace where that pays block     KC x NC of B, packed
-//   into panels of NR columns: any strides become contiguous and aligned,
+//   tile      MR x NR accumulators stay in registers while k runs; A is broadcast, B is read as vectors
+//   strip     MR rows of A, copied (and widened) into the workspace where that pays
+//   block     KC x NC of B, packed into panels of NR columns: any strides become contiguous and aligned,
 //             halves become floats, columns past N become zeros
-// For each element of C the sum runs over k in ascending order, whatever the
-// tile, thread or batch it is in.
+// For each element of C the sum runs over k in ascending order, whatever the tile, thread or batch it is in.
 
 MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B +
-// a broadcast memory operand. 16 registers: 6 x 2 + 2 + 1.
+// Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B + a broadcast memory operand.
+// 16 registers: 6 x 2 + 2 + 1.
 constexpr int kTileRows = MBP_VECTOR_REGISTERS == 32 ? 12 : 6;
-template <typename A> constexpr int kTileCols = 2 * kLanes<A>;
+template <typename A>
+constexpr int kTileCols = 2 * kLanes<A>;
 
-// A packed block of B takes at most kBlockBytes; its depth is at most
-// kBlockDepth, so that a strip of A (12 rows x 384 x 4 bytes) stays in the
-// first-level cache.
+// A packed block of B takes at most kBlockBytes; its depth is at most kBlockDepth, so that a strip of A
+// (12 rows x 384 x 4 bytes) stays in the first-level cache.
 constexpr int64_t kBlockDepth = 384;
 constexpr int64_t kBlockBytes = 384 * 1024;
-// Rows of B further apart than this are packed: they fall into few cache sets
-// and many pages.
+// Rows of B further apart than this are packed: they fall into few cache sets and many pages.
 constexpr int64_t kDirectStride = 512;
 
-// One register tile: rows of A at a + i*a_m + kk*a_k, B at b + kk*b_k, both in
-// accumulator type.
-template <typename A> struct Tile {
+// One register tile: rows of A at a + i*a_m + kk*a_k, B at b + kk*b_k, both in accumulator type.
+template <typename A>
+struct Tile {
   int64_t k;
-  const A *a;
-  int64_t a_stride; // kRowsOfA: a_m (a_k is 1); else a_k (a_m is 1)
-  const A *b;
+  const A* a;
+  int64_t a_stride;  // kRowsOfA: a_m (a_k is 1); else a_k (a_m is 1)
+  const A* b;
   int64_t b_stride;
-  A *c;
+  A* c;
   int64_t c_stride;
-  bool accumulate; // start from what is in c (a further block of k)
-  const A *bias;   // padded to a full tile, or nullptr
+  bool accumulate;  // start from what is in c (a further block of k)
+  const A* bias;    // padded to a full tile, or nullptr
   bool relu;
 };
 
 template <typename A, int MR, int NV, bool kRowsOfA>
-static void tile(const Tile<A> &t) {
+static void tile(const Tile<A>& t) {
   constexpr int L = kLanes<A>;
   vec<A> acc[MR][NV];
   if (t.accumulate) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j)
-        acc[i][j] = load<A>(t.c + i * t.c_stride + j * L);
+      for (int j = 0; j < NV; ++j) acc[i][j] = load<A>(t.c + i * t.c_stride + j * L);
     }
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j)
-        acc[i][j] = vec<A>{};
+      for (int j = 0; j < NV; ++j) acc[i][j] = vec<A>{};
     }
   }
-  const A *b = t.b;
+  const A* b = t.b;
   const int64_t s = t.a_stride;
   if constexpr (kRowsOfA) {
-    // Row pointers in groups of three (p, p+s, p+2s are one addressing mode
-    // each): 12 rows need 4 registers.
+    // Row pointers in groups of three (p, p+s, p+2s are one addressing mode each): 12 rows need 4 registers.
     constexpr int kGroups = (MR + 2) / 3;
-    const A *p[kGroups];
+    const A* p[kGroups];
 #pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g)
-      p[g] = t.a + 3 * g * s;
+    for (int g = 0; g < kGroups; ++g) p[g] = t.a + 3 * g * s;
     for (int64_t kk = 0; kk < t.k; ++kk) {
       vec<A> bv[NV];
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j)
-        bv[j] = load<A>(b + j * L);
+      for (int j = 0; j < NV; ++j) bv[j] = load<A>(b + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         const A av = p[i / 3][(i % 3) * s];
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j)
-          acc[i][j] += av * bv[j];
+        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
       }
 #pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g)
-        ++p[g];
+      for (int g = 0; g < kGroups; ++g) ++p[g];
       b += t.b_stride;
     }
   } else {
-    const A *a = t.a;
+    const A* a = t.a;
     for (int64_t kk = 0; kk < t.k; ++kk) {
       vec<A> bv[NV];
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j)
-        bv[j] = load<A>(b + j * L);
+      for (int j = 0; j < NV; ++j) bv[j] = load<A>(b + j * L);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         const A av = a[i];
 #pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j)
-          acc[i][j] += av * bv[j];
+        for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
       }
       a += s;
       b += t.b_stride;
@@ -111,29 +98,26 @@ static void tile(const Tile<A> &t) {
     for (int j = 0; j < NV; ++j) {
       const vec<A> beta = load<A>(t.bias + j * L);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i)
-        acc[i][j] += beta;
+      for (int i = 0; i < MR; ++i) acc[i][j] += beta;
     }
   }
   if (t.relu) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j)
-        acc[i][j] = relu<A>(acc[i][j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = relu<A>(acc[i][j]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j)
-      store<A>(t.c + i * t.c_stride + j * L, acc[i][j]);
+    for (int j = 0; j < NV; ++j) store<A>(t.c + i * t.c_stride + j * L, acc[i][j]);
   }
 }
 
 // Rows left over by full tiles are taken by ever smaller tiles: 11 = 8 + 2 + 1.
 template <typename A, int MR, bool kRowsOfA>
-MBP_INLINE void tile_columns(const Tile<A> &t, bool narrow_panel) {
+MBP_INLINE void tile_columns(const Tile<A>& t, bool narrow_panel) {
   if (narrow_panel) {
     tile<A, MR, 1, kRowsOfA>(t);
   } else {
@@ -141,68 +125,55 @@ MBP_INLINE void tile_columns(const Tile<A> &t, bool narrow_panel) {
   }
 }
 template <typename A, bool kRowsOfA>
-MBP_INLINE int tile_rows(const Tile<A> &t, int64_t rows, bool narrow_panel) {
-  if (rows >= kTileRows)
-    return tile_columns<A, kTileRows, kRowsOfA>(t, narrow_panel), kTileRows;
+MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool narrow_panel) {
+  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, narrow_panel), kTileRows;
   if constexpr (kTileRows > 8) {
-    if (rows >= 8)
-      return tile_columns<A, 8, kRowsOfA>(t, narrow_panel), 8;
+    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, narrow_panel), 8;
   }
-  if (rows >= 4)
-    return tile_columns<A, 4, kRowsOfA>(t, narrow_panel), 4;
-  if (rows >= 2)
-    return tile_columns<A, 2, kRowsOfA>(t, narrow_panel), 2;
+  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, narrow_panel), 4;
+  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, narrow_panel), 2;
   return tile_columns<A, 1, kRowsOfA>(t, narrow_panel), 1;
 }
 
-// Panels of kTileCols columns, k-major: out[panel][kk][column]. Columns past n
-// are zeros.
+// Panels of kTileCols columns, k-major: out[panel][kk][column]. Columns past n are zeros.
 template <typename T>
-static void pack_b(const T *b, int64_t b_k, int64_t b_n, int64_t k, int64_t n,
-                   accumulator_t<T> *out) {
+static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out) {
   using A = accumulator_t<T>;
   constexpr int L = kLanes<A>;
   constexpr int NR = kTileCols<A>;
   for (int64_t n0 = 0; n0 < n; n0 += NR, out += k * NR) {
     const int64_t cols = n - n0 < NR ? n - n0 : NR;
-    const T *panel = b + n0 * b_n;
-    if (b_n == 1) { // rows of B are contiguous: a widening copy
+    const T* panel = b + n0 * b_n;
+    if (b_n == 1) {  // rows of B are contiguous: a widening copy
       for (int64_t kk = 0; kk < k; ++kk) {
-        const T *row = panel + kk * b_k;
-        A *o = out + kk * NR;
+        const T* row = panel + kk * b_k;
+        A* o = out + kk * NR;
         int64_t j = 0;
         if (cols == NR) {
-          for (; j < NR; ++j)
-            o[j] = widen(row[j]);
+          for (; j < NR; ++j) o[j] = widen(row[j]);
         } else {
-          for (; j < cols; ++j)
-            o[j] = widen(row[j]);
-          for (; j < NR; ++j)
-            o[j] = A(0);
+          for (; j < cols; ++j) o[j] = widen(row[j]);
+          for (; j < NR; ++j) o[j] = A(0);
         }
       }
       continue;
     }
     for (int64_t half = 0; half < NR; half += L) {
-      const int64_t lanes = cols - half < 0   ? 0
-                            : cols - half < L ? cols - half
-                                              : L;
-      A *o = out + half;
+      const int64_t lanes = cols - half < 0 ? 0 : cols - half < L ? cols - half : L;
+      A* o = out + half;
       int64_t kk = 0;
-      if (b_k == 1) { // columns of B are contiguous (a weight): transpose
-                      // blocks in registers
+      if (b_k == 1) {  // columns of B are contiguous (a weight): transpose blocks in registers
         for (; kk + L <= k; kk += L) {
           vec<A> block[L];
 #pragma GCC unroll 16
           for (int j = 0; j < L; ++j) {
             if (j < lanes) {
-              const T *column = panel + (half + j) * b_n + kk;
+              const T* column = panel + (half + j) * b_n + kk;
               if constexpr (sizeof(T) == sizeof(A)) {
-                block[j] = load<A>(reinterpret_cast<const A *>(column));
+                block[j] = load<A>(reinterpret_cast<const A*>(column));
               } else {
                 A widened[L];
-                for (int i = 0; i < L; ++i)
-                  widened[i] = widen(column[i]);
+                for (int i = 0; i < L; ++i) widened[i] = widen(column[i]);
                 block[j] = load<A>(widened);
               }
             } else {
@@ -211,73 +182,62 @@ static void pack_b(const T *b, int64_t b_k, int64_t b_n, int64_t k, int64_t n,
           }
           transpose<A>(block);
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i)
-            store<A>(o + (kk + i) * NR, block[i]);
+          for (int i = 0; i < L; ++i) store<A>(o + (kk + i) * NR, block[i]);
         }
       }
       for (; kk < k; ++kk) {
         int64_t j = 0;
-        for (; j < lanes; ++j)
-          o[kk * NR + j] = widen(panel[kk * b_k + (half + j) * b_n]);
-        for (; j < L; ++j)
-          o[kk * NR + j] = A(0);
+        for (; j < lanes; ++j) o[kk * NR + j] = widen(panel[kk * b_k + (half + j) * b_n]);
+        for (; j < L; ++j) o[kk * NR + j] = A(0);
       }
     }
   }
 }
 
-template <typename T> static int64_t packed_size(int64_t k, int64_t n) {
+template <typename T>
+static int64_t packed_size(int64_t k, int64_t n) {
   constexpr int64_t NR = kTileCols<accumulator_t<T>>;
   return (n + NR - 1) / NR * NR * k;
 }
 
 // A strip of A in accumulator type, out[i][kk].
 template <typename T>
-static void pack_a(const T *a, int64_t a_m, int64_t a_k, int64_t rows,
-                   int64_t k, accumulator_t<T> *out) {
+static void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t rows, int64_t k, accumulator_t<T>* out) {
   for (int64_t i = 0; i < rows; ++i) {
-    const T *row = a + i * a_m;
-    accumulator_t<T> *o = out + i * k;
+    const T* row = a + i * a_m;
+    accumulator_t<T>* o = out + i * k;
     if (a_k == 1) {
-      for (int64_t kk = 0; kk < k; ++kk)
-        o[kk] = widen(row[kk]);
+      for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk]);
     } else {
-      for (int64_t kk = 0; kk < k; ++kk)
-        o[kk] = widen(row[kk * a_k]);
+      for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk * a_k]);
     }
   }
 }
-// The same for A whose columns are contiguous (a transposed gradient),
-// out[kk][i].
+// The same for A whose columns are contiguous (a transposed gradient), out[kk][i].
 template <typename T>
-static void pack_a_columns(const T *a, int64_t a_k, int64_t rows, int64_t k,
-                           accumulator_t<T> *out) {
+static void pack_a_columns(const T* a, int64_t a_k, int64_t rows, int64_t k, accumulator_t<T>* out) {
   for (int64_t kk = 0; kk < k; ++kk) {
-    for (int64_t i = 0; i < rows; ++i)
-      out[kk * kTileRows + i] = widen(a[kk * a_k + i]);
+    for (int64_t i = 0; i < rows; ++i) out[kk * kTileRows + i] = widen(a[kk * a_k + i]);
   }
 }
 
-// The parts of a thread's workspace: no larger than a product with n columns
-// and depth k needs.
-template <typename T> struct Workspace {
+// The parts of a thread's workspace: no larger than a product with n columns and depth k needs.
+template <typename T>
+struct Workspace {
   using A = accumulator_t<T>;
-  static constexpr int64_t kBlockCols =
-      kBlockBytes / (kBlockDepth * int64_t(sizeof(A)));
-  static constexpr int64_t kChunkRows =
-      sizeof(T) == sizeof(A) ? 0 : 16 * kTileRows;
-  A *b;     // packed block of B, aligned for vectors
-  A *bias;  // in accumulator type, padded with zeros
-  A *edge;  // a tile that overhangs C
-  A *a;     // strip of A
-  A *chunk; // halves: rows of C before they are rounded
+  static constexpr int64_t kBlockCols = kBlockBytes / (kBlockDepth * int64_t(sizeof(A)));
+  static constexpr int64_t kChunkRows = sizeof(T) == sizeof(A) ? 0 : 16 * kTileRows;
+  A* b;      // packed block of B, aligned for vectors
+  A* bias;   // in accumulator type, padded with zeros
+  A* edge;   // a tile that overhangs C
+  A* a;      // strip of A
+  A* chunk;  // halves: rows of C before they are rounded
   int64_t bytes;
 
-  Workspace(void *memory, int64_t n, int64_t k) {
-    const int64_t cols = min_i64(kBlockCols, (n + kTileCols<A> - 1) /
-                                                 kTileCols<A> * kTileCols<A>);
+  Workspace(void* memory, int64_t n, int64_t k) {
+    const int64_t cols = min_i64(kBlockCols, (n + kTileCols<A> - 1) / kTileCols<A> * kTileCols<A>);
     const int64_t depth = min_i64(kBlockDepth, k);
-    b = static_cast<A *>(memory);
+    b = static_cast<A*>(memory);
     bias = b + depth * cols;
     edge = bias + cols;
     a = edge + kTileRows * kTileCols<A>;
@@ -286,27 +246,23 @@ template <typename T> struct Workspace {
   }
 };
 
-template <typename T> static int64_t workspace_bytes(int64_t n, int64_t k) {
+template <typename T>
+static int64_t workspace_bytes(int64_t n, int64_t k) {
   return Workspace<T>(nullptr, n, k).bytes;
 }
 
 // C in the accumulator type.
 template <typename T>
-static void gemm_accumulated(const Gemm<T, accumulator_t<T>> &p,
-                             void *workspace) {
+static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
   constexpr int64_t kBlockCols = Workspace<T>::kBlockCols;
-  static_assert(kBlockCols % NR == 0,
-                "a block of B is a whole number of panels");
+  static_assert(kBlockCols % NR == 0, "a block of B is a whole number of panels");
   const Workspace<T> work(workspace, p.n, p.k);
-  // A row of A is contiguous, or nothing is (then the strip is gathered into
-  // rows); else its columns are.
+  // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are.
   const bool rows_of_a = p.a_k == 1 || p.a_m != 1;
-  const bool contiguous_a =
-      sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
-  const bool direct_b = sizeof(T) == sizeof(A) && !p.packed_b && p.b_n == 1 &&
-                        p.b_k <= kDirectStride;
+  const bool contiguous_a = sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
+  const bool direct_b = sizeof(T) == sizeof(A) && !p.packed_b && p.b_n == 1 && p.b_k <= kDirectStride;
 
   for (int64_t n0 = 0; n0 < p.n; n0 += kBlockCols) {
     const int64_t n = min_i64(kBlockCols, p.n - n0);
@@ -315,30 +271,27 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>> &p,
         work.bias[j] = j < n ? widen(p.bias[(n0 + j) * p.bias_stride]) : A(0);
       }
     }
-    // Whole panels of contiguous rows (a stored activation, a weight that is
-    // not transposed) are read in place.
+    // Whole panels of contiguous rows (a stored activation, a weight that is not transposed) are read in place.
     const int64_t direct_n = direct_b ? n / NR * NR : 0;
     int64_t k0 = 0;
-    do { // once even for k = 0: the product is then zero, bias and ReLU remain
+    do {  // once even for k = 0: the product is then zero, bias and ReLU remain
       Tile<A> t{};
       t.k = min_i64(kBlockDepth, p.k - k0);
       t.accumulate = p.accumulate || k0 > 0;
       const bool last = k0 + t.k >= p.k;
       t.relu = p.relu && last;
-      const T *b = p.b + k0 * p.b_k + n0 * p.b_n;
+      const T* b = p.b + k0 * p.b_k + n0 * p.b_n;
       if (!p.packed_b && direct_n < n) {
-        pack_b<T>(b + direct_n * p.b_n, p.b_k, p.b_n, t.k, n - direct_n,
-                  work.b + direct_n * t.k);
+        pack_b<T>(b + direct_n * p.b_n, p.b_k, p.b_n, t.k, n - direct_n, work.b + direct_n * t.k);
       }
-      // Copying a strip of A pays when several panels read it again, and avoids
-      // the cache-set conflicts of rows that lie a power of two apart; a narrow
-      // product reads A where it lies.
+      // Copying a strip of A pays when several panels read it again, and avoids the cache-set conflicts of
+      // rows that lie a power of two apart; a narrow product reads A where it lies.
       const bool copy_a = !contiguous_a || n > 4 * NR;
       for (int64_t m0 = 0; m0 < p.m;) {
         int64_t rows = min_i64(kTileRows, p.m - m0);
-        const T *strip = p.a + m0 * p.a_m + k0 * p.a_k;
+        const T* strip = p.a + m0 * p.a_m + k0 * p.a_k;
         if (!copy_a) {
-          t.a = reinterpret_cast<const A *>(strip);
+          t.a = reinterpret_cast<const A*>(strip);
           t.a_stride = rows_of_a ? p.a_m : p.a_k;
         } else if (rows_of_a) {
           pack_a<T>(strip, p.a_m, p.a_k, rows, t.k, work.a);
@@ -352,13 +305,13 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>> &p,
         int64_t done = rows;
         for (int64_t j0 = 0; j0 < n; j0 += NR) {
           const int64_t cols = min_i64(NR, n - j0);
-          A *c = p.c + m0 * p.c_m + n0 + j0;
+          A* c = p.c + m0 * p.c_m + n0 + j0;
           const bool overhangs = cols < NR;
           if (p.packed_b) {
             t.b = p.packed_b + (n0 + j0) * p.k + k0 * NR;
             t.b_stride = NR;
           } else if (j0 < direct_n) {
-            t.b = reinterpret_cast<const A *>(b + j0);
+            t.b = reinterpret_cast<const A*>(b + j0);
             t.b_stride = p.b_k;
           } else {
             t.b = work.b + j0 * t.k;
@@ -369,17 +322,14 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>> &p,
           t.c_stride = overhangs ? NR : p.c_m;
           if (overhangs && t.accumulate) {
             for (int64_t i = 0; i < rows; ++i) {
-              for (int64_t j = 0; j < cols; ++j)
-                work.edge[i * NR + j] = c[i * p.c_m + j];
+              for (int64_t j = 0; j < cols; ++j) work.edge[i * NR + j] = c[i * p.c_m + j];
             }
           }
           const bool narrow_panel = cols <= kLanes<A>;
-          done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel)
-                           : tile_rows<A, false>(t, rows, narrow_panel);
+          done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel) : tile_rows<A, false>(t, rows, narrow_panel);
           if (overhangs) {
             for (int64_t i = 0; i < done; ++i) {
-              for (int64_t j = 0; j < cols; ++j)
-                c[i * p.c_m + j] = work.edge[i * NR + j];
+              for (int64_t j = 0; j < cols; ++j) c[i * p.c_m + j] = work.edge[i * NR + j];
             }
           }
         }
@@ -390,29 +340,27 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>> &p,
   }
 }
 
-// C in the storage type. For halves: chunks of C are finished in float, then
-// rounded once.
-template <typename T> static void gemm(const Gemm<T, T> &p, void *workspace) {
+// C in the storage type. For halves: chunks of C are finished in float, then rounded once.
+template <typename T>
+static void gemm(const Gemm<T, T>& p, void* workspace) {
   using A = accumulator_t<T>;
   if constexpr (sizeof(T) == sizeof(A)) {
     gemm_accumulated<T>(p, workspace);
   } else {
     using W = Workspace<T>;
-    A *const chunk = W(workspace, p.n, p.k).chunk;
+    A* const chunk = W(workspace, p.n, p.k).chunk;
     for (int64_t n0 = 0; n0 < p.n; n0 += W::kBlockCols) {
       const int64_t n = min_i64(W::kBlockCols, p.n - n0);
       for (int64_t m0 = 0; m0 < p.m; m0 += W::kChunkRows) {
         const int64_t m = min_i64(W::kChunkRows, p.m - m0);
-        const T *bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
-        const A *packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
-        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k,
-                             p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n, bias,
+        const T* bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
+        const A* packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
+        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k, p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n, bias,
                              p.bias_stride, p.relu, false, packed_b},
                             workspace);
         for (int64_t i = 0; i < m; ++i) {
-          T *c = p.c + (m0 + i) * p.c_m + n0;
-          for (int64_t j = 0; j < n; ++j)
-            c[j] = narrow<T>(chunk[i * n + j]);
+          T* c = p.c + (m0 + i) * p.c_m + n0;
+          for (int64_t j = 0; j < n; ++j) c[j] = narrow<T>(chunk[i * n + j]);
         }
       }
     }

@@ -1,9 +1,7 @@
-// Plain parameter structs: all that a kernel ever sees. No torch in this file,
-// nor in any kernel.
+// Plain parameter structs: all that a kernel ever sees. No torch in this file, nor in any kernel.
 //
 // Size letters, here and in every kernel:
-//   B batch rows    D_in, D_out layer widths    M, N, K  sizes of a product C
-//   (M x N) = A (M x K) B (K x N)
+//   B batch rows    D_in, D_out layer widths    M, N, K  sizes of a product C (M x N) = A (M x K) B (K x N)
 // Strides are in elements, not bytes.
 #pragma once
 
@@ -11,9 +9,8 @@
 
 namespace manualbp {
 
-// Storage types. float16 and bfloat16 are bit patterns to us: they are widened
-// to float on load, every sum is kept in float, and one rounding happens on
-// store.
+// Storage types. float16 and bfloat16 are bit patterns to us: they are widened to float on load,
+// every sum is kept in float, and one rounding happens on store.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -22,87 +19,102 @@ struct float16 {
 };
 
 // The type in which sums of T are accumulated.
-template <typename T> struct Accumulator {
+template <typename T>
+struct Accumulator {
   using type = float;
 };
-template <> struct Accumulator<double> {
+template <>
+struct Accumulator<double> {
   using type = double;
 };
-template <typename T> using accumulator_t = typename Accumulator<T>::type;
+template <typename T>
+using accumulator_t = typename Accumulator<T>::type;
 
-// C = A B, then optionally + bias and ReLU. One product serves the three of a
-// layer:
-//   forward       f    = h Omega^T + beta   A = h,   B = Omega^T, with bias and
-//   ReLU in the same pass input grad    dh   = df Omega           A = df,  B =
-//   Omega weight grad   dOmega = df^T h           A = df^T, B = h
-// A and B may have any strides (transposed, expanded, overlapping); C's columns
-// are contiguous.
-template <typename T, typename Out> struct Gemm {
+// C = A B, then optionally + bias and ReLU. One product serves the three of a layer:
+//   forward       f    = h Omega^T + beta   A = h,   B = Omega^T, with bias and ReLU in the same pass
+//   input grad    dh   = df Omega           A = df,  B = Omega
+//   weight grad   dOmega = df^T h           A = df^T, B = h
+// A and B may have any strides (transposed, expanded, overlapping); C's columns are contiguous.
+template <typename T, typename Out>
+struct Gemm {
   int64_t m, n, k;
-  const T *a; // (M, K)
+  const T* a;  // (M, K)
   int64_t a_m, a_k;
-  const T *b; // (K, N)
+  const T* b;  // (K, N)
   int64_t b_k, b_n;
-  Out *c; // (M, N)
+  Out* c;  // (M, N)
   int64_t c_m;
-  const T *bias = nullptr; // (N), or nullptr
+  const T* bias = nullptr;  // (N), or nullptr
   int64_t bias_stride = 0;
   bool relu = false;
-  bool accumulate = false; // C += A B
-  const accumulator_t<T> *packed_b =
-      nullptr; // B as `pack` leaves it, or nullptr: packed on the way
+  bool accumulate = false;                     // C += A B
+  const accumulator_t<T>* packed_b = nullptr;  // B as `pack` leaves it, or nullptr: packed on the way
 };
 
-// df = I[h > 0] . dh and, in the same pass, the column sums of df, which are
-// d(beta). Written with PyTorch's rule: a gradient passes unless h <= 0 (so NaN
-// passes, exactly 0 blocks).
-template <typename T> struct ReluBackward {
+// df = I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta).
+// Written with PyTorch's rule: a gradient passes unless h <= 0 (so NaN passes, exactly 0 blocks).
+template <typename T>
+struct ReluBackward {
   int64_t rows, cols;
-  const T *grad; // (rows, cols), any strides
+  const T* grad;  // (rows, cols), any strides
   int64_t grad_row, grad_col;
-  const T *h; // (rows, cols), columns contiguous; nullptr: no mask
+  const T* h;  // (rows, cols), columns contiguous; nullptr: no mask
   int64_t h_row;
-  T *out; // (rows, cols) contiguous; may be grad itself; nullptr: only the sums
-          // are wanted
-  accumulator_t<T> *column_sum; // (cols), nullptr: not wanted
-  bool accumulate;              // add to column_sum what is in it
+  T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
+  accumulator_t<T>* column_sum;  // (cols), nullptr: not wanted
+  bool accumulate;               // add to what is in column_sum
 };
 
-// out[i] = sum over s of partial[s][i], s ascending: the fixed order that makes
-// gradients reproducible.
-template <typename T> struct Reduce {
+// out[i] = sum over s of partial[s][i], s ascending: the fixed order that makes gradients reproducible.
+template <typename T>
+struct Reduce {
   int64_t slices, stride;
-  const accumulator_t<T> *partial; // (slices, stride)
-  T *out;                          // (size)
+  const accumulator_t<T>* partial;  // (slices, stride)
+  T* out;                           // (size)
+  bool accumulate;                  // add to what is in out
 };
 
-// The kernels of one storage type at one instruction-set level. Each runs on
-// the calling thread.
-template <typename T> struct Kernels {
+// A loss of f (rows, cols) against targets: returns the sum over rows, and turns f into df in place if asked for.
+template <typename T>
+struct Loss {
+  int64_t rows, cols;
+  T* f;                    // (rows, cols) contiguous
+  const T* target;         // (rows, cols), or nullptr
+  const int64_t* classes;  // (rows), or nullptr
+  int64_t target_row, target_col;
+  double scale;  // of the gradient: 1, or 1 / (number of terms) for a mean
+  bool gradient;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// The kernels of one storage type at one instruction-set level. Each runs on the calling thread.
+template <typename T>
+struct Kernels {
   using A = accumulator_t<T>;
   // Elements of B (K, N) when packed, and the packing.
   int64_t (*packed_size)(int64_t k, int64_t n);
-  void (*pack)(const T *b, int64_t b_k, int64_t b_n, int64_t k, int64_t n,
-               accumulator_t<T> *out);
-  void (*gemm)(const Gemm<T, T> &, void *workspace);
-  void (*gemm_accumulated)(const Gemm<T, A> &,
-                           void *workspace); // C in the accumulator type
-  // What `workspace` must hold for products with at most n columns and depth k;
-  // 64-byte aligned.
+  void (*pack)(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out);
+  void (*gemm)(const Gemm<T, T>&, void* workspace);
+  void (*gemm_accumulated)(const Gemm<T, A>&, void* workspace);  // C in the accumulator type
+  // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
   int64_t (*workspace_bytes)(int64_t n, int64_t k);
-  void (*relu_backward)(const ReluBackward<T> &);
-  void (*reduce)(const Reduce<T> &, int64_t begin, int64_t end);
+  void (*relu_backward)(const ReluBackward<T>&);
+  void (*reduce)(const Reduce<T>&, int64_t begin, int64_t end);
+  double (*mse)(const Loss<T>&);
+  double (*bce_with_logits)(const Loss<T>&);
+  double (*cross_entropy)(const Loss<T>&);
 };
 
 // One instruction-set level: what isa.cpp chooses among.
 struct KernelTable {
-  const char *name;
-  int64_t tile_rows; // rows of a register tile: work is cut at multiples of it
-  int64_t tile_cols; // float columns of a register tile
+  const char* name;
+  int64_t tile_rows;  // rows of a register tile: work is cut at multiples of it
+  int64_t tile_cols;  // float columns of a register tile
   Kernels<double> f64;
   Kernels<float> f32;
   Kernels<bfloat16> bf16;
   Kernels<float16> f16;
 };
 
-} // namespace manualbp
+}  // namespace manualbp

@@ -1,9 +1,9 @@
-// Closes an instruction-set file: its kernels, gathered in one table. MBP_LEVEL
-// is the level's name.
+// Closes an instruction-set file: its kernels, gathered in one table. MBP_LEVEL is the level's name.
 
-template <typename T> static constexpr Kernels<T> kernels_of() {
-  return {packed_size<T>,     pack_b<T>,        gemm<T>,  gemm_accumulated<T>,
-          workspace_bytes<T>, relu_backward<T>, reduce<T>};
+template <typename T>
+static constexpr Kernels<T> kernels_of() {
+  return {packed_size<T>,   pack_b<T>, gemm<T>, gemm_accumulated<T>, workspace_bytes<T>,
+          relu_backward<T>, reduce<T>, mse<T>,  bce_with_logits<T>,  cross_entropy<T>};
 }
 
 extern const KernelTable kTable;

@@ -1,40 +1,44 @@
-// The one vector type of the kernels, and the conversions between storage and
-// accumulator types. Included once per instruction-set level, inside its target
-// region and namespace: no include guard. GCC and clang vector extensions are
-// used in place of intrinsics: one source for SSE2, AVX2, AVX-512, NEON.
+// The one vector type of the kernels, and the conversions between storage and accumulator types.
+// Included once per instruction-set level, inside its target region and namespace: no include guard.
+// GCC and clang vector extensions are used in place of intrinsics: one source for SSE2, AVX2, AVX-512, NEON.
 
 #define MBP_INLINE static inline __attribute__((always_inline))
 
-// `type` is a full register; `unaligned` is the same for loads and stores at
-// any address.
-template <typename A> struct VecOf;
-template <> struct VecOf<float> {
+// `type` is a full register; `unaligned` is the same for loads and stores at any address.
+template <typename A>
+struct VecOf;
+template <>
+struct VecOf<float> {
   typedef float type __attribute__((vector_size(MBP_VECTOR_BYTES)));
-  typedef float unaligned
-      __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(4), may_alias));
+  typedef float unaligned __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t mask __attribute__((vector_size(MBP_VECTOR_BYTES)));
 };
-template <> struct VecOf<double> {
+template <>
+struct VecOf<double> {
   typedef double type __attribute__((vector_size(MBP_VECTOR_BYTES)));
-  typedef double unaligned
-      __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(8), may_alias));
+  typedef double unaligned __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t mask __attribute__((vector_size(MBP_VECTOR_BYTES)));
 };
-template <typename A> using vec = typename VecOf<A>::type;
-template <typename A> constexpr int kLanes = MBP_VECTOR_BYTES / int(sizeof(A));
+template <typename A>
+using vec = typename VecOf<A>::type;
+template <typename A>
+constexpr int kLanes = MBP_VECTOR_BYTES / int(sizeof(A));
 
-template <typename A> MBP_INLINE vec<A> load(const A *p) {
-  return *reinterpret_cast<const typename VecOf<A>::unaligned *>(p);
+template <typename A>
+MBP_INLINE vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename VecOf<A>::unaligned*>(p);
 }
-template <typename A> MBP_INLINE void store(A *p, vec<A> v) {
-  *reinterpret_cast<typename VecOf<A>::unaligned *>(p) = v;
+template <typename A>
+MBP_INLINE void store(A* p, vec<A> v) {
+  *reinterpret_cast<typename VecOf<A>::unaligned*>(p) = v;
 }
-// relu(NaN) = NaN and relu(-0) = -0, as torch.relu: only what is strictly
-// negative becomes 0.
-template <typename A> MBP_INLINE vec<A> relu(vec<A> v) {
+// relu(NaN) = NaN and relu(-0) = -0, as torch.relu: only what is strictly negative becomes 0.
+template <typename A>
+MBP_INLINE vec<A> relu(vec<A> v) {
   return v < A(0) ? vec<A>{} : v;
 }
-template <typename A> MBP_INLINE A relu_scalar(A v) {
+template <typename A>
+MBP_INLINE A relu_scalar(A v) {
   return v < A(0) ? A(0) : v;
 }
 
@@ -42,13 +46,12 @@ template <typename A> MBP_INLINE A relu_scalar(A v) {
 #if defined(__clang__)
 #define MBP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define MBP_SHUFFLE(a, b, ...)                                                 \
-  __builtin_shuffle(a, b, typename VecOf<A>::mask{__VA_ARGS__})
+#define MBP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename VecOf<A>::mask{__VA_ARGS__})
 #endif
-template <typename A> MBP_INLINE vec<A> interleave_low(vec<A> a, vec<A> b) {
+template <typename A>
+MBP_INLINE vec<A> interleave_low(vec<A> a, vec<A> b) {
   if constexpr (kLanes<A> == 16) {
-    return MBP_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
-                       23);
+    return MBP_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   } else if constexpr (kLanes<A> == 8) {
     return MBP_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
   } else if constexpr (kLanes<A> == 4) {
@@ -57,10 +60,10 @@ template <typename A> MBP_INLINE vec<A> interleave_low(vec<A> a, vec<A> b) {
     return MBP_SHUFFLE(a, b, 0, 2);
   }
 }
-template <typename A> MBP_INLINE vec<A> interleave_high(vec<A> a, vec<A> b) {
+template <typename A>
+MBP_INLINE vec<A> interleave_high(vec<A> a, vec<A> b) {
   if constexpr (kLanes<A> == 16) {
-    return MBP_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                       30, 15, 31);
+    return MBP_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   } else if constexpr (kLanes<A> == 8) {
     return MBP_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
   } else if constexpr (kLanes<A> == 4) {
@@ -71,9 +74,9 @@ template <typename A> MBP_INLINE vec<A> interleave_high(vec<A> a, vec<A> b) {
 }
 #undef MBP_SHUFFLE
 
-// In-register transpose of a square block of kLanes rows: log2(kLanes) rounds
-// of the perfect shuffle.
-template <typename A> MBP_INLINE void transpose(vec<A> (&rows)[kLanes<A>]) {
+// In-register transpose of a square block of kLanes rows: log2(kLanes) rounds of the perfect shuffle.
+template <typename A>
+MBP_INLINE void transpose(vec<A> (&rows)[kLanes<A>]) {
   constexpr int L = kLanes<A>;
   vec<A> next[L];
 #pragma GCC unroll 4
@@ -84,13 +87,11 @@ template <typename A> MBP_INLINE void transpose(vec<A> (&rows)[kLanes<A>]) {
       next[2 * i + 1] = interleave_high<A>(rows[i], rows[i + L / 2]);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i)
-      rows[i] = next[i];
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
   }
 }
 
-// --- storage type -> accumulator type
-// -------------------------------------------------------------
+// --- storage type -> accumulator type -------------------------------------------------------------
 MBP_INLINE float bits_to_float(uint32_t bits) {
   float f;
   __builtin_memcpy(&f, &bits, sizeof f);
@@ -104,51 +105,40 @@ MBP_INLINE uint32_t float_to_bits(float f) {
 
 MBP_INLINE double widen(double v) { return v; }
 MBP_INLINE float widen(float v) { return v; }
-MBP_INLINE float widen(bfloat16 v) {
-  return bits_to_float(uint32_t(v.bits) << 16);
-}
+MBP_INLINE float widen(bfloat16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 MBP_INLINE float widen(float16 v) {
-  // Moving the 15 value bits up by 13 leaves the exponent 112 too small;
-  // multiplying by 2^112 mends it and normalises subnormals for free. Inf and
-  // NaN (exponent all ones) get their exponent set by hand.
+  // Moving the 15 value bits up by 13 leaves the exponent 112 too small; multiplying by 2^112 mends it and
+  // normalises subnormals for free. Inf and NaN (exponent all ones) get their exponent set by hand.
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16;
   const uint32_t shifted = uint32_t(v.bits & 0x7fffu) << 13;
-  const uint32_t finite =
-      float_to_bits(bits_to_float(shifted) * bits_to_float(239u << 23));
+  const uint32_t finite = float_to_bits(bits_to_float(shifted) * bits_to_float(239u << 23));
   const uint32_t special = shifted | 0x7f800000u;
   return bits_to_float(sign | (shifted >= 0x0f800000u ? special : finite));
 }
 
-// --- accumulator type -> storage type, rounded to nearest even
-// ------------------------------------
-MBP_INLINE void narrow_to(double v, double &out) { out = v; }
-MBP_INLINE void narrow_to(float v, float &out) { out = v; }
-MBP_INLINE void narrow_to(float v, bfloat16 &out) {
+// --- accumulator type -> storage type, rounded to nearest even ------------------------------------
+MBP_INLINE void narrow_to(double v, double& out) { out = v; }
+MBP_INLINE void narrow_to(float v, float& out) { out = v; }
+MBP_INLINE void narrow_to(float v, bfloat16& out) {
   const uint32_t bits = float_to_bits(v);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet_nan = (bits >> 16) | 0x0040u;
   out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
 }
-MBP_INLINE void narrow_to(float v, float16 &out) {
+MBP_INLINE void narrow_to(float v, float16& out) {
   const uint32_t bits = float_to_bits(v);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal result: rebias the exponent by 127 - 15 = 112 and round the 13
-  // dropped bits to nearest even.
-  const uint32_t normal =
-      (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Subnormal result: adding 0.5 aligns the last kept bit with the float's last
-  // bit; the FPU does the rounding.
-  const uint32_t subnormal =
-      float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t infinite =
-      magnitude > 0x7f800000u ? 0x7e00u | (magnitude >> 13 & 0x1ffu) : 0x7c00u;
-  const uint32_t value = magnitude >= 0x477ff000u  ? infinite
-                         : magnitude < 0x38800000u ? subnormal
-                                                   : normal;
+  // Normal result: rebias the exponent by 127 - 15 = 112 and round the 13 dropped bits to nearest even.
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal result: adding 0.5 aligns the last kept bit with the float's last bit; the FPU does the rounding.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u | (magnitude >> 13 & 0x1ffu) : 0x7c00u;
+  const uint32_t value = magnitude >= 0x477ff000u ? infinite : magnitude < 0x38800000u ? subnormal : normal;
   out.bits = uint16_t(sign | value);
 }
-template <typename T> MBP_INLINE T narrow(accumulator_t<T> v) {
+template <typename T>
+MBP_INLINE T narrow(accumulator_t<T> v) {
   T out;
   narrow_to(v, out);
   return out;
