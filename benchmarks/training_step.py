@@ -1,0 +1,445 @@
+"""How fast is a training step? PyTorch eager, torch.compile and this library, beside what the machine could do at most.
+
+    python benchmarks/training_step.py --json step.json --markdown step.md
+    python benchmarks/training_step.py --quick --workloads toy rl64
+
+A step forgets the old gradients (sets .grad to None), runs forward and mean squared error against a fixed target, and
+runs backward: float32, no optimiser. The peers take turns in one process, in rounds; a round times each of them once,
+starting with another one each time, and gives one ratio to eager per peer. The median of the ratios is reported, so
+that a machine that slows down for a while slows all peers alike. The limit is the rate of fused multiply-adds in
+registers, measured between the workloads with as many threads (fma_peak.cpp).
+
+Before a workload is timed, the gradients of every peer are checked. Part of what eager loses on tall batches are page
+faults, as glibc hands freed memory back to the system; the environment below keeps it, for eager as for us:
+
+    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 python benchmarks/training_step.py
+
+Left to others: peak memory, and devices other than the CPU.
+"""
+
+import argparse
+import copy
+import ctypes
+import datetime
+import gc
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch_manualbp as mbp
+from torch_manualbp.info import info
+
+HERE = Path(__file__).parent
+SAMPLE_SECONDS = 0.03  # a sample repeats the step until it lasts this long: the clock and a thread's wake-up are noise
+REFERENCE = "eager"
+
+# ---------------------------------------------------------------------------------------------------------- the peers
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of one peer."""
+
+    run: Callable[[], object]  # what is timed
+    gradients: Callable[[], list[Tensor]]  # what the last run left, in the order of nn.Sequential.parameters()
+
+
+def autograd_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Step:
+    """A step whose gradients come from `loss().backward()`."""
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss().backward()  # type: ignore[no-untyped-call]
+
+    return Step(run, lambda: [parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def eager(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """PyTorch as everybody writes it."""
+    return autograd_step(lambda: F.mse_loss(model(x), target), list(model.parameters()))
+
+
+def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """torch.compile, with all that it may fuse: the loss belongs to what it compiles, and the shapes are fixed."""
+    torch._dynamo.reset()
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(model(x), target)
+
+    return autograd_step(lambda: loss(x, target), list(model.parameters()))
+
+
+def fused(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """This library as a drop-in: the same program, with `mbp.MLP` in place of the nn.Sequential."""
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)])
+    mlp.load_state_dict(model.state_dict())
+    return autograd_step(lambda: F.mse_loss(mlp(x), target), list(mlp.parameters()))
+
+
+# Each entry builds the step of one peer from a network (its own copy), an input (B, D_in) and a target (B, D_out).
+PEERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
+    REFERENCE: eager,
+    "torch.compile": compiled,
+    "mbp.MLP": fused,
+}
+
+# ------------------------------------------------------------------------------------------------------ the workloads
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and a batch size."""
+
+    name: str
+    sizes: list[int]
+    batch: int
+
+    @property
+    def flops(self) -> int:
+        """Operations of a step: 2·B·in·out per layer for f_k, for ∂ℓ/∂Ω_k and (but for k = 0) for ∂ℓ/∂h_k."""
+        layers = [d_in * d_out for d_in, d_out in pairwise(self.sizes)]
+        return 6 * self.batch * sum(layers) - 2 * self.batch * layers[0]
+
+    def build(self) -> tuple[nn.Sequential, Tensor, Tensor]:
+        """The network with PyTorch's initialisation, an input (B, D_in) and a target (B, D_out); always the same."""
+        torch.manual_seed(8)  # the first seed with which gradients pass through the toy network, one unit wide
+        layers: list[nn.Module] = []
+        for d_in, d_out in pairwise(self.sizes):
+            layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+        model = nn.Sequential(*layers[:-1])
+        x = torch.randn(self.batch, self.sizes[0])
+        target = torch.randn(self.batch, self.sizes[-1])
+        safe = _without_flips(model, x)
+        x[~safe] = x[safe][0]
+        return model, x, target
+
+
+@torch.no_grad()
+def _without_flips(model: nn.Sequential, x: Tensor) -> Tensor:
+    """Which examples (B,) have no pre-activation so near to zero that float32 rounding may switch a ReLU.
+
+    Such a switch adds or removes a whole example's share of a gradient, which no tolerance could tell from an error.
+    Pre-activations are about 0.1 to 1 here and their rounding errors about 1e-7.
+    """
+    safe = torch.ones(len(x), dtype=torch.bool)
+    h = x.double()
+    for layer in copy.deepcopy(model).double():
+        if isinstance(layer, nn.ReLU):
+            safe &= (h.abs() > 1e-6).all(1)
+        h = layer(h)
+    return safe
+
+
+def load_workloads(names: Sequence[str] | None = None) -> list[Workload]:
+    """Those of workloads.json, or the named ones among them."""
+    table = json.loads((HERE / "workloads.json").read_text())
+    for name in names or ():
+        if name not in table:
+            raise SystemExit(f"no workload is called {name!r}; there are: {', '.join(table)}")
+    return [Workload(name, table[name]["sizes"], table[name]["batch"]) for name in names or table]
+
+
+# --------------------------------------------------------------------------------------------------- are they correct?
+
+
+class GradientCheck:
+    """Compares the gradients of a float32 step with those of eager in float64, relative to the largest entry."""
+
+    tolerance = 1e-4  # rounding gives 1e-6 on the deepest network
+
+    def __init__(self, model: nn.Sequential, x: Tensor, target: Tensor) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+        reference = eager(copy.deepcopy(model).double(), x.double(), target.double())
+        reference.run()
+        self.expected = reference.gradients()
+
+    def __call__(self, peer: str, gradients: Sequence[Tensor]) -> None:
+        """Ends the program if a gradient is wrong: the time of a wrong result is worth nothing."""
+        for name, actual, expected in zip(self.names, gradients, self.expected, strict=True):
+            error = float((actual.double() - expected).abs().max() / expected.abs().max())
+            if not error <= self.tolerance:  # NaN is wrong too
+                raise SystemExit(
+                    f"{peer}: the gradient of {name} is off by {error:.1e} (allowed: {self.tolerance:.0e})"
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+@dataclass
+class Timing:
+    """What was measured of one peer on one workload."""
+
+    repetitions: int = 0  # steps per sample
+    seconds: list[float] = field(default_factory=list)  # per step, one value per round
+    speedups: list[float] = field(default_factory=list)  # eager's time / this peer's time, one value per round
+    error: str = ""
+
+    @property
+    def speedup(self) -> float:
+        """The median of the rounds' ratios."""
+        return statistics.median(self.speedups)
+
+    @property
+    def median_seconds(self) -> float:
+        """The median time of a step."""
+        return statistics.median(self.seconds)
+
+
+def sample(step: Step, repetitions: int) -> float:
+    """Seconds per step, after one step that fetches what the peer before has pushed out of the caches."""
+    step.run()
+    start = time.perf_counter()
+    for _ in range(repetitions):
+        step.run()
+    return (time.perf_counter() - start) / repetitions
+
+
+def repetitions_for(step: Step) -> int:
+    """How many steps a sample needs."""
+    repetitions = 1
+    while (elapsed := sample(step, repetitions) * repetitions) < SAMPLE_SECONDS:
+        repetitions = math.ceil(1.2 * repetitions * SAMPLE_SECONDS / elapsed)
+    return repetitions
+
+
+def measure(workload: Workload, peers: Sequence[str], rounds: int) -> dict[str, Timing]:
+    """Checks the peers, then times them in turn."""
+    model, x, target = workload.build()
+    check = GradientCheck(model, x, target)
+    steps: dict[str, Step] = {}
+    timings = {peer: Timing() for peer in peers}
+    for peer in peers:
+        try:
+            step = PEERS[peer](copy.deepcopy(model), x, target)
+            step.run()
+        except Exception as error:  # a compiler that is missing or gives up: the others still count
+            timings[peer].error = f"{type(error).__name__}: {error}"
+            continue
+        check(peer, step.gradients())
+        timings[peer].repetitions = repetitions_for(step)
+        steps[peer] = step
+    running = list(steps)
+    gc.collect()
+    gc.disable()
+    for i in range(rounds):
+        first = i % len(running)
+        for peer in running[first:] + running[:first]:
+            timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
+    gc.enable()
+    for peer in running:
+        pairs = zip(timings[REFERENCE].seconds, timings[peer].seconds, strict=True)
+        timings[peer].speedups = [reference / own for reference, own in pairs]
+    return timings
+
+
+# ---------------------------------------------------------------------------------------------------------- the limit
+
+
+class FmaPeak:
+    """The machine's rate of fused multiply-adds, per instruction set: GFLOP/s of all threads, the best seen so far."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.threads = threads
+        self.gflops: dict[str, float] = {}
+        compilers = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"], ["c++"]]
+        compiler = next((words for words in compilers if words and shutil.which(words[0])), [])
+        library = str(folder / "fma_peak.so")
+        flags = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library, str(HERE / "fma_peak.cpp")]
+        if not compiler or subprocess.run([*compiler, *flags], capture_output=True, check=False).returncode != 0:
+            self._measure = None
+            return
+        self._measure = ctypes.CDLL(library).fma_peak_gflops
+        self._measure.restype, self._measure.argtypes = ctypes.c_double, [ctypes.c_char_p, ctypes.c_double]
+
+    def update(self) -> None:
+        """Measures once more: a machine that others use has better and worse moments."""
+        if self._measure is None:
+            return
+        seconds = 0.05
+        for level in ("default", "avx2", "avx512") * 4:
+            with ThreadPoolExecutor(self.threads) as pool:  # ctypes releases the GIL
+                gflops = sum(pool.map(self._measure, [level.encode()] * self.threads, [seconds] * self.threads))
+            if gflops > 0:  # else the CPU lacks this instruction set
+                self.gflops[level] = max(gflops, self.gflops.get(level, 0))
+
+    @property
+    def limit(self) -> float | None:
+        """The best of all instruction sets; None if it could not be measured."""
+        return max(self.gflops.values(), default=None)
+
+    def __str__(self) -> str:
+        if not self.gflops:
+            return "not measured (no C++ compiler found)"
+        return ", ".join(f"{rate:.0f} GFLOP/s ({level})" for level, rate in self.gflops.items())
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def geometric_mean(timings: Sequence[Timing]) -> float | None:
+    """Of the median speedups; None where a workload failed, as a mean over fewer rows would not compare."""
+    if any(timing.error for timing in timings):
+        return None
+    return statistics.geometric_mean([timing.speedup for timing in timings])
+
+
+def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], limit: float | None) -> str:
+    """One row per workload, aligned, as Markdown."""
+    peers = list(next(iter(results.values())))
+    rows = [["workload", *peers]]
+    for workload in workloads:
+        row = [workload.name]
+        for timing in results[workload.name].values():
+            if timing.error:
+                row.append("failed")
+                continue
+            gflops = workload.flops / timing.median_seconds * 1e-9
+            share = f"{gflops / limit:6.1%}" if limit else "     –"
+            row.append(f"{timing.speedup:5.2f}× {timing.median_seconds * 1e3:9.3f} ms {gflops:8.2f} {share}")
+        rows.append(row)
+    means = [geometric_mean([results[workload.name][peer] for workload in workloads]) for peer in peers]
+    rows.append(["geometric mean", *("–" if mean is None else f"{mean:5.2f}×" for mean in means)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def environment(peak: FmaPeak, load: float) -> dict[str, str]:
+    """The machine and what was set on it."""
+    facts = info()
+    settings = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("MALLOC_", "OMP_", "KMP_", "MKL_", "MANUALBP_"))
+        or name in ("LD_PRELOAD", "ATEN_CPU_CAPABILITY")
+    }
+    return {
+        "machine": f"{facts['cpu']}, {peak.threads} of {os.cpu_count()} CPUs used, {facts['platform']}",
+        "instruction set": facts["instruction set"],
+        "FMA peak": str(peak),
+        "software": f"torch {facts['torch']}, torch_manualbp {facts['torch_manualbp']}, Python {facts['python']}",
+        "load at the start": f"{load:.1f} processes" + (" (others were computing: expect noise)" if load > 0.5 else ""),
+        "environment": " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def as_json(
+    results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], peak: FmaPeak, header: dict[str, str]
+) -> dict[str, Any]:
+    """All that was measured, the raw samples included."""
+    peers = list(next(iter(results.values())))
+    return {
+        "header": header,
+        "fma_peak_gflops": peak.gflops or None,
+        "workloads": {
+            workload.name: {
+                "sizes": workload.sizes,
+                "batch": workload.batch,
+                "flops": workload.flops,
+                "peers": {
+                    peer: {"error": timing.error}
+                    if timing.error
+                    else {
+                        "speedup": timing.speedup,
+                        "median_seconds": timing.median_seconds,
+                        "gflops": workload.flops / timing.median_seconds * 1e-9,
+                        "repetitions": timing.repetitions,
+                        "seconds": timing.seconds,
+                    }
+                    for peer, timing in results[workload.name].items()
+                },
+            }
+            for workload in workloads
+        },
+        "geometric_mean": {
+            peer: geometric_mean([results[workload.name][peer] for workload in workloads]) for peer in peers
+        },
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Times a training step of ReLU networks, peer beside peer.")
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
+    parser.add_argument("--quick", action="store_true", help="few rounds, no torch.compile: a look, not a result")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    parser.add_argument("--markdown", type=Path, help="write what is printed to this file")
+    args = parser.parse_args()
+    args.rounds = args.rounds if args.rounds is not None else 5 if args.quick else 31
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    for path in filter(None, (args.json, args.markdown)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    return args
+
+
+def main() -> None:
+    """Measures, prints the table, writes the files."""
+    args = parse_arguments()
+    load = os.getloadavg()[0]  # the last minute's mean of running processes
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    workloads = load_workloads(args.workloads)
+    peers = [peer for peer in PEERS if not (peer == "torch.compile" and (args.quick or args.no_compile))]
+    results: dict[str, dict[str, Timing]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing compiled before, nothing left behind
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside the measurement
+        peak = FmaPeak(Path(folder), torch.get_num_threads())
+        for workload in workloads:
+            peak.update()
+            sys.stderr.write(f"{workload.name}: {args.rounds} rounds of {', '.join(peers)}\n")
+            results[workload.name] = measure(workload, peers, args.rounds)
+            for peer, timing in results[workload.name].items():
+                if timing.error:
+                    sys.stderr.write(f"{workload.name}: {peer} failed: {timing.error}\n")
+        peak.update()
+    header = {**environment(peak, load), "command": shlex.join(["python", *sys.argv]), "rounds": str(args.rounds)}
+    legend = (
+        f"Speed relative to {REFERENCE} (median of the rounds), median time of a step, GFLOP/s, share of the FMA peak:"
+    )
+    lines = [
+        *(f"- {name}: {value}" for name, value in header.items()),
+        "",
+        legend,
+        "",
+        table(results, workloads, peak.limit),
+    ]
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.json:
+        args.json.write_text(json.dumps(as_json(results, workloads, peak, header), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
