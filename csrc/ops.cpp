@@ -19,11 +19,17 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store)"
       " -> (Tensor output, Tensor hidden)");
-  // The gradients asked for by needs = [input, weights..., biases...], in this order. output: of a forward with
-  // final_relu, else None.
+  // The gradients asked for by needs = [input, weights..., biases...], in this order. hidden: as mlp stored it; or None,
+  // then the activations are computed again, for which biases are needed. output: of an mlp with final_relu, else None.
   m.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor hidden, Tensor? output, bool[] needs)"
-      " -> Tensor[]");
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
+      " Tensor? output, bool[] needs) -> Tensor[]");
+  // The loss (a scalar) of an mlp's output and the gradients asked for, as mlp_backward lists them, in one pass.
+  // loss: mse, cross_entropy or bce_with_logits; mean: divide by the number of terms; flat: the gradients of the
+  // parameters are views of one buffer.
+  m.def(
+      "mlp_loss(Tensor input, Tensor target, Tensor[] weights, Tensor?[] biases, str loss, bool mean, int ignore_index,"
+      " float label_smoothing, bool[] needs, bool flat) -> Tensor[]");
   // The instruction-set level in use.
   m.def("isa() -> str");
 }
@@ -33,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("linear_relu_backward", TORCH_BOX(&manualbp::linear_relu_backward));
   m.impl("mlp", TORCH_BOX(&manualbp::mlp));
   m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
+  m.impl("mlp_loss", TORCH_BOX(&manualbp::mlp_loss));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&manualbp::isa)); }

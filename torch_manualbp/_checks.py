@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-ACTIVATION_MODES = ("store",)
+ACTIVATION_MODES = ("store", "recompute")
+LOSSES = ("mse", "cross_entropy", "bce_with_logits")
+REDUCTIONS = ("mean", "sum")
 
 
 def check_tensor(op: str, name: str, value: Any, *, optional: bool = False) -> None:
@@ -39,7 +41,12 @@ def check_layers(
     return weights, biases
 
 
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_activations(op: str, activations: str) -> None:
     """Raises ValueError unless `activations` names a memory mode."""
-    if activations not in ACTIVATION_MODES:
-        raise ValueError(f"{op}: `activations` must be one of {ACTIVATION_MODES}, got {activations!r}")
+    check_choice(op, "activations", activations, ACTIVATION_MODES)

@@ -49,6 +49,7 @@ linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
+mlp_loss = torch.ops.manualbp.mlp_loss.default
 isa = torch.ops.manualbp.isa.default
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -104,10 +105,32 @@ def _(
     grad_output: Tensor,
     input: Tensor,
     weights: Sequence[Tensor],
-    hidden: Tensor,
+    biases: Sequence[Tensor | None],
+    hidden: Tensor | None,
     output: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    return _needed_like(input, weights, needs)
+
+
+@_fake("mlp_loss")
+def _(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loss: str,
+    mean: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    needs: Sequence[bool],
+    flat: bool,
+) -> list[Tensor]:
+    _check_devices("mlp_loss", input=input, target=target, weights=weights, biases=biases)
+    return [input.new_empty(()), *_needed_like(input, weights, needs)]
+
+
+def _needed_like(input: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     shapes = (input.shape, *(weight.shape for weight in weights), *(weight.shape[:1] for weight in weights))
     return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 

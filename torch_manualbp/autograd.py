@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, backward_is_composed
+from torch_manualbp._losses import LossSpec
 
 
 class LinearReLUFunction(ManualFunction):
@@ -42,46 +43,94 @@ class LinearReLUFunction(ManualFunction):
 
 
 class MLPFunction(ManualFunction):
-    """A whole network as one node: `apply(input, final_relu, K, *weights, *biases)` → (output, hidden).
+    """A whole network as one node: `apply(input, final_relu, store, K, *weights, *biases)` → (output, hidden).
 
-    `hidden` holds h_1 … h_{K−1}, flat. It is an output so that a gradient of the gradient can reach the activations
-    that backward reads; nothing else uses it.
+    If `store`, `hidden` holds h_1 … h_{K−1}, flat. It is an output so that a gradient of the gradient can reach the
+    activations that backward reads; nothing else uses it. If not, it is empty, and backward computes them again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, final_relu: bool, layers: int, *weights_and_biases: Tensor
+        ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All layers in one call; saves the input, the weights and the activations."""
-        weights, biases = weights_and_biases[:layers], weights_and_biases[layers:]
-        output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
+        """All layers in one call; saves the input, the weights, and the activations or the biases."""
+        weights, biases = parameters[:layers], parameters[layers:]
+        output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
         ctx.set_materialize_grads(False)
-        ctx.layers = layers
-        ctx.save_for_backward(input, hidden, output if final_relu else None, *weights)
+        ctx.layers, ctx.store = layers, store
+        kept = (hidden,) if store else biases
+        ctx.save_for_backward(input, output if final_relu else None, *weights, *kept)
         return output, hidden
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """All layers in reverse, in one call; stops below the lowest layer that has something to learn."""
-        input, hidden, output, *weights = ctx.saved_tensors
-        needs_input, _, _, *needs_parameters = ctx.needs_input_grad
+        input, output, *saved = ctx.saved_tensors
+        weights, kept = saved[: ctx.layers], saved[ctx.layers :]
+        hidden, biases = (kept[0], ()) if ctx.store else (None, kept)
+        needs_input, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs = [needs_input, *needs_parameters]
         if grad_output is None:  # only `hidden` was used: by the gradient of a gradient that is constant in the output
             if grad_hidden is None:
                 return (None,) * len(ctx.needs_input_grad)
             grad_output = input.new_zeros((*input.shape[:-1], weights[-1].shape[0]))
         if grad_hidden is not None or backward_is_composed(grad_output):
-            grads = reference.mlp_backward(
-                grad_output,
-                [input, *_split(hidden, input, weights)],
-                weights,
-                output,
-                None if grad_hidden is None else _split(grad_hidden, input, weights),
-            )
+            if hidden is None:
+                _, h = reference.mlp_forward(input, weights, biases, output is not None)
+            else:
+                h = [input, *_split(hidden, input, weights)]
+            grad_h = None if grad_hidden is None else _split(grad_hidden, input, weights)
+            grads = reference.mlp_backward(grad_output, h, weights, output, grad_h)
             spread = _only(needs, [grads.dinput, *grads.dweights, *grads.dbiases])
         else:
-            spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, hidden, output, needs))
-        return spread[0], None, None, *spread[1:]
+            spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
+        return spread[0], None, None, None, *spread[1:]
+
+
+class MLPLossFunction(ManualFunction):
+    """Network and loss as one node, as `apply(input, target, loss, K, *weights, *biases)`, `loss` being a `LossSpec`.
+
+    The gradients are ready when forward returns: backward multiplies them by the gradient that arrives, ∂L/∂ℓ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
+        """Forward, loss and backward in one pass over blocks of rows; keeps the gradients only."""
+        weights, biases = parameters[:layers], parameters[layers:]
+        needs_input, _, _, _, *needs_parameters = ctx.needs_input_grad
+        value, *grads = loss.run(input, target, weights, biases, [needs_input, *needs_parameters])
+        ctx.layers, ctx.loss = layers, loss
+        ctx.save_for_backward(input, target, *parameters, *grads)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that forward computed, times ∂L/∂ℓ."""
+        input, target, *saved = ctx.saved_tensors
+        parameters, grads = saved[: 2 * ctx.layers], saved[2 * ctx.layers :]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        if backward_is_composed(grad_output):
+            grads = _loss_gradients(ctx.loss, input, target, parameters, needs, grad_output)
+        else:
+            grads = torch._foreach_mul(grads, grad_output)
+        spread = _spread(needs, grads)
+        return spread[0], None, None, None, *spread[1:]
+
+
+def _loss_gradients(
+    loss: LossSpec,
+    input: Tensor,
+    target: Tensor,
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad_output: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of a loss from differentiable torch ops: what a gradient of the gradient goes through."""
+    layers = len(parameters) // 2
+    with torch.enable_grad():
+        output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
+        wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
+        return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
 
 
 def _split(hidden: Tensor, input: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

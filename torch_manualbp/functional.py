@@ -9,7 +9,8 @@ from torch import Tensor
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
 from torch_manualbp._function import kernels_apply
-from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
+from torch_manualbp._losses import LossSpec
+from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,7 +70,8 @@ def mlp(
         input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
         weights: Ω_k, shape (D_{k+1}, D_k), of the same dtype; at least one.
         biases: None, or a sequence with an item per weight: β_k, shape (D_{k+1},), or None.
-        activations: "store" keeps every h_k for the backward pass.
+        activations: "store" keeps every h_k for the backward pass. "recompute" keeps the input only and computes h_k
+            again, block of rows by block of rows: activation memory does not grow with the batch.
 
     Returns:
         f_{K−1}, shape (…, D_K), of the same dtype.
@@ -85,7 +87,7 @@ def mlp(
         tensor([[6.]])
     """
     check_activations("mlp", activations)
-    return run_layers(input, weights, biases)
+    return run_layers(input, weights, biases, activations=activations)
 
 
 def run_layers(
@@ -93,6 +95,7 @@ def run_layers(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
     final_relu: bool = False,
+    activations: str = "store",
 ) -> Tensor:
     """`mlp`, with a ReLU after the last layer too if `final_relu`: what the modules call."""
     check_tensor("mlp", "input", input)
@@ -102,7 +105,96 @@ def run_layers(
     elif torch.is_grad_enabled() and (
         input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
     ):
-        output, _ = MLPFunction.apply(input, final_relu, len(weights), *weights, *biases)
+        output, _ = MLPFunction.apply(input, final_relu, activations == "store", len(weights), *weights, *biases)
     else:
         output, _ = _ops.mlp(input, weights, biases, final_relu, False)
     return output
+
+
+def mlp_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    loss: str = "mse",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of `mlp`, in one pass: while a block of rows is in the cache, forward, loss and backward are done.
+
+    The gradients are ready when this function returns; ``backward()`` only hands them out, times the gradient that
+    arrives. No activation outlives its block: activation memory does not grow with the batch.
+
+    Args:
+        input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
+        target: for "mse" and "bce_with_logits" shape (…, D_K) and the dtype of `input`; for "cross_entropy" class
+            indices, int64, shape (B,) for an input (B, D_0), or () for (D_0,).
+        weights: Ω_k, shape (D_{k+1}, D_k), of the same dtype; at least one.
+        biases: None, or a sequence with an item per weight: β_k, shape (D_{k+1},), or None.
+        loss: "mse", "cross_entropy" or "bce_with_logits", as in ``torch.nn.functional``.
+        reduction: "mean" or "sum".
+        ignore_index: class that counts for nothing in "cross_entropy".
+        label_smoothing: between 0 and 1, for "cross_entropy".
+
+    Returns:
+        The loss, a scalar of the dtype of `input`.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not a sequence of tensors.
+        ValueError: unknown `loss` or `reduction`, no weights, or a wrong number of biases.
+        IndexError: a class is out of bounds.
+        RuntimeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> omega = [torch.ones(3, 2), torch.ones(1, 3)]
+        >>> mlp_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[4.0]]), omega)  # (6 − 4)²
+        tensor(4.)
+    """
+    check_tensor("mlp_loss", "input", input)
+    check_tensor("mlp_loss", "target", target)
+    weights, biases = check_layers("mlp_loss", weights, biases)
+    return run_loss(input, target, weights, biases, LossSpec(loss, reduction, ignore_index, label_smoothing))
+
+
+def run_loss(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    spec: LossSpec,
+) -> Tensor:
+    """`mlp_loss` on checked arguments: what the modules call."""
+    if not (kernels_apply(input, weights) and _target_is_plain(input, target)):
+        output, _ = reference.mlp_forward(input, weights, biases)
+        return spec.of(output, target)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
+    ):
+        value: Tensor = MLPLossFunction.apply(input, target, spec, len(weights), *weights, *biases)
+        return value
+    return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
+
+
+def can_bypass_graph(input: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether gradients may be computed and added without autograd: nobody else would see the difference."""
+    parameters = [p for p in (*weights, *biases) if p is not None]
+    return (
+        not input.requires_grad
+        and _target_is_plain(input, target)
+        and kernels_apply(input, weights)
+        and all(p.is_leaf and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in parameters)
+        and len({id(p) for p in parameters}) == len(parameters)
+    )
+
+
+def _target_is_plain(input: Tensor, target: Tensor) -> bool:
+    """Whether our op knows this kind of target; torch takes others too (class probabilities, one with a gradient)."""
+    return (
+        isinstance(target, Tensor)
+        and not target.requires_grad
+        and target.layout is torch.strided
+        and (target.dtype == input.dtype or not target.is_floating_point())
+        and (target.is_floating_point() or input.dim() <= 2)
+    )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
-from torch_manualbp.functional import linear_relu, run_layers
+from torch_manualbp._losses import LossSpec
+from torch_manualbp.functional import can_bypass_graph, linear_relu, run_layers, run_loss
 
 
 class LinearReLU(nn.Linear):
@@ -50,9 +51,10 @@ class LinearReLU(nn.Linear):
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("biases", "module", "relu", "weights")
+    __slots__ = ("activations", "biases", "module", "relu", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, activations: str) -> None:
+        self.activations = activations
         self.weights: list[Tensor] = []
         self.biases: list[Tensor | None] = []
         self.relu = False
@@ -66,7 +68,7 @@ class _Run:
     def __call__(self, input: Any) -> Any:
         if len(self.weights) == 1 and not self.relu:  # a lone linear layer: nothing to fuse
             return self.module(input)
-        return run_layers(input, self.weights, self.biases, self.relu)
+        return run_layers(input, self.weights, self.biases, self.relu, self.activations)
 
 
 def _fusable_kind(module: nn.Module) -> type | None:
@@ -98,10 +100,17 @@ class FusedForward(nn.Sequential):
     may come and go.
     """
 
+    activations: str
+
     def forward(self, input: Any) -> Any:
         """The children in turn, run by run."""
         if not (isinstance(input, Tensor) and kernels_apply(input)) or global_hooks_exist():
             return super().forward(input)  # type: ignore[no-untyped-call]
+        for step in self._steps():
+            input = step(input)
+        return input
+
+    def _steps(self) -> list[_Run | nn.Module]:
         steps: list[_Run | nn.Module] = []
         run: _Run | None = None
         for child in cast(Iterable[nn.Module], self._modules.values()):
@@ -110,14 +119,12 @@ class FusedForward(nn.Sequential):
                 run.relu = True
             elif kind is nn.Linear or kind is LinearReLU:
                 if run is None or not run.relu:  # linear after linear: a run of its own
-                    steps.append(run := _Run())
+                    steps.append(run := _Run(self.activations))
                 run.add(child)
             else:
                 run = None
                 steps.append(child)
-        for step in steps:
-            input = step(input)
-        return input
+        return steps
 
 
 class MLP(FusedForward):
@@ -126,7 +133,7 @@ class MLP(FusedForward):
     Args:
         sizes: D_0, D_1, …, D_K: the widths of the input, of each hidden layer, and of the output.
         bias: whether the layers learn an additive bias β_k.
-        activations: "store" keeps every h_k for the backward pass.
+        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input only.
         device: where the parameters are made.
         dtype: dtype of the parameters; the input must have it too.
 
@@ -171,6 +178,84 @@ class MLP(FusedForward):
             layers += [nn.Linear(d_in, d_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
         super().__init__(*layers[:-1])
         self.activations = activations
+
+    def loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        loss: str = "mse",
+        reduction: str = "mean",
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The loss of this network's output, and its gradients, in one pass over the batch: see `mlp_loss`.
+
+        Example:
+            >>> model = MLP([4, 8, 3])
+            >>> model.loss(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), "cross_entropy").backward()
+            >>> model[0].weight.grad.shape
+            torch.Size([8, 4])
+        """
+        spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
+        if (run := self._whole_run(input)) is None:
+            return spec.of(self(input), target)
+        return run_loss(input, target, run.weights, run.biases, spec)
+
+    def loss_backward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        loss: str = "mse",
+        reduction: str = "mean",
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Backpropagation by hand: adds the gradients to ``.grad`` of the parameters and returns the detached loss.
+
+        Equal to ``self.loss(…).backward()`` bit for bit, without an autograd graph: on a small network the engine's
+        work for each parameter is most of a step. Fresh gradients lie in one buffer. Where somebody listens to the
+        graph (hooks on a parameter, an input that requires a gradient), it goes through the graph after all.
+
+        Example:
+            >>> model = MLP([4, 8, 1])
+            >>> value = model.loss_backward(torch.randn(5, 4), torch.randn(5, 1))
+            >>> value.requires_grad, model[2].bias.grad.shape
+            (False, torch.Size([1]))
+        """
+        spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
+        run = self._whole_run(input)
+        if run is None or not can_bypass_graph(input, target, run.weights, run.biases):
+            value = self.loss(
+                input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+            )
+            value.backward()  # type: ignore[no-untyped-call]
+            return value.detach()
+        parameters = [*run.weights, *run.biases]
+        needs = [p is not None and p.requires_grad for p in parameters]
+        value, *grads = spec.run(input, target, run.weights, run.biases, [False, *needs], flat=True)
+        learners = [p for p, need in zip(parameters, needs, strict=True) if p is not None and need]
+        for parameter, grad in zip(learners, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad
+            else:
+                parameter.grad += grad
+        return value
+
+    def _whole_run(self, input: Any) -> _Run | None:
+        """The network as one run of layers, if that is what it (still) is and the kernels apply."""
+        if not (isinstance(input, Tensor) and kernels_apply(input)) or global_hooks_exist() or self._is_observed():
+            return None
+        steps = self._steps()
+        run = steps[0] if len(steps) == 1 else None
+        return run if isinstance(run, _Run) and not run.relu else None
+
+    def _is_observed(self) -> bool:
+        own = self.__dict__
+        return bool(
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""

@@ -22,6 +22,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Below this many multiply-adds a thread's share costs less than waking the thread.
 constexpr int64_t kGrain = 128 * 1024;
 
+// Sums over rows that are cut over threads are taken in units of so many rows.
+constexpr int64_t kUnitRows = 128;
+
 // Uninitialised memory from torch's allocator, aligned to a cache line.
 template <typename T>
 struct Buffer {
@@ -110,10 +113,10 @@ void gemm(const Gemm<T, T>& p, const Workers& workers) {
 // A layer's parameters, and its weight packed for the two products that multiply by it.
 template <typename T>
 struct Layer {
-  Matrix<const T> omega; // (D_out, D_in)
-  Bias<T> beta;          // (D_out), or none
-  const accumulator_t<T>* packed_transposed = nullptr; // Omega^T (D_in, D_out), for forward
-  const accumulator_t<T>* packed = nullptr; // Omega (D_out, D_in), for the input gradient
+  Matrix<const T> omega;                                // (D_out, D_in)
+  Bias<T> beta;                                         // (D_out), or none
+  const accumulator_t<T>* packed_transposed = nullptr;  // Omega^T (D_in, D_out), for forward
+  const accumulator_t<T>* packed = nullptr;             // Omega (D_out, D_in), for the input gradient
 
   int64_t d_in() const { return omega.cols; }
   int64_t d_out() const { return omega.rows; }
@@ -158,19 +161,19 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, accumulator_t<T>* dbet
     kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
                                 h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums, add});
   };
-  const int64_t slices = std::clamp<int64_t>(rows / 128, 1, 32);
-  if (workers.is_alone() || slices == 1) return part(0, rows, dbeta, accumulate);
-  const int64_t share = ceil_div(rows, slices);
-  const Buffer<A> partial(dbeta ? slices * cols : 0);
+  // Units of a fixed size, added in order: a block of several units and several blocks give the same sums.
+  const int64_t units = ceil_div(rows, kUnitRows);
+  if (workers.is_alone() || (units <= 1 && !accumulate)) return part(0, rows, dbeta, accumulate);
+  const Buffer<A> partial(dbeta ? units * cols : 0);
   // 16: a pass over memory costs about as much as that many multiply-adds for each element.
-  workers.run(slices, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const int64_t first = std::min(s * share, rows);
-      part(first, std::min(share, rows - first), dbeta ? partial.data + s * cols : nullptr, false);
+  workers.run(units, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t first = u * kUnitRows;
+      part(first, std::min(kUnitRows, rows - first), dbeta ? partial.data + u * cols : nullptr, false);
     }
   });
   if (dbeta) {
-    reduce<A>(partial.data, slices, cols, cols, dbeta, accumulate, workers);
+    reduce<A>(partial.data, units, cols, cols, dbeta, accumulate, workers);
   }
 }
 
@@ -195,4 +198,4 @@ void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* do
   });
 }
 
-} // namespace manualbp
+}  // namespace manualbp

@@ -277,7 +277,8 @@ class Network {
 
   // Rows of a block of which a thread touches `width` features a row again and again: half of a 1 MiB cache.
   static int64_t block_rows(int64_t width) {
-    return std::clamp<int64_t>(128 * 1024 / std::max<int64_t>(width, 1), 96, 512);
+    const int64_t units = 128 * 1024 / std::max<int64_t>(width, 1) / kUnitRows;
+    return std::clamp<int64_t>(units, 1, 4) * kUnitRows;
   }
 
   // Packs the weights of layers [first, last) once, for all the blocks that will multiply by them.

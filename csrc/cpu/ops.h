@@ -1,4 +1,4 @@
-// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp.
+// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,8 +20,13 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
 std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
                                bool final_relu, bool store);
 
-std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                 std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                  std::optional<Tensor> output, std::vector<bool> needs);
+
+std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
+                             std::vector<std::optional<Tensor>> biases, std::string loss, bool mean,
+                             int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat);
 
 std::string isa();
 

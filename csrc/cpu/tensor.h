@@ -65,17 +65,31 @@ std::string shape_text(const Sizes& sizes) {
 }
 inline std::string shape_of(const Tensor& t) { return shape_text(t.sizes()); }
 
-// A fresh contiguous CPU tensor from torch's allocator.
-inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = step;
     step *= sizes[d] > 0 ? sizes[d] : 1;
   }
+  return strides;
+}
+
+// A fresh contiguous CPU tensor from torch's allocator.
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  const auto strides = contiguous_strides(sizes);
   AtenTensorHandle handle;
   MBP_TORCH(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A contiguous part of a flat tensor, sharing its memory.
+inline Tensor view(const Tensor& flat, const std::vector<int64_t>& sizes, int64_t offset) {
+  const auto strides = contiguous_strides(sizes);
+  AtenTensorHandle handle;
+  MBP_TORCH(
+      aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 
@@ -176,12 +190,16 @@ inline void check_bias(const char* op, Name name, const Tensor& bias, Name weigh
             ",), one item per row of `", weight_name, "` ", shape_of(weight), ", got ", shape_of(bias));
 }
 
+inline bool same_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(int64_t(d)) == sizes[d];
+  return same;
+}
+
 inline void check_same_shape(const char* op, Name name, const Tensor& t, const std::vector<int64_t>& sizes,
                              const Tensor& input) {
   check_dtype(op, name, t, input);
-  bool same = t.dim() == int64_t(sizes.size());
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(int64_t(d)) == sizes[d];
-  MBP_CHECK(same, op, ": `", name, "` must have shape ", shape_text(sizes), ", got ", shape_of(t));
+  MBP_CHECK(same_shape(t, sizes), op, ": `", name, "` must have shape ", shape_text(sizes), ", got ", shape_of(t));
 }
 
 }  // namespace manualbp

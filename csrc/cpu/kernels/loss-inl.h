@@ -90,3 +90,8 @@ static double cross_entropy(const Loss<T>& p) {
   }
   return sum;
 }
+
+template <typename T>
+static void store_scalar(double value, T* out) {
+  *out = narrow<T>(accumulator_t<T>(value));
+}

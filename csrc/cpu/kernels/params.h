@@ -104,6 +104,7 @@ struct Kernels {
   double (*mse)(const Loss<T>&);
   double (*bce_with_logits)(const Loss<T>&);
   double (*cross_entropy)(const Loss<T>&);
+  void (*store)(double value, T* out);
 };
 
 // One instruction-set level: what isa.cpp chooses among.

@@ -1,0 +1,83 @@
+// What the entries of mlp.cpp and mlp_loss.cpp share: argument checks, and the network that their arguments describe.
+#pragma once
+
+#include "network.h"
+
+namespace manualbp {
+
+// Checks input (..., D_0), weights[k] (D_{k+1}, D_k) and biases[k] (D_{k+1}) or none.
+inline void check_network(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                          const std::vector<std::optional<Tensor>>& biases) {
+  MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
+  MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
+  int64_t features = input.size(input.dim() - 1);
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const Tensor& weight = weights[k];
+    const Name name{"weights", int64_t(k)};
+    MBP_CHECK(weight.dim() == 2, op, ": `", name, "` must be (out_features, in_features), got shape ",
+              shape_of(weight));
+    check_dtype(op, name, weight, input);
+    if (k == 0) {
+      MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `input` has ",
+                features, " features (", name, ": ", shape_of(weight), ", input: ", shape_of(input), ")");
+    } else {
+      const Name previous{"weights", int64_t(k) - 1};
+      MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `", previous,
+                "` has ", features, " rows (", name, ": ", shape_of(weight), ", ", previous, ": ",
+                shape_of(weights[k - 1]), ")");
+    }
+    features = weight.size(0);
+  }
+  MBP_CHECK(biases.size() == weights.size(), op, ": `biases` must have one item per weight (", weights.size(),
+            "), got ", biases.size());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    if (biases[k]) check_bias(op, {"biases", int64_t(k)}, *biases[k], {"weights", int64_t(k)}, weights[k], input);
+  }
+}
+
+// The network that weights and biases describe, for `batch` rows.
+template <typename T>
+Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                   bool final_relu) {
+  std::vector<Layer<T>> layers(weights.size());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    layers[k].omega = as_matrix<T>(weights[k]);
+    layers[k].beta = as_bias<T>(biases[k]);
+  }
+  return Network<T>(batch, std::move(layers), final_relu);
+}
+
+// The tensors of the gradients that `needs` = [input, weights..., biases...] asks for, in this order, and their memory.
+// flat: those of the parameters are views of one buffer, each at a multiple of 64 bytes.
+template <typename T>
+Gradients<T> allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked) {
+  const size_t layers = weights.size();
+  MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
+  const int32_t dtype = dtype_of(input);
+  constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
+  int64_t size = 0, offset = 0;
+  for (size_t k = 0; flat && k < layers; ++k) {
+    const int64_t d_out = weights[k].size(0);
+    if (needs[1 + k]) size += ceil_div(d_out * weights[k].size(1), kAlign) * kAlign;
+    if (needs[1 + layers + k]) size += ceil_div(d_out, kAlign) * kAlign;
+  }
+  const Tensor buffer = flat ? empty({size}, dtype) : Tensor();
+  const auto ask = [&](size_t i, const std::vector<int64_t>& sizes) -> T* {
+    if (!needs[i]) return nullptr;
+    if (flat && i > 0) {
+      asked.push_back(view(buffer, sizes, offset));
+      offset += ceil_div(asked.back().numel(), kAlign) * kAlign;
+    } else {
+      asked.push_back(empty(sizes, dtype));
+    }
+    return data<T>(asked.back());
+  };
+  Gradients<T> grads;
+  grads.input = ask(0, with_last_size(input, input.size(input.dim() - 1)));
+  for (size_t k = 0; k < layers; ++k) grads.omega.push_back(ask(1 + k, {weights[k].size(0), weights[k].size(1)}));
+  for (size_t k = 0; k < layers; ++k) grads.beta.push_back(ask(1 + layers + k, {weights[k].size(0)}));
+  return grads;
+}
+
+}  // namespace manualbp

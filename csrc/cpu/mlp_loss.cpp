@@ -1,0 +1,85 @@
+// mlp_loss on the CPU: forward, loss and backward in one pass over blocks of rows (Network::loss_backward).
+// What is kept of a row is gone when the next block is computed: activation memory does not grow with the batch.
+
+#include "mlp.h"
+#include "ops.h"
+
+namespace manualbp {
+
+namespace {
+
+// Checks the classes of a cross entropy; returns how many rows are not ignored.
+int64_t check_classes(const char* op, const int64_t* classes, int64_t stride, int64_t rows, int64_t cols,
+                      int64_t ignore_index) {
+  int64_t counted = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t c = classes[i * stride];
+    if (c == ignore_index) continue;
+    MBP_CHECK(c >= 0 && c < cols, op, ": `target` is out of bounds: class ", c, " at row ", i, ", but the output has ",
+              cols, " classes");
+    ++counted;
+  }
+  return counted;
+}
+
+}  // namespace
+
+std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
+                             std::vector<std::optional<Tensor>> biases, std::string loss, bool mean,
+                             int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
+  const char* op = "mlp_loss";
+  check_network(op, input, weights, biases);
+  const bool is_class = loss == "cross_entropy";
+  MBP_CHECK(is_class || loss == "mse" || loss == "bce_with_logits", op,
+            ": `loss` must be mse, cross_entropy or bce_with_logits, got ", loss);
+  MBP_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": `label_smoothing` must be between 0 and 1, got ",
+            label_smoothing);
+  auto sizes = with_last_size(input, weights.back().size(0));
+  const int64_t cols = sizes.back();
+  if (is_class) {
+    MBP_CHECK(input.dim() <= 2, op, ": cross_entropy takes an `input` of at most two dimensions, got ",
+              shape_of(input));
+    MBP_CHECK(dtype_of(target) == aoti_torch_dtype_int64(), op,
+              ": `target` of cross_entropy must hold class indices (int64), got ", dtype_name(dtype_of(target)));
+    sizes.pop_back();
+  } else {
+    check_dtype(op, {"target"}, target, input);
+  }
+  MBP_CHECK(same_shape(target, sizes), op, ": `target` must have shape ", shape_text(sizes), ", got ",
+            shape_of(target));
+  return dispatch(op, input, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor keep_input, keep_target;
+    const auto h = as_matrix<T>(input, keep_input);
+    Loss<T> terms{};
+    terms.cols = cols;
+    terms.ignore_index = ignore_index;
+    terms.label_smoothing = label_smoothing;
+    int64_t count = h.rows * cols;
+    if (is_class) {
+      terms.classes = const_data<int64_t>(target);
+      terms.target_row = target.dim() ? target.stride(0) : 0;
+      count = check_classes(op, terms.classes, terms.target_row, h.rows, cols, ignore_index);
+    } else {
+      const auto y = as_matrix<T>(target, keep_target);
+      terms.target = y.data;
+      terms.target_row = y.row_stride;
+      terms.target_col = y.col_stride;
+    }
+    terms.scale = mean ? 1.0 / double(count) : 1.0;
+    std::vector<Tensor> results{empty({}, dtype_of(input))};
+    const auto grads = allocate_gradients<T>(op, input, weights, needs, flat, results);
+    terms.gradient = results.size() > 1;
+    const auto& kernel = kernels<T>();
+    auto net = network<T>(h.rows, weights, biases, /*final_relu=*/false);
+    const double sum = net.loss_backward(h,
+                                         is_class        ? kernel.cross_entropy
+                                         : loss == "mse" ? kernel.mse
+                                                         : kernel.bce_with_logits,
+                                         terms, grads);
+    kernel.store(mean ? sum / double(count) : sum, data<T>(results[0]));
+    return results;
+  });
+}
+
+}  // namespace manualbp

@@ -1,0 +1,72 @@
+"""The losses that `mlp_loss` fuses: their names and options, our op, and the torch function that each one equals."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_manualbp import _ops
+from torch_manualbp._checks import LOSSES, REDUCTIONS, check_choice
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which loss, reduced how."""
+
+    name: str = "mse"
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("mlp_loss", "loss", self.name, LOSSES)
+        check_choice("mlp_loss", "reduction", self.reduction, REDUCTIONS)
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"mlp_loss: `label_smoothing` must be between 0 and 1, got {self.label_smoothing}")
+
+    def of(self, output: Tensor, target: Tensor) -> Tensor:
+        """The same loss by torch."""
+        if self.name == "mse":
+            return F.mse_loss(output, target, reduction=self.reduction)
+        if self.name == "bce_with_logits":
+            return F.binary_cross_entropy_with_logits(output, target, reduction=self.reduction)
+        return F.cross_entropy(
+            output,
+            target,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+        )
+
+    def run(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        needs: Sequence[bool],
+        flat: bool = False,
+    ) -> list[Tensor]:
+        """Our op: the loss, then the gradients that `needs` = [input, *weights, *biases] asks for.
+
+        flat: the gradients are views of one buffer.
+        """
+        try:
+            results: list[Tensor] = _ops.mlp_loss(
+                input,
+                target,
+                weights,
+                biases,
+                self.name,
+                self.reduction == "mean",
+                self.ignore_index,
+                self.label_smoothing,
+                needs,
+                flat,
+            )
+        except RuntimeError as error:
+            if "out of bounds" in str(error):  # the class that F.cross_entropy raises
+                raise IndexError(str(error)) from None
+            raise
+        return results
