@@ -226,7 +226,7 @@ class MLP(FusedForward):
         """
         spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
         run = self._whole_run(input)
-        if run is None or not can_bypass_graph(input, target, run.weights, run.biases):
+        if run is None or not can_bypass_graph(input, target, run.weights, run.biases, spec):
             value = self.loss(
                 input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
@@ -234,13 +234,14 @@ class MLP(FusedForward):
             return value.detach()
         parameters = [*run.weights, *run.biases]
         needs = [p is not None and p.requires_grad for p in parameters]
-        value, *grads = spec.run(input, target, run.weights, run.biases, [False, *needs], flat=True)
         learners = [p for p, need in zip(parameters, needs, strict=True) if p is not None and need]
-        for parameter, grad in zip(learners, grads, strict=True):
-            if parameter.grad is None:
-                parameter.grad = grad
-            else:
-                parameter.grad += grad
+        with torch.no_grad():
+            value, *grads = spec.run(input, target, run.weights, run.biases, [False, *needs], flat=True)
+            for parameter, grad in zip(learners, grads, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = grad
+                else:
+                    parameter.grad += grad
         return value
 
     def _whole_run(self, input: Any) -> _Run | None:
