@@ -6,20 +6,35 @@ gigabytes, into its isolated build environment. Where pip isolates the build, th
 within reach; where there is none (a fresh environment of ``python -m build`` or ``uv``), it asks for one.
 """
 
+import re
+import site
 import sys
 import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
+import setuptools
 from setuptools.build_meta import *  # noqa: F403
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation nobody else checks this
+    raise RuntimeError(
+        f"torch_manualbp needs setuptools >= 77 to be built, found {setuptools.__version__}: "
+        "`pip install -U setuptools`, or let pip isolate the build (without --no-build-isolation)"
+    )
 
 _HEADER = Path("torch", "include", "torch", "csrc", "stable", "library.h")
 
 
 def _installed_torch() -> Path | None:
-    """The site-packages folder, of the environment that runs the build, that holds torch and its stable-ABI headers."""
-    for folder in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib")):
-        if (Path(folder) / _HEADER).exists():
-            return Path(folder)
+    """The site-packages folder, of the environment that runs the build, that holds a torch >= 2.10 with its headers."""
+    folders = [sysconfig.get_path("platlib"), *site.getsitepackages()]  # the latter for --system-site-packages
+    if sys.prefix == sys.base_prefix:  # a virtual environment does not see the user's own packages
+        folders.append(site.getusersitepackages())
+    for folder in folders:
+        for torch in distributions(name="torch", path=[folder]):
+            release = re.match(r"(\d+)\.(\d+)", torch.version)
+            if release and (int(release[1]), int(release[2])) >= (2, 10) and (Path(folder) / _HEADER).exists():
+                return Path(folder)
     return None
 
 
@@ -27,11 +42,14 @@ def _build_requires(config_settings: dict[str, object] | None = None) -> list[st
     return [] if _installed_torch() else ["torch>=2.10"]
 
 
+def get_requires_for_build_sdist(config_settings: dict[str, object] | None = None) -> list[str]:
+    """Nothing more: a source archive needs no torch."""
+    return []
+
+
 # Not setuptools' own hooks of these names: they run setup.py, which imports torch before it could be asked for.
 get_requires_for_build_wheel = _build_requires
 get_requires_for_build_editable = _build_requires
-get_requires_for_build_sdist = _build_requires
-
 
 # pip's isolated build hides site-packages. Last on the path: the isolated environment's setuptools comes first.
 _folder = _installed_torch()

@@ -1,0 +1,104 @@
+# The commands of the project; `make help` lists them. They work on a machine with Python >= 3.10, a C++17 compiler
+# and make, and change nothing outside of $(VENV), build/, dist/ and the compiled torch_manualbp/_C.abi3.so.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+ARGS ?=
+
+PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
+# With the environment's programs on the path: the build looks for ninja there.
+RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+INSTALL := $(RUN) $(PIP) --no-build-isolation --editable '.[demo,test]'
+REBUILD := $(RUN) python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
+SOURCES := $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BINARY := torch_manualbp/_C.abi3.so
+# One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
+TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
+
+MAKEFLAGS += --no-print-directory
+.PHONY: help demo test lint format bench wheel clean FORCE
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
+	@echo "  TORCH_FLAGS=...  options of the pip command that installs torch. Where pip's default torch is a CUDA build,"
+	@echo "                   --index-url with the address of PyTorch's CPU wheels saves gigabytes"
+
+demo: $(VENV)/.ready  ## set up, build, and train the example
+	@echo "==> training: examples/train_digits.py"
+	@$(RUN) python examples/train_digits.py --output build/train_digits.png $(ARGS)
+
+test: $(VENV)/.ready  ## set up, build, and run the whole test suite
+	@echo "==> testing"
+	@$(RUN) python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint  ## ruff, clang-format and mypy
+	@echo "==> linting"
+	@$(RUN) ruff check -q .
+	@$(RUN) ruff format -q --check . || { $(RUN) ruff format --check .; false; }
+	@$(RUN) clang-format --dry-run --Werror $(CXX_FILES)
+	@$(RUN) mypy
+
+format: $(VENV)/.lint  ## rewrite the files as the linters want them
+	@$(RUN) ruff check -q --fix .
+	@$(RUN) ruff format -q .
+	@$(RUN) clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.ready  ## measure a training step: build/bench.md, build/bench.json
+	@mkdir -p build
+	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
+
+wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
+	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
+	@mkdir -p dist
+	@$(RUN) python -m pip wheel -qq . --no-deps --no-build-isolation --wheel-dir dist
+	@ls -l dist/*.whl
+
+clean:  ## remove all that was made here
+	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+	@rm -rf build dist *.egg-info $(BINARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# venv puts pip there last, so that an interrupted set-up starts again.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: Python >= 3.10 is needed, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "make: name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments: its venv module is missing" >&2; \
+	  echo "make: install it (on Debian and Ubuntu the package is python3-venv)" >&2; exit 1; }
+	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# setuptools and a pip that knows editable builds: some environments come with older ones. ninja compiles the files in
+# parallel, but the build does without it.
+$(TORCH_STAMP): | $(VENV)/bin/pip
+	@echo "==> installing $(TORCH)"
+	@$(PIP) $(TORCH_FLAGS) '$(TORCH)'
+	@$(PIP) 'pip>=22' 'setuptools>=77'
+	@$(RUN) command -v ninja >/dev/null || $(PIP) ninja 2>/dev/null || true
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+# Where nothing but csrc changed, only what depends on the changed files is compiled.
+$(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.py $(SOURCES) \
+                $(if $(wildcard $(BINARY)),,FORCE)
+	@echo 'int main() { if (int i = 0; i == 0) return i; }' | $${CXX:-c++} -std=c++17 -fsyntax-only -x c++ - || { \
+	  echo "make: a C++17 compiler is needed, but '$${CXX:-c++}' is none: install g++ or clang++, or name one: make CXX=..." >&2; \
+	  exit 1; }
+	@echo "==> building torch_manualbp"
+	@mkdir -p build
+	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
+	@touch $@
+
+# The pinned tools of the `lint` extra.
+$(VENV)/.lint: pyproject.toml | $(VENV)/.ready
+	@echo "==> installing the linters"
+	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
+	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "lint" in r.partition(";")[2]))')
+	@touch $@
