@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
+_tracing_state: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -21,17 +23,21 @@ global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_
 def kernels_apply(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
     """Whether our kernels compute this call; if not, the caller composes it from plain torch, which always works.
 
-    Not on other devices, nor for sparse or nested tensors; not under transforms that must see through the computation
-    (torch.func, forward-mode AD, torch.compile, torch.export); not under autocast, which chooses dtypes by op.
+    Not on other devices, nor for sparse or nested tensors and tensor subclasses; not under transforms that must see
+    through the computation (torch.func, forward-mode AD, torch.compile, torch.export, torch.jit.trace); not under
+    autocast, which chooses dtypes by op.
     """
+    kind = type(input)
     return (
         not torch.compiler.is_compiling()
+        and (kind is Tensor or kind is Parameter)
         and input.is_cpu
         and input.layout is torch.strided
         and not input.is_nested
         and not _transforms_active()
         and getattr(forward_ad, "_current_level", 0) < 0
         and not torch.is_autocast_enabled("cpu")
+        and _tracing_state() is None
         and all(weight.layout is torch.strided for weight in weights)
     )
 
