@@ -199,7 +199,7 @@ class Network {
   void run_backward(Matrix<const T> input, const T* hidden, size_t again, const Gradients<T>& grads, const TopOf& top) {
     const int64_t slice_rows = is_tall() ? slice_rows_ : batch_;
     const int64_t touched = 2 * widest_ + (again ? starts_.back() : 0);
-    const int64_t rows = !again && !is_tall() ? batch_ : std::min(slice_rows, block_rows(touched));
+    const int64_t rows = is_tall() ? std::min(slice_rows, block_rows(touched)) : again ? long_rows(touched) : batch_;
     const Team team(widest_, std::max(widest_, rows));
     const auto& workers = team.workers;
     const size_t lowest = grads.lowest();
@@ -281,6 +281,13 @@ class Network {
   static int64_t block_rows(int64_t width) {
     const int64_t units = 128 * 1024 / std::max<int64_t>(width, 1) / kUnitRows;
     return std::clamp<int64_t>(units, 1, 4) * kUnitRows;
+  }
+
+  // The same for rows that go layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks alike.
+  int64_t long_rows(int64_t width) const {
+    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / width, kUnitRows);
+    const int64_t blocks = std::max<int64_t>(ceil_div(batch_, most), 1);
+    return std::max<int64_t>(ceil_div(ceil_div(batch_, blocks), kUnitRows), 1) * kUnitRows;
   }
 
   // Packs the weights of layers [first, last) once, for all the blocks that will multiply by them.
