@@ -125,7 +125,8 @@ def mlp_loss(
     """The loss of `mlp`, in one pass: while a block of rows is in the cache, forward, loss and backward are done.
 
     The gradients are ready when this function returns; ``backward()`` only hands them out, times the gradient that
-    arrives. No activation outlives its block: activation memory does not grow with the batch.
+    arrives. No activation outlives its block: activation memory does not grow with the batch. In float16 they are
+    rounded before a loss scale arrives, so that ``GradScaler`` cannot save them from underflow: use `mlp` there.
 
     Args:
         input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.

@@ -27,7 +27,7 @@ MBP_INLINE double log_of(double v) { return __builtin_log(v); }
 MBP_INLINE float log1p_of(float v) { return __builtin_log1pf(v); }
 MBP_INLINE double log1p_of(double v) { return __builtin_log1p(v); }
 
-// ell = sum max(f, 0) - f y + log(1 + exp(-|f|));   df = (sigmoid(f) - y) scale
+// ell = sum (1 - y) f - min(f, 0) + log(1 + exp(-|f|));   df = (sigmoid(f) - y) scale
 template <typename T>
 static double bce_with_logits(const Loss<T>& p) {
   using A = accumulator_t<T>;
@@ -39,7 +39,7 @@ static double bce_with_logits(const Loss<T>& p) {
     for (int64_t j = 0; j < p.cols; ++j) {
       const A x = widen(f[j]), y = widen(target[j * p.target_col]);
       const A e = exp_of(x < A(0) ? x : -x);  // exp(-|x|): never overflows; NaN stays NaN
-      row += double((x < A(0) ? A(0) : x) - x * y + log1p_of(e));
+      row += double((A(1) - y) * x - (x < A(0) ? x : A(0)) + log1p_of(e));
       if (p.gradient) {
         const A sigmoid = (x < A(0) ? e : A(1)) / (A(1) + e);
         f[j] = narrow<T>((sigmoid - y) * A(p.scale));
