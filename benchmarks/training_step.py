@@ -88,19 +88,53 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return autograd_step(lambda: loss(x, target), list(model.parameters()))
 
 
-def fused(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """This library as a drop-in: the same program, with `mbp.MLP` in place of the nn.Sequential."""
+def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
+    """The same network, with the same parameters' values, as an `mbp.MLP`."""
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
-    mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)])
+    mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)], activations=activations)
     mlp.load_state_dict(model.state_dict())
+    return mlp
+
+
+def drop_in(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """This library as a drop-in: the same program, with `mbp.MLP` in place of the nn.Sequential."""
+    mlp = as_mlp(model)
     return autograd_step(lambda: F.mse_loss(mlp(x), target), list(mlp.parameters()))
+
+
+def recompute(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """The same, computing the activations again in backward: less memory, more work."""
+    mlp = as_mlp(model, "recompute")
+    return autograd_step(lambda: F.mse_loss(mlp(x), target), list(mlp.parameters()))
+
+
+def one_pass(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """`MLP.loss`: forward, loss and backward in one pass over the batch."""
+    mlp = as_mlp(model)
+    return autograd_step(lambda: mlp.loss(x, target), list(mlp.parameters()))
+
+
+def by_hand(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """`MLP.loss_backward`: the same without an autograd graph."""
+    mlp = as_mlp(model)
+    parameters = list(mlp.parameters())
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        mlp.loss_backward(x, target)
+
+    return Step(run, lambda: [parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 # Each entry builds the step of one peer from a network (its own copy), an input (B, D_in) and a target (B, D_out).
 PEERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     REFERENCE: eager,
     "torch.compile": compiled,
-    "mbp.MLP": fused,
+    "mbp.MLP": drop_in,
+    "recompute": recompute,
+    "MLP.loss": one_pass,
+    "loss_backward": by_hand,
 }
 
 # ------------------------------------------------------------------------------------------------------ the workloads
