@@ -1,6 +1,7 @@
-"""mlp_loss and MLP.loss: value and gradients against torch's own losses in float64, and what they refuse."""
+"""mlp_loss, MLP.loss and MLP.loss_backward: the losses of torch.nn.functional, and gradients ready after forward."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,258 +10,516 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import torch_manualbp as mbp
-from helpers import DTYPES
+from helpers import (
+    DTYPES,
+    LARGE,
+    TOLERANCE,
+    Net,
+    assert_equal,
+    assert_exact,
+    calls_of,
+    integer_net,
+    integers,
+    normal_net,
+    oracle,
+    plain_mlp,
+    smooth_net,
+)
 from torch_manualbp._losses import LossSpec
 
-# Largest difference to the float64 loss, relative to the largest entry: sums of at most 3000 terms, and for halves one
-# rounding of each output and each gradient.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-
-LOSSES = ("mse", "cross_entropy", "bce_with_logits")
-SIZES = {
-    "one layer": (9, [5, 4]),
-    "odd": (33, [7, 9, 17, 3]),
-    "tall": (1100, [16, 33, 8]),  # slices of the batch
-    "wide": (300, [300, 520, 10]),  # layer by layer, in several blocks of rows
-    "scalar output": (20, [3, 8, 1]),
+LOSSES = {
+    "mse": F.mse_loss,
+    "cross_entropy": F.cross_entropy,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
 }
+REDUCTIONS = ("mean", "sum")
+NAN, INF = float("nan"), float("inf")
 
 
-def make(batch, sizes, loss, dtype=torch.float64):
-    model = mbp.MLP(sizes, dtype=dtype)
-    input = torch.randn(batch, sizes[0]).to(dtype)
+def make_target(loss, leading, width, dtype=torch.float64):
+    """A target such as this loss takes."""
     if loss == "cross_entropy":
-        return model, input, torch.randint(sizes[-1], (batch,))
-    return model, input, torch.rand(batch, sizes[-1]).to(dtype)
+        return torch.randint(width, leading)
+    return (torch.randn(*leading, width) if loss == "mse" else torch.rand(*leading, width)).to(dtype)
 
 
-def torch_loss(loss, **options):
-    named = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy, "bce_with_logits": F.binary_cross_entropy_with_logits}
-    return lambda output, target: named[loss](output, target, **options)
+def fused(loss, **options):
+    """function(net, target): our loss."""
+    return lambda net, target: mbp.mlp_loss(net.input, target, *net[1:], loss=loss, **options)
 
 
-def gradients(value, model, *others):
-    return [value.detach(), *torch.autograd.grad(value, [*others, *model.parameters()])]
+def plain(loss, **options):
+    """function(net, target): the same loss, by torch."""
+    return lambda net, target: LOSSES[loss](plain_mlp(*net), target, **options)
 
 
-def assert_near(got, want, dtype):
-    for g, w in zip(got, want, strict=True):
-        largest = w.abs().max() if w.numel() else torch.tensor(0.0)
-        assert (g.double() - w).abs().max() <= TOLERANCE[dtype] * largest if w.numel() else g.shape == w.shape
+def step(function, net, target):
+    """The loss, and the gradient of each leaf."""
+    leaves = net.recorded()
+    value = function(leaves, target)
+    return [value.detach(), *torch.autograd.grad(value, leaves.leaves())]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def assert_close(got, want, dtype=torch.float64):
+    """Each tensor within 16 of the dtype's TOLERANCE of its largest element: a loss has a few more roundings than a sum."""
+    for one, other in zip(got, want, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, dtype)
+        if one.numel():
+            difference = (one.double() - other.double()).abs().max()
+            assert difference <= 16 * TOLERANCE[dtype] * other.double().abs().max(), difference
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("case", SIZES)
-def test_value_and_gradients_equal_torch(case, loss, reduction):
-    model, input, target = make(*SIZES[case], loss)
-    plain, x = nn.Sequential(*copy.deepcopy(model)), input.clone().requires_grad_()
-    want = gradients(torch_loss(loss, reduction=reduction)(plain(x), target), plain, x)
-    input.requires_grad_()
-    assert_near(gradients(model.loss(input, target, loss, reduction), model, input), want, torch.float64)
+@pytest.mark.parametrize("sizes", [[3, 2], [5, 7, 4], [9, 1, 16, 17], [33, 100, 64, 7]], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 67, 700])
+def test_loss_and_gradients_equal_torch(batch, sizes, loss, reduction):
+    net, target = normal_net(batch, sizes, biases="mixed"), make_target(loss, (batch,), sizes[-1])
+    options = {"reduction": reduction}
+    assert_close(step(fused(loss, **options), net, target), step(plain(loss, **options), net, target))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*LARGE, "small"])
+def test_squared_error_of_integers_is_exact(shape, dtype):
+    batch, sizes = {**LARGE, "small": (7, [5, 6, 4])}[shape]
+    net, target = integer_net(batch, sizes, dtype), integers(batch, sizes[-1], dtype=dtype)
+    output = oracle(net, target).values[0]
+    difference = output.double() - target.double()
+    truth = oracle(net, (2 * difference).to(dtype))
+    assert difference.pow(2).sum() < 2**24
+    value, *grads = step(fused("mse", reduction="sum"), net, target)
+    assert_equal(value, difference.pow(2).sum().to(dtype))
+    assert_exact([output, *grads], truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_dtype_is_near_float64(loss, dtype):
-    model, input, target = make(40, [6, 3], loss, dtype)  # one layer: no ReLU can flip
-    plain = nn.Sequential(*copy.deepcopy(model)).double()
-    wide = target.double() if target.is_floating_point() else target
-    want = gradients(torch_loss(loss)(plain(input.double()), wide), plain)
-    assert_near(gradients(model.loss(input, target, loss), model), want, dtype)
+def test_other_dtypes_are_near_float64(loss, reduction, dtype):
+    # One layer: its gradients are those of the loss times the input, with no ReLU to flip.
+    net = normal_net(64, [20, 10]).map(lambda tensor: tensor.to(dtype).double())
+    target = make_target(loss, (64,), 10)
+    target = target if loss == "cross_entropy" else target.to(dtype).double()
+    want = step(plain(loss, reduction=reduction), net, target)
+    low = target if loss == "cross_entropy" else target.to(dtype)
+    assert_close(step(fused(loss, reduction=reduction), net.map(lambda t: t.to(dtype)), low), want, dtype)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_cross_entropy_ignores_a_class_and_smooths_labels(reduction, smoothing):
-    model, input, target = make(50, [4, 8, 6], "cross_entropy")
-    target[::3] = 2
-    options = {"ignore_index": 2, "label_smoothing": smoothing, "reduction": reduction}
-    plain = nn.Sequential(*copy.deepcopy(model))
-    want = gradients(torch_loss("cross_entropy", **options)(plain(input), target), plain)
-    got = model.loss(input, target, "cross_entropy", reduction, ignore_index=2, label_smoothing=smoothing)
-    assert_near(gradients(got, model), want, torch.float64)
+# With more leading dimensions cross_entropy takes the classes in the second: test_targets_that_only_torch_knows.
+LEADING = [(loss, leading) for loss in LOSSES for leading in ((), (1,), (4,), (0,))]
+LEADING += [(loss, leading) for loss in ("mse", "bce_with_logits") for leading in ((2, 3), (2, 0, 3))]
 
 
-def test_a_batch_of_ignored_rows_gives_nan_mean_and_no_gradient():
-    model, input, _ = make(5, [4, 3], "cross_entropy")
-    value, *grads = gradients(model.loss(input, torch.full((5,), -100), "cross_entropy"), model)
-    assert value.isnan()
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+@pytest.mark.parametrize(("loss", "leading"), LEADING, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_leading_dimensions(reduction, loss, leading):
+    net, target = normal_net(leading, [5, 6, 3]), make_target(loss, leading, 3)
+    got, want = (step(f(loss, reduction=reduction), net, target) for f in (fused, plain))
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, equal_nan=True)  # the mean of nothing is NaN
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("options", [{"ignore_index": 2}, {"label_smoothing": 0.3}, {"label_smoothing": 1.0}], ids=str)
+def test_options_of_cross_entropy(options, reduction):
+    net, target = normal_net(40, [5, 6, 4]), make_target("cross_entropy", (40,), 4)
+    options = {"reduction": reduction, **options}
+    assert_close(*(step(f("cross_entropy", **options), net, target) for f in (fused, plain)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_count_for_nothing(reduction):
+    net, target = normal_net(8, [5, 6, 4]), torch.tensor([0, -100, 1, 2, -100, 3, -100, 0])
+    got = step(fused("cross_entropy", reduction=reduction), net, target)
+    assert_close(got, step(plain("cross_entropy", reduction=reduction), net, target))
+    assert not got[1][target == -100].any()
+    net.input[1] = NAN  # not even where its output is not a number
+    torch.testing.assert_close(*(step(f("cross_entropy", reduction=reduction), net, target)[0] for f in (fused, plain)))
+
+
+def test_a_batch_that_is_all_ignored():
+    net, target = normal_net(3, [5, 4]), torch.full((3,), -100)
+    for reduction in REDUCTIONS:
+        got, want = (step(f("cross_entropy", reduction=reduction), net, target) for f in (fused, plain))
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce_with_logits"])
+def test_large_logits_do_not_overflow(loss, scale):
+    net = Net(scale * torch.randn(20, 6, dtype=torch.float64), [torch.eye(6, dtype=torch.float64)], [None])
+    target = make_target(loss, (20,), 6)
+    got, want = (step(f(loss), net, target) for f in (fused, plain))
+    assert all(tensor.isfinite().all() for tensor in got)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "where"),
+    [*itertools.product(LOSSES, ["input", "weights"]), ("mse", "target"), ("bce_with_logits", "target")],
+)
+def test_nan_propagates(where, loss):
+    net, target = normal_net(5, [3, 4, 2]), make_target(loss, (5,), 2)
+    {"input": net.input, "target": target, "weights": net.weights[1]}[where][1, 1] = NAN
+    got, want = (step(f(loss), net, target) for f in (fused, plain))
+    assert got[0].isnan()
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize(("logit", "label"), list(itertools.product([INF, -INF], [0.0, 0.5, 1.0])))
+def test_infinite_logits_give_a_number_where_torch_does(logit, label):
+    net = Net(torch.tensor([[logit]]).double(), [torch.ones(1, 1).double()], [None])
+    target = torch.tensor([[label]]).double()
+    got, want = (f("bce_with_logits")(net, target) for f in (fused, plain))
+    if not want.isnan():
+        assert_equal(got, want)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_of_the_target(loss, layout):
+    net = normal_net(6, [5, 4])
+    if loss == "cross_entropy":
+        layouts = {
+            "transposed": torch.randint(4, (2, 6)).t()[:, 1],
+            "expanded": torch.tensor([2]).expand(6),
+            "sliced": torch.randint(4, (18,))[::3],
+        }
+    else:
+        layouts = {
+            "transposed": torch.rand(4, 6).double().t(),
+            "expanded": torch.rand(1, 4).double().expand(6, 4),
+            "sliced": torch.rand(12, 8).double()[1::2, ::2],
+        }
+    target = layouts[layout]
+    assert_close(step(fused(loss), net, target), step(fused(loss), net, target.clone()))
+    assert_close(step(fused(loss), net, target), step(plain(loss), net, target))
+
+
+# --- derivatives and the graph --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sizes", [[3, 2], [4, 5, 3]], ids=str)
+def test_derivatives(sizes, loss, reduction):
+    net, target = smooth_net(4, sizes).recorded(), make_target(loss, (4,), sizes[-1])
+    layers = len(net.weights)
+
+    def flat(input, *parameters):
+        return fused(loss, reduction=reduction)(Net(input, parameters[:layers], parameters[layers:]), target)
+
+    assert gradcheck(flat, net.leaves())
+    assert gradgradcheck(flat, net.leaves())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_empty_batch_is_torchs(loss):
-    model, input, target = make(0, [4, 8, 3], loss)
-    plain = nn.Sequential(*copy.deepcopy(model))
-    want = gradients(torch_loss(loss)(plain(input), target), plain)
-    torch.testing.assert_close(gradients(model.loss(input, target, loss), model), want, equal_nan=True)
+def test_each_subset_of_requires_grad_gets_its_gradients_and_no_other(loss):
+    net, target = normal_net(7, [5, 4, 3]), make_target(loss, (7,), 3)
+    everything = step(fused(loss), net, target)
+    for subset in itertools.product([False, True], repeat=len(net.leaves())):
+        leaves = net.recorded()
+        for leaf, need in zip(leaves.leaves(), subset, strict=True):
+            leaf.requires_grad_(need)
+        value = fused(loss)(leaves, target)
+        assert value.requires_grad == any(subset)
+        assert_equal(value.detach(), everything[0])
+        if any(subset):
+            value.backward()
+        for leaf, need, want in zip(leaves.leaves(), subset, everything[1:], strict=True):
+            assert (leaf.grad is not None) == need
+            if need:
+                assert_equal(leaf.grad, want)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_large_outputs_do_not_overflow(loss):
-    model, input, target = make(8, [4, 3], loss)
-    input *= 1e5
-    plain = nn.Sequential(*copy.deepcopy(model))
-    want = gradients(torch_loss(loss)(plain(input), target), plain)
-    assert all(w.isfinite().all() for w in want)
-    assert_near(gradients(model.loss(input, target, loss), model), want, torch.float64)
+@pytest.mark.parametrize("scale", [8.0, 0.0, -2.5, NAN, INF])
+def test_the_gradient_that_arrives_scales_the_gradients(scale, loss):
+    net, target = normal_net(7, [5, 4, 3]), make_target(loss, (7,), 3)
+    value, *grads = step(fused(loss), net, target)
+    want = [value * scale, *(gradient * scale for gradient in grads)]
+    assert_equal(step(lambda net, target: fused(loss)(net, target) * scale, net, target), want)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_nan_reaches_the_loss_and_the_gradients(loss):
-    model, input, target = make(8, [4, 3], loss)
-    input[2, 1] = float("nan")
-    assert all(result.isnan().any() for result in gradients(model.loss(input, target, loss), model))
-
-
-@pytest.mark.parametrize("scale", [0.0, -2.5, float("nan"), float("inf")])
-def test_the_gradient_that_arrives_is_honoured(scale):
-    model, input, target = make(30, [4, 8, 3], "mse")
-    ones = torch.autograd.grad(model.loss(input, target), list(model.parameters()))
-    scaled = torch.autograd.grad(model.loss(input, target) * scale, list(model.parameters()))
-    for one, got in zip(ones, scaled, strict=True):
-        torch.testing.assert_close(got, one * scale, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradcheck_and_gradgradcheck(loss):
-    model, input, target = make(5, [3, 4, 2], loss)
-    leaves = [input.requires_grad_(), *(p.detach().requires_grad_() for p in model.parameters())]
-
-    def value(x, w0, b0, w1, b1):
-        return mbp.mlp_loss(x, target, [w0, w1], [b0, b1], loss=loss)
-
-    assert gradcheck(value, leaves)
-    assert gradgradcheck(value, leaves)
-
-
-def test_backward_may_run_twice_when_the_graph_is_retained():
-    model, input, target = make(30, [4, 8, 3], "mse")
-    value = model.loss(input, target)
+def test_backward_twice_accumulates():
+    net, target = normal_net(7, [5, 4, 3]), make_target("mse", (7,), 3)
+    want = step(fused("mse"), net, target)[1:]
+    leaves = net.recorded()
+    value = fused("mse")(leaves, target)
     value.backward(retain_graph=True)
-    first = [p.grad.clone() for p in model.parameters()]
     value.backward()
-    for parameter, once in zip(model.parameters(), first, strict=True):
-        assert torch.equal(parameter.grad, 2 * once)
-
-
-def test_frozen_parameters_get_no_gradient():
-    model, input, target = make(30, [4, 8, 3], "mse")
-    model[0].weight.requires_grad_(False)
-    model.loss(input, target).backward()
-    assert [p.grad is None for p in model.parameters()] == [True, False, False, False]
-
-
-def test_without_grad_mode_the_loss_is_the_same_and_not_recorded():
-    model, input, target = make(30, [4, 8, 3], "cross_entropy")
-    with torch.no_grad():
-        value = model.loss(input, target, "cross_entropy")
-    assert not value.requires_grad
-    assert torch.equal(value, model.loss(input, target, "cross_entropy").detach())
-
-
-def test_targets_that_only_torch_knows_are_left_to_torch():
-    model, input, _ = make(6, [4, 3], "cross_entropy")
-    probabilities = torch.rand(6, 3, dtype=torch.float64).softmax(1)
-    want = F.cross_entropy(nn.Sequential(*model)(input), probabilities)
-    torch.testing.assert_close(model.loss(input, probabilities, "cross_entropy"), want)
-    target = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(model.loss(input, target), target)
-    assert grad.abs().sum() > 0
-
-
-# --- loss_backward --------------------------------------------------------------------------------------------------
+    assert_equal([leaf.grad for leaf in leaves.leaves()], [2 * gradient for gradient in want])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("case", SIZES)
-def test_loss_backward_equals_backward_bit_for_bit(case, loss):
-    model, input, target = make(*SIZES[case], loss, dtype=torch.float32)
-    by_hand = copy.deepcopy(model)
-    for _ in range(2):  # a fresh step, and one that accumulates
-        value = model.loss(input, target, loss)
+def test_one_node_and_one_call(loss):
+    net, target = normal_net(7, [5, 4, 3]), make_target(loss, (7,), 3)
+    value = fused(loss)(net.recorded(), target)
+    assert type(value.grad_fn).__name__ == "MLPLossFunctionBackward"
+    assert calls_of(lambda: fused(loss)(net.recorded(), target).backward()) == ["mlp_loss"]
+
+
+@pytest.mark.parametrize("name", ["input", "weights[0]", "weights[1]"])
+def test_gradients_of_arguments_changed_in_place_are_not_silently_wrong(name):
+    # The gradients were ready before the change: right ones, or the version error, but no others.
+    net, target = normal_net(3, [4, 5, 2]), make_target("mse", (3,), 2)
+    want = step(fused("mse"), net, target)[1:]
+    leaves = net.map(torch.clone).recorded()
+    value = fused("mse")(leaves, target)
+    with torch.no_grad():
+        dict(zip(net.names(), leaves.leaves(), strict=True))[name].mul_(2)
+    try:
         value.backward()
-        assert torch.equal(by_hand.loss_backward(input, target, loss), value.detach())
-    for p, q in zip(model.parameters(), by_hand.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+    else:
+        assert_equal([leaf.grad for leaf in leaves.leaves()], want)
 
 
-def test_loss_backward_lays_fresh_gradients_out_in_one_buffer():
-    model, input, target = make(30, [4, 8, 3], "mse")
-    assert not model.loss_backward(input, target).requires_grad
-    assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+def test_without_grad_the_loss_is_the_same_bit_for_bit():
+    net, target = normal_net(300, [9, 16, 3], torch.float32), torch.randn(300, 3)
+    recorded = fused("mse")(net.recorded(), target)
+    with torch.no_grad():
+        unrecorded = fused("mse")(net.recorded(), target)
+    assert not unrecorded.requires_grad
+    assert_equal(recorded.detach(), unrecorded)
+    assert_equal(fused("mse")(net, target), unrecorded)
 
 
-def test_loss_backward_skips_frozen_parameters_and_works_without_biases():
-    model = mbp.MLP([4, 8, 3], bias=False)
-    model[2].weight.requires_grad_(False)
-    model.loss_backward(torch.randn(6, 4), torch.randn(6, 3))
-    assert model[0].weight.grad is not None
-    assert model[2].weight.grad is None
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_bit(loss, dtype):
+    net, target = normal_net(3000, [33, 64, 7], dtype), make_target(loss, (3000,), 7, dtype)
+    alone = step(fused(loss), net, target)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_equal(step(fused(loss), net, target), alone)
 
 
-def test_loss_backward_goes_through_the_graph_where_somebody_listens():
-    model, input, target = make(6, [4, 8, 3], "mse")
-    seen = []
-    model[0].weight.register_hook(lambda grad: seen.append("tensor"))
-    model[2].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append("accumulated"))
-    model[2].register_forward_hook(lambda *args: seen.append("forward"))
-    model.register_forward_hook(lambda *args: seen.append("network"))
-    input.requires_grad_()
-    model.loss_backward(input, target)
-    assert sorted(seen) == ["accumulated", "forward", "network", "tensor"]
-    assert input.grad is not None
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own forward AD
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transforms_go_through_plain_torch(loss):
+    net, target = smooth_net(5, [4, 6, 3]), make_target(loss, (5,), 3)
+
+    def of(function):
+        return lambda input: function(loss)(net._replace(input=input), target)
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        torch.testing.assert_close(*(transform(of(f))(net.input) for f in (fused, plain)), rtol=1e-10, atol=1e-10)
+    torch.compiler.reset()
+    compiled = torch.compile(of(fused), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(net.input), of(plain)(net.input), rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
 
 
-def test_loss_backward_counts_a_shared_layer_twice():
-    layer = nn.Linear(4, 4, dtype=torch.float64)
-    model = mbp.MLP([4, 4, 4], dtype=torch.float64)
-    model[0] = model[2] = layer
-    plain = copy.deepcopy(nn.Sequential(*model))
-    input, target = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    model.loss_backward(input, target)
-    F.mse_loss(plain(input), target).backward()
-    torch.testing.assert_close(layer.weight.grad, plain[0].weight.grad)
+@pytest.mark.parametrize("kind", ["class probabilities", "target that requires grad", "images"])
+def test_targets_that_only_torch_knows(kind):
+    net = normal_net(6, [5, 3])
+    if kind == "class probabilities":
+        loss, target = "cross_entropy", torch.rand(6, 3).softmax(1).double()
+    elif kind == "target that requires grad":
+        loss, target = "mse", torch.randn(6, 3).double().requires_grad_()
+    else:  # classes lie in the second dimension, so an input of three dimensions has them in the middle
+        net, loss, target = normal_net((2, 4), [5, 3]), "cross_entropy", torch.randint(4, (2, 3))
+    assert_equal(step(fused(loss), net, target), step(plain(loss), net, target))
+    if target.requires_grad:
+        assert_equal(*(torch.autograd.grad(f(loss)(net, target), target) for f in (fused, plain)))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
+X, W, Y = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+ERRORS = {
+    "unknown loss": ((X, Y, [W]), {"loss": "l1"}, ValueError, "`loss` must be one of 'mse', .*, got 'l1'"),
+    "unknown reduction": ((X, Y, [W]), {"reduction": "none"}, ValueError, "`reduction` must be one of .*, got 'none'"),
+    "smoothing": ((X, Y, [W]), {"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be between 0 and 1, got 1.5"),
+    "target type": ((X, [1], [W]), {}, TypeError, "`target` must be a Tensor, got list"),
+    "target shape": ((X, Y[:, :3], [W]), {}, RuntimeError, r"`target` must have shape \(2, 4\), got \(2, 3\)"),
+    "classes as a matrix": ((X, Y.long(), [W]), {"loss": "cross_entropy"}, RuntimeError, r"`target` must have shape \(2,\)"),
+    "class too large": ((X, torch.tensor([1, 4]), [W]), {"loss": "cross_entropy"}, IndexError, "class 4 at row 1.* 4 classes"),
+    "class negative": ((X, torch.tensor([-1, 3]), [W]), {"loss": "cross_entropy"}, IndexError, "class -1 at row 0"),
+    "classes as int32": ((X, torch.ones(2).int(), [W]), {"loss": "cross_entropy"}, RuntimeError, "must hold class indices.*int32"),
+    "integer target": ((X, Y.long(), [W]), {}, RuntimeError, "`target` must have the dtype of `input`.*got int64"),
+    "target device": ((X, Y.to("meta"), [W]), {}, RuntimeError, r"`target` must be on the device of `input` \(cpu\), got meta"),
+    "weight shape": ((X, Y, [W.t()]), {}, RuntimeError, r"`weights\[0\]` has 4 columns but `input` has 3 features"),
+    "no weights": ((X, Y, []), {}, ValueError, "`weights` must hold at least one weight"),
+    "biases": ((X, Y, [W], []), {}, ValueError, r"`biases` must have one item per weight \(1\), got 0"),
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"loss": "hinge"}, ValueError, "`loss` must be one of 'mse', 'cross_entropy', 'bce_with_logits', got 'hinge'"),
-        ({"reduction": "none"}, ValueError, "`reduction` must be one of 'mean', 'sum', got 'none'"),
-        ({"label_smoothing": 2.0}, ValueError, "`label_smoothing` must be between 0 and 1, got 2.0"),
-        ({"target": [1.0]}, TypeError, "`target` must be a Tensor, got list"),
-        ({"target": torch.zeros(5, 2)}, RuntimeError, r"`target` must have shape \(5, 3\), got \(5, 2\)"),
-        ({"target": torch.zeros(5, 3, dtype=torch.int64)}, RuntimeError, "`target` must have the dtype of `input`"),
-        (
-            {"loss": "cross_entropy", "target": torch.zeros(4, dtype=torch.int64)},
-            RuntimeError,
-            r"`target` must have shape \(5,\), got \(4,\)",
-        ),
-        (
-            {"loss": "cross_entropy", "target": torch.zeros(5, dtype=torch.int32)},
-            RuntimeError,
-            "must hold class indices .int64., got int32",
-        ),
-        (
-            {"loss": "cross_entropy", "target": torch.tensor([0, 1, 3, 0, 0])},
-            IndexError,
-            "`target` is out of bounds: class 3 at row 2, but the output has 3 classes",
-        ),
-        ({"biases": [None, None]}, ValueError, r"`biases` must have one item per weight \(1\), got 2"),
-        ({"weights": []}, ValueError, "`weights` must hold at least one weight"),
-    ],
-)
-def test_errors_name_the_argument(change, error, message):
-    arguments = {"input": torch.zeros(5, 4), "target": torch.zeros(5, 3), "weights": [torch.zeros(3, 4)]}
-    with pytest.raises(error, match=message):
-        mbp.mlp_loss(**{**arguments, **change})
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case, grad):
+    args, options, error, message = ERRORS[case]
+    with pytest.raises(error, match="mlp_loss: .*" + message):
+        mbp.mlp_loss(args[0].clone().requires_grad_(grad), *args[1:], **options)
 
 
 def test_a_spec_is_checked_when_it_is_made():
     with pytest.raises(ValueError, match="`loss` must be one of"):
         LossSpec("l1")
+
+
+# --- MLP.loss and MLP.loss_backward ---------------------------------------------------------------------------------
+
+
+def model_and_data(loss="mse", dtype=torch.float64, sizes=(5, 8, 6, 3), batch=40):
+    model = mbp.MLP(sizes, dtype=dtype)
+    return model, torch.randn(batch, sizes[0], dtype=dtype), make_target(loss, (batch,), sizes[-1], dtype)
+
+
+def grads_of(model):
+    return [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_of_a_model_is_the_loss_of_its_output(loss, reduction):
+    model, input, target = model_and_data(loss)
+    value = model.loss(input, target, loss, reduction)
+    value.backward()
+    got = grads_of(model)
+    model.zero_grad()
+    want = LOSSES[loss](model(input), target, reduction=reduction)
+    want.backward()
+    assert_close([value, *got], [want, *grads_of(model)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("batch", "sizes"), [(40, [5, 8, 6, 3]), (1100, [16, 33, 8]), (300, [300, 520, 10])], ids=str)
+def test_loss_backward_equals_loss_and_backward_bit_for_bit(batch, sizes, loss, dtype):
+    model, input, target = model_and_data(loss, dtype, sizes, batch)
+    by_hand = copy.deepcopy(model)
+    for _ in range(2):  # a fresh step, and one that accumulates
+        value = model.loss(input, target, loss)
+        value.backward()
+        assert_equal(by_hand.loss_backward(input, target, loss), value.detach())
+        assert_equal(grads_of(by_hand), grads_of(model))
+
+
+def test_loss_backward_leaves_no_graph_and_adds_up():
+    model, input, target = model_and_data()
+    for times in (1, 2, 3):
+        value = model.loss_backward(input, target)
+        assert not value.requires_grad
+        for parameter in model.parameters():
+            assert not parameter.grad.requires_grad
+            assert parameter.grad.shape == parameter.shape
+        if times == 1:
+            first = grads_of(model)
+    torch.testing.assert_close(grads_of(model), [3 * gradient for gradient in first], rtol=1e-12, atol=0)
+    assert calls_of(model.loss_backward, input, target) == ["mlp_loss"]
+
+
+def test_fresh_gradients_lie_in_one_buffer():
+    model, input, target = model_and_data()
+    model.loss_backward(input, target)
+    assert len({parameter.grad.untyped_storage().data_ptr() for parameter in model.parameters()}) == 1
+
+
+def test_loss_backward_without_biases():
+    model = mbp.MLP([5, 8, 3], bias=False).double()
+    input, target = torch.randn(40, 5).double(), torch.randn(40, 3).double()
+    model.loss_backward(input, target)
+    got = grads_of(model)
+    model.zero_grad()
+    F.mse_loss(model(input), target).backward()
+    assert_close(got, grads_of(model))
+
+
+def test_gradients_of_one_step_survive_the_next():
+    model, input, target = model_and_data()
+    model.loss_backward(input, target)
+    kept = [parameter.grad for parameter in model.parameters()]
+    copies = grads_of(model)
+    model.zero_grad()
+    model.loss_backward(2 * input, target)
+    assert_equal(kept, copies)
+
+
+@pytest.mark.parametrize("frozen", [["0.weight"], ["2.bias", "4.weight"], ["0.weight", "0.bias", "2.weight"]], ids=str)
+def test_frozen_parameters_get_no_gradient(frozen):
+    model, input, target = model_and_data()
+    model.loss_backward(input, target)
+    want = dict(zip(model.state_dict(), grads_of(model), strict=True))
+    model.zero_grad()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    model.loss_backward(input, target)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("watch", ["parameter", "accumulation", "child", "whole", "input", "shared", "appended"])
+def test_whoever_listens_to_the_graph_is_heard(watch):
+    model, input, target = model_and_data(sizes=(5, 5, 5, 3))
+    if watch == "shared":
+        model[2].weight = model[0].weight
+    if watch == "appended":
+        model.append(nn.Tanh())
+    want = F.mse_loss(model(input), target)
+    want.backward()
+    expected, seen = grads_of(model), []
+    model.zero_grad()
+    if watch == "parameter":
+        model[0].weight.register_hook(lambda gradient: seen.append(gradient))
+    elif watch == "accumulation":
+        model[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad))
+    elif watch == "child":
+        model[1].register_forward_hook(lambda *_: seen.append("child"))
+    elif watch == "whole":
+        model.register_forward_hook(lambda *_: seen.append("whole"))
+    elif watch == "input":
+        input.requires_grad_()
+    value = model.loss_backward(input, target)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, want.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grads_of(model), expected, rtol=1e-11, atol=1e-13)
+    assert bool(seen) == (watch in ("parameter", "accumulation", "child", "whole"))
+    assert (input.grad is not None) == (watch == "input")
+
+
+def test_training_by_loss_backward_follows_autograd():
+    torch.manual_seed(0)
+    ours = mbp.MLP([6, 16, 1], dtype=torch.float64)
+    theirs = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+    theirs.load_state_dict(ours.state_dict())
+    input, target = torch.randn(64, 6).double(), torch.randn(64, 1).double()
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(25):
+            optimizer.zero_grad()
+            if model is ours:
+                value = model.loss_backward(input, target)
+            else:
+                value = F.mse_loss(model(input), target)
+                value.backward()
+            optimizer.step()
+        losses.append(value.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_loss_of_a_model_passes_options_on():
+    model, input, target = model_and_data("cross_entropy")
+    options = {"ignore_index": 1, "label_smoothing": 0.2}
+    want = F.cross_entropy(model(input), target, **options)
+    torch.testing.assert_close(model.loss(input, target, "cross_entropy", **options), want, rtol=1e-12, atol=0)
+    got = model.loss_backward(input, target, "cross_entropy", **options)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["loss", "loss_backward"])
+def test_unknown_loss_of_a_model_is_a_value_error(method):
+    model, input, target = model_and_data()
+    with pytest.raises(ValueError, match="`loss` must be one of"):
+        getattr(model, method)(input, target, "huber")

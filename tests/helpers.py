@@ -1,0 +1,263 @@
+"""What every test shares: shapes, dtypes, networks, the one oracle, and the two comparisons.
+
+The oracle is float64 autograd on plain torch ops, with each layer's result rounded to the dtype under test, as memory
+rounds it. Two kinds of data make a sharp comparison with it possible:
+
+  integers   small integers: every sum is exact in every dtype, so results must equal the oracle's bit for bit, ReLU at
+             exact zeros included. Wherever the question is "which numbers were combined", this is the data.
+  normals    real numbers: results differ by rounding. The error is measured against the sums of absolute values that
+             were added up (an element that cancels to almost nothing keeps their error). A pre-activation within
+             rounding of zero may fall on either side of the ReLU and change gradients by whole units; so the oracle can
+             be told which units were on, and then checks that each was a matter of rounding.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torch_manualbp as mbp
+from torch_manualbp import _ops
+from torch_manualbp.functional import run_layers
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Around the edges of the register tiles, plus ordinary sizes.
+BATCHES = (0, 1, 5)
+WIDTHS = (1, 2, 7, 8, 9, 16, 17, 64, 100)
+
+# Large enough for threads and slices of the batch, and across every block border of the matrix product (at most 256
+# columns, depth 384), on both ways to cut the work: by rows of the batch, and layer by layer.
+LARGE = {
+    "tall": (3000, [33, 100, 64, 7]),
+    "odd": (1021, [9, 17, 5]),
+    "wide": (700, [300, 520, 10]),
+    "many parameters": (200, [1100, 1000, 3]),
+    "few rows": (3, [1100, 700, 2]),
+}
+
+# Largest error, as a fraction of the largest sum of absolute values in the tensor.
+TOLERANCE = {
+    torch.float64: 2**-48,  # 32 units of rounding (2^-53): sums of up to 3000 terms, up to 5 layers
+    torch.float32: 2**-19,  # the same 32 units, of 2^-24
+    torch.bfloat16: 2**-8,  # sums are made in float32, so only the last place of a stored number can differ
+    torch.float16: 2**-11,  # the same
+}
+
+
+class Net(NamedTuple):
+    """A network and its input, or anything of this shape: gradients, layouts."""
+
+    input: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+    def leaves(self):
+        return [self.input, *self.weights, *(bias for bias in self.biases if bias is not None)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Net":
+        biases = [None if bias is None else change(bias) for bias in self.biases]
+        return Net(change(self.input), [change(weight) for weight in self.weights], biases)
+
+    def names(self):
+        weights = [f"weights[{k}]" for k in range(len(self.weights))]
+        return ["input", *weights, *(f"biases[{k}]" for k, bias in enumerate(self.biases) if bias is not None)]
+
+    def recorded(self):
+        """The same tensors, strides included, as leaves that require grad."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_())
+
+
+def integers(*shape, dtype=torch.float64, high=2):
+    """Random integers from -high to high."""
+    return torch.randint(-high, high + 1, shape).to(dtype)
+
+
+def integer_net(leading, sizes, dtype=torch.float64, biases="all"):
+    """Small integers. Weights are -1, 0 or 1, about 4 of them not 0 per row, so that five layers stay small."""
+    weights = [
+        integers(d_out, d_in, dtype=dtype, high=1) * (torch.rand(d_out, d_in) * d_in < 6)
+        for d_in, d_out in itertools.pairwise(sizes)
+    ]
+    return Net(
+        integers(*_leading(leading), sizes[0], dtype=dtype),
+        weights,
+        _biases(biases, sizes[1:], lambda d: integers(d, dtype=dtype)),
+    )
+
+
+def normal_net(leading, sizes, dtype=torch.float64, biases="all"):
+    """Normal numbers, weights scaled so that activations keep their size through the layers."""
+    weights = [torch.randn(d_out, d_in) * (2 / max(d_in, 1)) ** 0.5 for d_in, d_out in itertools.pairwise(sizes)]
+    input = torch.randn(*_leading(leading), sizes[0])
+    net = Net(input, weights, _biases(biases, sizes[1:], lambda d: torch.randn(d) / 2))
+    return net.map(lambda tensor: tensor.to(dtype))
+
+
+def smooth_net(leading, sizes, biases="all", final_relu=False):
+    """A float64 network in which no pre-activation is near 0: finite differences then never cross a ReLU's kink."""
+    for _ in range(100):
+        net = normal_net(leading, sizes, biases=biases).map(lambda tensor: tensor + torch.randn_like(tensor) / 8)
+        h, near = net.input, []
+        for weight, bias in zip(net.weights, net.biases, strict=True):
+            f = F.linear(h, weight, bias)
+            h = torch.relu(f)
+            near.append(bool((f.abs() < 1e-4).any()))
+        if not any(near if final_relu else near[:-1]):
+            return net
+    raise AssertionError(f"no smooth network of sizes {sizes} in 100 draws")
+
+
+def _leading(leading):
+    return (leading,) if isinstance(leading, int) else tuple(leading)
+
+
+def _biases(which, widths, make):
+    present = {"all": lambda k: True, "none": lambda k: False, "mixed": lambda k: k % 2 == 1}[which]
+    return [make(width) if present(k) else None for k, width in enumerate(widths)]
+
+
+# --- what is tested -------------------------------------------------------------------------------------------------
+
+
+def one_layer(input, weights, biases):
+    """`linear_relu`, called like `mlp`."""
+    (weight,), (bias,) = weights, biases
+    return mbp.linear_relu(input, weight, bias)
+
+
+def closed_mlp(input, weights, biases):
+    """`mlp` with a ReLU after the last layer too: what an `nn.Sequential` that ends in a ReLU calls."""
+    return run_layers(input, weights, biases, final_relu=True)
+
+
+def recomputing_mlp(input, weights, biases=None):
+    """`mlp` that keeps no activations."""
+    return mbp.mlp(input, weights, biases, activations="recompute")
+
+
+def plain_mlp(input, weights, biases=None, *, final_relu=False):
+    """The same network in plain torch."""
+    h = input
+    for k, weight in enumerate(weights):
+        f = F.linear(h, weight, None if biases is None else biases[k])
+        h = torch.relu(f) if k < len(weights) - 1 or final_relu else f
+    return h
+
+
+def results(function, net, grad_output):
+    """The output of function(*net), and the gradient of each leaf for this grad_output."""
+    leaves = net.recorded()
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves.leaves(), grad_output)]
+
+
+def units(net, final_relu=False):
+    """Which units our own forward pass switched on: one boolean tensor per ReLU."""
+    output, hidden = _ops.mlp(*net, final_relu, True)
+    leading = net.input.shape[:-1]
+    widths = [weight.shape[0] for weight in net.weights[:-1]]
+    pieces = hidden.split([leading.numel() * width for width in widths]) if widths else ()
+    on = [piece.view(*leading, width) > 0 for piece, width in zip(pieces, widths, strict=True)]
+    return [*on, output > 0] if final_relu else on
+
+
+# --- what it is compared with ---------------------------------------------------------------------------------------
+
+
+class Truth(NamedTuple):
+    """The oracle's answer: the output and the gradient of each leaf, with the sums of absolute values behind each."""
+
+    names: list[str]
+    values: list[Tensor]
+    sums: list[Tensor]
+
+
+def oracle(net, grad_output, *, final_relu=False, on=None):
+    """Float64 autograd on plain torch ops, each layer rounded to the dtype of `net`; `on` as `units` returns it."""
+    dtype, layers = net.input.dtype, len(net.weights)
+    leaves = net.recorded()
+    input, weights, biases = leaves.map(lambda tensor: tensor.double())
+    h, f = [input], []
+    for k in range(layers):
+        f.append(F.linear(h[k], weights[k], biases[k]).to(dtype).double())
+        if k == layers - 1 and not final_relu:
+            h.append(f[k])
+        elif on is None:
+            h.append(F.relu(f[k]))
+        else:
+            h.append(f[k].where(on[k], 0))
+            _check_units(f[k], on[k], _sum(h[k], weights[k], biases[k]) * TOLERANCE[dtype])
+    output = h[-1].to(dtype)
+    grads = torch.autograd.grad(output, [*leaves.leaves(), *f], grad_output)
+    grads, df = grads[:-layers], grads[-layers:]
+    sums = [_sum(h[-2], weights[-1], biases[-1]), _sum(df[0], weights[0].t())]
+    sums += [_sum(_rows(df[k]).t(), _rows(h[k]).t()) for k in range(layers)]
+    sums += [_rows(df[k]).abs().sum(0) for k in range(layers) if biases[k] is not None]
+    names = ["output", *(f"gradient of {name}" for name in net.names())]
+    return Truth(names, [output.detach(), *grads], sums)
+
+
+def _sum(a, b, bias=None):
+    """a bᵀ + bias, of absolute values."""
+    return F.linear(a.abs(), b.abs(), None if bias is None else bias.abs()).detach()
+
+
+def _rows(tensor):
+    return tensor.detach().reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _check_units(f, on, rounding):
+    wrong = ((f > 0) != on) & (f.abs() > rounding)
+    assert not wrong.any(), f"{int(wrong.sum())} units are on or off against a pre-activation that is not near 0"
+
+
+def assert_equal(got, want):
+    """Bit for bit, but for the sign of zero and the payload of NaN; same shape and dtype."""
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_exact(got, truth):
+    """Results on integers: equal to the oracle's, which is only fair while every sum is exact in float32."""
+    for name, one, want, total in zip(truth.names, got, truth.values, truth.sums, strict=True):
+        assert total.numel() == 0 or total.max() < 2**24, f"{name}: sums too large to be exact in float32"
+        torch.testing.assert_close(one, want, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_near(got, truth):
+    """Results on real numbers: within TOLERANCE of the oracle's."""
+    for name, one, want, total in zip(truth.names, got, truth.values, truth.sums, strict=True):
+        assert (one.dtype, one.shape) == (want.dtype, want.shape), name
+        if want.numel():
+            error, allowed = (one.double() - want.double()).abs().max(), TOLERANCE[one.dtype] * total.max()
+            assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+# --- what was called ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded_calls():
+    """Yields a list that fills with (name, args) of each of our ops that runs: "mlp", "linear_relu_backward", …"""
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "manualbp":
+                calls.append((op._opname, args))
+            return op(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield calls
+
+
+def calls_of(function, *args):
+    """The names of our ops that function(*args) runs, in order."""
+    with recorded_calls() as calls:
+        function(*args)
+    return [name for name, _ in calls]

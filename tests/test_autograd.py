@@ -1,0 +1,428 @@
+"""The autograd Functions: derivatives of every order, which gradients are made, and how they live in autograd's graph.
+
+Derivatives are checked against finite differences (gradcheck, gradgradcheck) in float64; large networks in fast mode,
+which projects the Jacobian on a random vector.
+"""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import torch_manualbp as mbp
+from helpers import (
+    BATCHES,
+    WIDTHS,
+    Net,
+    assert_equal,
+    assert_exact,
+    closed_mlp,
+    integer_net,
+    integers,
+    normal_net,
+    one_layer,
+    oracle,
+    plain_mlp,
+    recomputing_mlp,
+    recorded_calls,
+    results,
+    smooth_net,
+)
+
+MIXED_WIDTHS = ([2, 64, 1], [9, 1, 7, 2], [100, 17, 8], [17, 16, 9, 8, 7, 2])
+
+
+def ends_in_relu(function):
+    return function in (one_layer, closed_mlp)
+
+
+def on_leaves(function, net):
+    """function(input, weights, biases) as a function of the tensors that are there, and these as leaves."""
+    layers, present = len(net.weights), [bias is not None for bias in net.biases]
+
+    def flat(input, *parameters):
+        biases = iter(parameters[layers:])
+        return function(input, parameters[:layers], [next(biases) if there else None for there in present])
+
+    return flat, net.recorded().leaves()
+
+
+def check_derivatives(function, net):
+    flat, leaves = on_leaves(function, net)
+    fast = len(net.weights) > 3 or max(max(weight.shape) for weight in net.weights) >= 16
+    assert gradcheck(flat, leaves, fast_mode=fast)
+    assert gradgradcheck(flat, leaves, fast_mode=fast)
+
+
+# --- derivatives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d_out", WIDTHS)
+@pytest.mark.parametrize("d_in", WIDTHS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_linear_relu_derivatives(batch, d_in, d_out):
+    biases = "all" if (d_in + d_out) % 2 else "none"
+    check_derivatives(one_layer, smooth_net(batch, [d_in, d_out], biases, final_relu=True))
+
+
+@pytest.mark.parametrize("layers", range(1, 6))
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_mlp_derivatives(batch, width, layers):
+    check_derivatives(mbp.mlp, smooth_net(batch, [width] * (layers + 1), "mixed"))
+
+
+@pytest.mark.parametrize("biases", ["all", "none", "mixed"])
+@pytest.mark.parametrize("sizes", MIXED_WIDTHS, ids=str)
+@pytest.mark.parametrize("function", [mbp.mlp, closed_mlp, recomputing_mlp])
+def test_mlp_derivatives_where_widths_differ(function, sizes, biases):
+    check_derivatives(function, smooth_net(3, sizes, biases, final_relu=ends_in_relu(function)))
+
+
+@pytest.mark.parametrize("sizes", [[7, 0, 3], [0, 3, 2], [3, 2, 0]], ids=str)
+@pytest.mark.parametrize("function", [mbp.mlp, closed_mlp, recomputing_mlp])
+def test_derivatives_of_layers_without_units(function, sizes):
+    check_derivatives(function, smooth_net(3, sizes, final_relu=True))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (1, 1), (2, 3), (2, 0, 3), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp, recomputing_mlp])
+def test_derivatives_of_any_leading_dimensions(function, leading):
+    check_derivatives(function, smooth_net(leading, [3, 2] if function is one_layer else [3, 4, 2], final_relu=True))
+
+
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp, recomputing_mlp])
+def test_third_derivative(function):
+    net = smooth_net(2, [3, 4] if function is one_layer else [3, 4, 4, 2], final_relu=True).recorded()
+    flat, leaves = on_leaves(function, net)
+
+    def second(*leaves):
+        (first,) = torch.autograd.grad(flat(*leaves).pow(3).sum(), leaves[1], create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), leaves[0], create_graph=True)[0]
+
+    assert gradcheck(second, leaves)
+
+
+@pytest.mark.parametrize("function", [mbp.mlp, closed_mlp, recomputing_mlp])
+def test_gradient_penalty_equals_plain_torch(function):
+    # WGAN-GP: (|d output / d input| - 1)^2, minimised over the weights.
+    net = normal_net(6, [5, 16, 16, 1])
+
+    def penalty(function):
+        leaves = net.recorded()
+        (slope,) = torch.autograd.grad(function(*leaves).sum(), leaves.input, create_graph=True)
+        loss = (slope.norm(dim=-1) - 1).pow(2).sum()
+        return torch.autograd.grad(loss, leaves.leaves()[:4], allow_unused=True, materialize_grads=True)
+
+    plain = penalty(lambda *net: plain_mlp(*net, final_relu=ends_in_relu(function)))
+    for got, want in zip(penalty(function), plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_hessian_of_a_linear_function_of_the_output_is_zero():
+    # The gradient of the input's gradient is then constant in the output: nothing but `hidden` carries it.
+    net = smooth_net(3, [4, 5, 2]).recorded()
+    (slope,) = torch.autograd.grad(mbp.mlp(*net).sum(), net.input, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), net.input, allow_unused=True, materialize_grads=True)
+    assert_equal(second, torch.zeros_like(net.input))
+
+
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp, recomputing_mlp])
+def test_jacobian_vectorized_over_grad_outputs(function):
+    net = smooth_net(2, [4, 3] if function is one_layer else [4, 5, 3], final_relu=True)
+    flat, leaves = on_leaves(function, net)
+    inputs = tuple(leaf.detach() for leaf in leaves)
+    one_by_one = torch.autograd.functional.jacobian(flat, inputs)
+    at_once = torch.autograd.functional.jacobian(flat, inputs, vectorize=True)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+# --- each subset of requires_grad -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp, recomputing_mlp])
+def test_each_subset_of_requires_grad_gets_its_gradients_and_no_other(function):
+    net, grad = integer_net(7, [5, 3] if function is one_layer else [5, 4, 3]), integers(7, 3)
+    truth = oracle(net, grad, final_relu=ends_in_relu(function))
+    for subset in itertools.product([False, True], repeat=len(net.leaves())):
+        leaves = net.recorded()
+        for leaf, need in zip(leaves.leaves(), subset, strict=True):
+            leaf.requires_grad_(need)
+        with recorded_calls() as calls:
+            output = function(*leaves)
+            assert output.requires_grad == any(subset)
+            if any(subset):
+                output.backward(grad)
+        assert_equal(output.detach(), truth.values[0])
+        for leaf, need, want in zip(leaves.leaves(), subset, truth.values[1:], strict=True):
+            assert (leaf.grad is not None) == need
+            if need:
+                assert_equal(leaf.grad, want)
+        asked = [list(args[-1]) for name, args in calls if name.endswith("backward")]
+        assert asked == ([list(subset)] if any(subset) else [])
+
+
+@pytest.mark.parametrize("biases", ["all", "none", "mixed"])
+def test_gradcheck_of_each_subset_of_requires_grad(biases):
+    net = smooth_net(3, [4, 3, 2], biases)
+    for subset in itertools.product([False, True], repeat=len(net.leaves())):
+        if any(subset):
+            flat, leaves = on_leaves(mbp.mlp, net)
+            leaves = [leaf.requires_grad_(need) for leaf, need in zip(leaves, subset, strict=True)]
+            assert gradcheck(flat, leaves)
+            assert gradgradcheck(flat, leaves)
+
+
+def test_inputs_option_of_backward_limits_what_is_accumulated():
+    net = normal_net(3, [4, 5, 2]).recorded()
+    mbp.mlp(*net).sum().backward(inputs=[net.weights[1]])
+    assert [leaf.grad is not None for leaf in net.leaves()] == [False, False, True, False, False]
+
+
+# --- life in the graph ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[one_layer, mbp.mlp, closed_mlp, recomputing_mlp], ids=lambda function: function.__name__)
+def case(request):
+    """A function and an integer network for it."""
+    return request.param, integer_net(8, [6, 5] if request.param is one_layer else [6, 9, 4, 5])
+
+
+def test_one_node_records_the_call(case):
+    function, net = case
+    output = function(*net.recorded())
+    name = "LinearReLUFunctionBackward" if function is one_layer else "MLPFunctionBackward"
+    assert output.grad_fn.name() == name
+    assert {type(edge).__name__ for edge, _ in output.grad_fn.next_functions if edge} == {"AccumulateGrad"}
+
+
+def test_the_graph_continues_below_and_above_the_call():
+    net = integer_net(4, [6, 5, 3])
+
+    def middle(function):
+        leaves = net.recorded()
+        output = function(leaves.input * 2, [weight * 3 for weight in leaves.weights], leaves.biases) * 2
+        return [output, *torch.autograd.grad(output.pow(2).sum(), leaves.leaves())]
+
+    for got, want in zip(middle(mbp.mlp), middle(plain_mlp), strict=True):
+        assert_equal(got, want)
+
+
+def test_gradients_accumulate_into_grad(case):
+    function, net = case
+    leaves = net.recorded()
+    grad = integers(8, 5)
+    truth = oracle(net, grad, final_relu=ends_in_relu(function))
+    for times in (1, 2, 3):
+        function(*leaves).backward(grad)
+        for leaf, want in zip(leaves.leaves(), truth.values[1:], strict=True):
+            assert_equal(leaf.grad, times * want)
+
+
+def test_backward_twice_needs_retain_graph(case):
+    function, net = case
+    leaves = net.recorded()
+    output = function(*leaves)
+    first = torch.autograd.grad(output.sum(), leaves.leaves(), retain_graph=True)
+    second = torch.autograd.grad(output.sum(), leaves.leaves())
+    for one, other in zip(first, second, strict=True):
+        assert_equal(one, other)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.sum().backward()
+
+
+def test_create_graph_then_backward_twice(case):
+    function, net = case
+    leaves = net.recorded()
+    grads = torch.autograd.grad(function(*leaves).pow(2).sum(), leaves.leaves(), create_graph=True)
+    total = sum(grad.pow(2).sum() for grad in grads)
+    first = torch.autograd.grad(total, leaves.leaves(), retain_graph=True)
+    second = torch.autograd.grad(total, leaves.leaves())
+    for one, other in zip(first, second, strict=True):
+        assert_equal(one, other)
+
+
+def test_create_graph_gives_the_gradients_of_the_kernels(case):
+    function, net = case
+    leaves = net.recorded()
+    grad = integers(8, 5)
+    composed = torch.autograd.grad(function(*leaves), leaves.leaves(), grad, create_graph=True)
+    for got, want in zip(composed, results(function, net, grad)[1:], strict=True):
+        assert_equal(got.detach(), want)
+
+
+def test_expanded_grad_output_of_a_sum(case):
+    function, net = case
+    leaves = net.recorded()
+    function(*leaves).sum().backward()
+    truth = oracle(net, torch.ones(8, 5, dtype=torch.float64), final_relu=ends_in_relu(function))
+    assert_exact([truth.values[0], *(leaf.grad for leaf in leaves.leaves())], truth)
+
+
+def test_gradients_that_nobody_has_are_not_there():
+    net = normal_net(3, [4, 5, 2]).recorded()
+    unused = torch.zeros(1, requires_grad=True)
+    grads = torch.autograd.grad(mbp.mlp(*net).sum(), [net.input, unused], allow_unused=True)
+    assert grads[0] is not None
+    assert grads[1] is None
+
+
+def test_without_grad_the_result_is_the_same_bit_for_bit(case):
+    function, net = case
+    net = net.map(lambda tensor: (tensor + 0.1).float())
+    recorded = function(*net.recorded())
+    assert recorded.requires_grad
+    with torch.no_grad():
+        unrecorded = function(*net.recorded())
+    with torch.inference_mode():
+        inference = function(*net.recorded())
+    assert not unrecorded.requires_grad
+    assert_equal(unrecorded, recorded.detach())
+    assert_equal(inference.clone(), recorded.detach())
+
+
+def test_output_and_gradients_own_their_memory(case):
+    function, net = case
+    grad = integers(8, 5)
+    made = results(function, net, grad)
+    for tensor in made:
+        assert tensor._base is None
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in [grad, *net.leaves(), *made]}
+    assert len(storages) == 1 + len(net.leaves()) + len(made)
+
+
+def test_a_weight_shared_between_layers_gets_the_sum_of_its_gradients():
+    input, weight, bias = integers(8, 5), integers(5, 5, high=1), integers(5)
+    results = []
+    for function in (mbp.mlp, plain_mlp):
+        leaves = Net(input, [weight], [bias]).recorded()
+        output = function(leaves.input, leaves.weights * 3, leaves.biases * 3)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves.leaves())])
+    for got, want in zip(*results, strict=True):
+        assert_equal(got, want)
+
+
+def test_one_tensor_as_input_and_weight():
+    tensor = integers(5, 5).requires_grad_()
+    got = torch.autograd.grad(mbp.linear_relu(tensor, tensor).sum(), tensor)
+    want = torch.autograd.grad(F.relu(F.linear(tensor, tensor)).sum(), tensor)
+    assert_equal(got, want)
+
+
+def test_hooks_on_tensors_see_and_change_gradients():
+    net = integer_net(4, [3, 5, 2])
+    leaves = net.recorded()
+    seen = []
+    leaves.input.register_hook(lambda grad: seen.append(grad) or grad * 2)
+    output = mbp.mlp(*leaves)
+    output.register_hook(lambda grad: grad * 3)
+    output.backward(torch.ones(4, 2, dtype=torch.float64))
+    truth = oracle(net, torch.full((4, 2), 3.0, dtype=torch.float64))
+    assert_equal(seen, [truth.values[1]])
+    assert_equal(leaves.input.grad, 2 * truth.values[1])
+    assert_equal(leaves.weights[0].grad, truth.values[2])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_gradients(case, use_reentrant):
+    function, net = case
+    grad = integers(8, 5)
+    got = net.recorded()
+    checkpoint(function, *got, use_reentrant=use_reentrant).backward(grad)
+    for leaf, want in zip(got.leaves(), results(function, net, grad)[1:], strict=True):
+        assert_equal(leaf.grad, want)
+
+
+def test_saved_tensor_hooks_see_what_backward_uses(case):
+    function, net = case
+    grad = integers(8, 5)
+    packed = []
+    leaves = net.recorded()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), lambda t: t):
+        output = function(*leaves)
+    for got, want in zip(
+        torch.autograd.grad(output, leaves.leaves(), grad), results(function, net, grad)[1:], strict=True
+    ):
+        assert_equal(got, want)
+    tensors = {one_layer: 3, mbp.mlp: 5, closed_mlp: 6, recomputing_mlp: 7}  # input, weights, and what comes out
+    assert len(packed) == tensors[function]
+    kept = sum(map(torch.Size.numel, packed))
+    parameters = sum(leaf.numel() for leaf in net.leaves()[1:])
+    activations = {one_layer: 8 * 5, mbp.mlp: 8 * (9 + 4), closed_mlp: 8 * (9 + 4 + 5), recomputing_mlp: 0}
+    assert kept <= net.input.numel() + parameters + activations[function]
+
+
+def test_the_graph_dies_with_its_output(case):
+    function, net = case
+    input = net.input.clone()
+    alive = weakref.ref(input)
+    output = function(input, *net.recorded()[1:])
+    del input
+    assert alive() is not None  # saved for backward
+    del output
+    assert alive() is None
+
+
+# --- in-place changes between forward and backward ------------------------------------------------------------------
+
+
+SAVED = [(f, name) for f in (mbp.mlp, closed_mlp, recomputing_mlp) for name in ("input", "weights[0]", "weights[1]")]
+
+
+@pytest.mark.parametrize(("function", "name"), [*SAVED, (recomputing_mlp, "biases[0]")])
+def test_a_saved_tensor_changed_in_place_raises(function, name):
+    net = normal_net(3, [4, 5, 2])
+    leaves = net.recorded()
+    output = function(*leaves)
+    with torch.no_grad():
+        dict(zip(net.names(), leaves.leaves(), strict=True))[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_linear_relu_with_a_saved_tensor_changed_in_place_raises(name):
+    tensors = {"input": torch.randn(3, 4, requires_grad=True), "weight": torch.randn(2, 4, requires_grad=True)}
+    output = mbp.linear_relu(**tensors)
+    with torch.no_grad():
+        tensors[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(("function", "sizes"), [(one_layer, [4, 3]), (closed_mlp, [4, 5, 3])])
+def test_output_of_a_relu_changed_in_place_raises(function, sizes):
+    # As in eager: relu saves its result.
+    output = function(*normal_net(3, sizes).recorded())
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("function", [mbp.mlp, recomputing_mlp])
+def test_output_of_mlp_may_be_changed_in_place(function):
+    net = integer_net(6, [4, 5, 3])
+    leaves = net.recorded()
+    output = function(*leaves)
+    output.mul_(3).add_(1)
+    output.sum().backward()
+    truth = oracle(net, torch.full((6, 3), 3.0, dtype=torch.float64))
+    assert_equal(output.detach(), 3 * truth.values[0] + 1)
+    assert_exact([truth.values[0], *(leaf.grad for leaf in leaves.leaves())], truth)
+
+
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp])  # not recomputing_mlp: it needs the biases again
+def test_biases_may_be_changed_in_place(function):
+    net, grad = integer_net(8, [6, 5] if function is one_layer else [6, 9, 5]), integers(8, 5)
+    truth = oracle(net, grad, final_relu=ends_in_relu(function))
+    leaves = net.recorded()
+    output = function(*leaves)
+    with torch.no_grad():
+        for bias in leaves.biases:
+            bias.fill_(float("nan"))
+    assert_exact([output.detach(), *torch.autograd.grad(output, leaves.leaves(), grad)], truth)

@@ -1,0 +1,377 @@
+"""fuse and unfuse: any model computes the same as before, its Sequentials in fewer calls, and can be changed back."""
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import torch_manualbp as mbp
+from helpers import DTYPES, assert_equal, calls_of, integers
+
+
+class Residual(nn.Module):
+    """A model with Sequentials inside: nested ones, with Dropout, LayerNorm, two runs, in a list and in a dict."""
+
+    def __init__(self, dtype=None):
+        super().__init__()
+        kind = {"dtype": dtype}
+        self.stem = nn.Sequential(
+            nn.Linear(6, 8, **kind), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8, **kind), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(8, **kind),
+                nn.Sequential(nn.Linear(8, 9, **kind), nn.ReLU(inplace=True), nn.Linear(9, 8, bias=False, **kind)),
+            )
+            for _ in range(2)
+        )
+        self.heads = nn.ModuleDict({"a": nn.Sequential(nn.Linear(8, 7, **kind), nn.ReLU(), nn.Linear(7, 2, **kind))})
+
+    def forward(self, input):
+        h = self.stem(input)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.heads["a"](h)
+
+
+class Scaled(nn.Sequential):
+    """A Sequential with a forward of its own."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Named(nn.Sequential):
+    """A Sequential with attributes and methods of its own, but not forward."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.note = "kept"
+
+    def depth(self):
+        return len(self)
+
+
+def small(kind=nn.Sequential):
+    return kind(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def step(model, input):
+    """The output and all gradients of one training step, Dropout included."""
+    torch.manual_seed(7)
+    model.zero_grad()
+    output = model(input)
+    output.pow(2).sum().backward()
+    return [output.detach(), *(None if p.grad is None else p.grad.clone() for p in model.parameters())]
+
+
+def assert_close_steps(got, want):
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_model_steps_as_before(training):
+    model, input = Residual(torch.float64).train(training), torch.randn(5, 3, 6).double()
+    before = step(model, input)
+    assert mbp.fuse(model) is model
+    calls = calls_of(model, input)
+    assert calls == ["mlp"] * 5  # stem: Linear-ReLU, Dropout, Linear-ReLU; two blocks; head
+    assert_close_steps(step(model, input), before)
+    assert mbp.unfuse(model) is model
+    assert calls_of(model, input) == []
+    for one, other in zip(step(model, input), before, strict=True):
+        assert_equal(one, other)
+
+
+def test_a_model_fused_to_recompute_steps_as_before():
+    model, input = Residual(torch.float64), torch.randn(5, 3, 6).double()
+    before = step(model, input)
+    kept = {}
+    for mode in ("store", "recompute", "store"):
+        mbp.fuse(model, activations=mode)
+        sizes = kept[mode] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda _: None):
+            model(input)
+        assert_close_steps(step(model, input), before)
+    assert sum(kept["recompute"]) < sum(kept["store"])
+
+
+def test_parameters_keys_and_buffers_stay_the_same_objects():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.BatchNorm1d(5), nn.Sequential(nn.Linear(5, 2), nn.ReLU()))
+    keys = list(model.state_dict())
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    children = list(model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for change in (mbp.fuse, mbp.unfuse):
+        change(model)
+        assert list(model.state_dict()) == keys
+        assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+        assert all(one is other for one, other in zip(model.buffers(), buffers, strict=True))
+        assert all(one is other for one, other in zip(model.modules(), children, strict=True))
+        model(torch.randn(9, 4)).pow(2).sum().backward()
+        before = model[0].weight.clone()
+        optimizer.step()  # made before the change: still holds the parameters
+        assert not torch.equal(model[0].weight, before)
+
+
+def test_unfuse_is_the_exact_inverse():
+    model = Residual()
+    types = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    text = repr(model)
+    for _ in range(2):
+        mbp.unfuse(mbp.fuse(mbp.fuse(model)))
+        assert [type(module) for module in model.modules()] == types
+        assert [set(vars(module)) for module in model.modules()] == attributes
+        assert repr(model) == text
+    mbp.unfuse(model)  # nothing to undo
+    assert [type(module) for module in model.modules()] == types
+
+
+def test_a_fused_sequential_is_still_one_of_its_kind():
+    model = mbp.fuse(small(Named))
+    assert isinstance(model, Named)
+    assert (model.note, model.depth()) == ("kept", 3)
+    assert calls_of(model, torch.randn(2, 4)) == ["mlp"]
+    assert type(mbp.unfuse(model)) is Named
+
+
+def test_a_sequential_with_its_own_forward_is_left_alone():
+    model = small(Scaled)
+    patched = small()
+    patched.forward = lambda input: input
+    whole = mbp.fuse(nn.ModuleList([model, patched]))
+    assert (type(whole[0]), type(whole[1])) == (Scaled, nn.Sequential)
+    input = torch.randn(2, 4)
+    assert_equal(whole[1](input), input)
+    assert_equal(whole[0](input), 2 * whole[0][2](torch.relu(whole[0][0](input))))
+
+
+def test_mlp_stays_an_mlp():
+    model = mbp.MLP([4, 5, 3])
+    assert type(mbp.fuse(model)) is mbp.MLP
+    assert type(mbp.unfuse(model)) is mbp.MLP
+    assert calls_of(model, torch.randn(2, 4)) == ["mlp"]
+
+
+def test_a_model_without_sequentials_is_left_alone():
+    model = nn.Linear(3, 2)
+    assert type(mbp.unfuse(mbp.fuse(model))) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integers_give_the_same_bits_fused(dtype):
+    model = nn.Sequential(nn.Linear(6, 9, dtype=dtype), nn.ReLU(), nn.Linear(9, 5, dtype=dtype), nn.ReLU())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(integers(*parameter.shape, high=1))
+    input = integers(7, 6, dtype=dtype)
+    before = step(model, input)
+    assert_equal(step(mbp.fuse(model), input), before)
+
+
+# --- which children form a run --------------------------------------------------------------------------------------
+
+L, R, D, T = lambda: nn.Linear(4, 4), nn.ReLU, lambda: nn.Dropout(0.5), nn.Tanh
+LR = lambda: mbp.LinearReLU(4, 4)  # noqa: E731
+RUNS = {
+    "linear": ([L], []),
+    "linear relu": ([L, R], ["mlp"]),
+    "relu": ([R], []),
+    "linear linear": ([L, L], []),
+    "linear relu linear": ([L, R, L], ["mlp"]),
+    "linear relu linear linear relu": ([L, R, L, L, R], ["mlp", "mlp"]),
+    "relu first": ([R, L, R, L], ["mlp"]),
+    "relu twice": ([L, R, R, L], ["mlp"]),
+    "dropout between": ([L, R, D, L, R, L], ["mlp", "mlp"]),
+    "dropout after linear": ([L, D, R, L], []),
+    "tanh": ([L, T, L, R], ["mlp"]),
+    "our own layers": ([LR, LR, L], ["mlp"]),
+    "our own layer alone": ([LR], ["mlp"]),
+    "our own layer and a relu": ([LR, R, L], ["mlp"]),
+    "in place": ([L, lambda: nn.ReLU(inplace=True), L], ["mlp"]),
+    "in place first": ([lambda: nn.ReLU(inplace=True), L, R], ["mlp"]),
+    "identity": ([L, nn.Identity, R], []),
+    "empty": ([], []),
+    "nested": ([L, R, lambda: nn.Sequential(L(), R(), L()), R], ["mlp", "mlp"]),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_are_found_and_compute_the_same(case):
+    makers, calls = RUNS[case]
+    model = nn.Sequential(*(make() for make in makers)).double()
+    input = torch.randn(5, 4).double().requires_grad_()
+
+    def run():
+        torch.manual_seed(3)
+        output = model(input.clone())
+        return [output.detach(), *torch.autograd.grad(output.sum(), [input, *model.parameters()])]
+
+    before = run()
+    mbp.fuse(model)
+    assert_close_steps(run(), before)
+    # A LinearReLU that is called as a module is an op of its own.
+    assert calls_of(model, input.detach()) == calls
+
+
+def test_children_that_change_later_are_seen():
+    model = mbp.fuse(small())
+    input = torch.randn(2, 4)
+    assert calls_of(model, input) == ["mlp"]
+    model[1] = nn.Tanh()
+    assert calls_of(model, input) == []
+    assert_equal(model(input), model[2](torch.tanh(model[0](input))))
+    model[1] = nn.ReLU()
+    handle = model[2].register_forward_hook(lambda *_: None)
+    assert calls_of(model, input) == ["mlp"]  # Linear and ReLU; the last Linear as a module
+    handle.remove()
+    model.append(nn.Linear(3, 2))
+    assert model(input).shape == (2, 2)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model)), _saved],
+    ids=["deepcopy", "copy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("make", [Residual, small, lambda: small(Named)], ids=["Residual", "Sequential", "subclass"])
+def test_copies_of_a_fused_model_are_fused_and_can_be_unfused(make, copied):
+    model = mbp.fuse(make()).eval()
+    twin = copied(model)
+    input = torch.randn(3, 6 if isinstance(model, Residual) else 4)
+    assert_equal(twin(input), model(input))
+    assert calls_of(twin, input) == calls_of(model, input) != []
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    plain = [type(module) for module in make().modules()]
+    assert [type(module) for module in mbp.unfuse(twin).modules()] == plain
+
+
+def test_a_deep_copy_is_independent():
+    model = mbp.fuse(small())
+    twin, input = copy.deepcopy(model), torch.randn(2, 4)
+    before = model(input)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert_equal(model(input), before)
+
+
+def test_state_dict_is_exchanged_with_plain_and_fused():
+    fused, plain, input = mbp.fuse(small()), small(), torch.randn(2, 4)
+    plain.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(plain(input), fused(input))
+    other = small()
+    fused.load_state_dict(other.state_dict())
+    torch.testing.assert_close(other(input), fused(input))
+
+
+# --- hooks, shared and frozen ---------------------------------------------------------------------------------------
+
+
+def test_hooks_made_before_and_after_keep_running():
+    model, seen = small(), []
+    model[0].register_forward_hook(lambda *_: seen.append("child"))
+    model.register_forward_hook(lambda *_: seen.append("whole"))
+    mbp.fuse(model)
+    model[1].register_forward_pre_hook(lambda *_: seen.append("after"))
+    model(torch.randn(2, 4))
+    assert seen == ["child", "after", "whole"]
+    mbp.unfuse(model)
+    model(torch.randn(2, 4))
+    assert seen == ["child", "after", "whole"] * 2
+
+
+def test_hooks_on_parameters_see_their_gradients():
+    model, seen = small().double(), []
+    input = integers(3, 4)
+    want = step(model, input)[1:]
+    model[0].weight.register_hook(lambda grad: seen.append(grad))
+    model[2].bias.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    step(mbp.fuse(model), input)
+    assert len(seen) == 2
+    assert_close_steps(sorted(seen, key=torch.Tensor.numel), [want[3], want[0]])
+
+
+def test_a_layer_shared_by_two_sequentials():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(
+        OrderedDict(a=nn.Sequential(shared, nn.ReLU(), nn.Linear(4, 4)), b=nn.Sequential(nn.ReLU(), shared, nn.ReLU()))
+    ).double()
+    input = torch.randn(3, 4).double()
+    before = step(model, input)
+    assert_close_steps(step(mbp.fuse(model), input), before)
+    assert model.a[0] is model.b[1]
+    assert calls_of(model, input) == ["mlp", "mlp"]
+
+
+def test_one_sequential_used_twice():
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = nn.Sequential(block, nn.Tanh(), block).double()
+    input = torch.randn(3, 4).double()
+    before = step(model, input)
+    assert_close_steps(step(mbp.fuse(model), input), before)
+    assert model[0] is model[2]
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight", "2.bias"])
+def test_a_frozen_parameter_stays_frozen(frozen):
+    model = small().double()
+    model.get_parameter(frozen).requires_grad_(False)
+    input = torch.randn(3, 4).double()
+    before = step(model, input)
+    got = step(mbp.fuse(model), input)
+    assert_close_steps(got, before)
+    assert model.get_parameter(frozen).grad is None
+
+
+def test_an_eager_input_changed_in_place_by_the_first_relu_is_changed_fused_too():
+    model = mbp.fuse(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU()))
+    input = torch.tensor([[-1.0, 2.0, -3.0, 4.0]])
+    model(input)
+    assert_equal(input, torch.tensor([[0.0, 2.0, 0.0, 4.0]]))
+
+
+def test_inputs_that_are_not_tensors_pass_through_to_the_children():
+    class Takes(nn.Module):
+        def forward(self, pair):
+            return pair[0] + pair[1]
+
+    model = mbp.fuse(nn.Sequential(Takes(), nn.Linear(4, 3), nn.ReLU()))
+    input = torch.randn(2, 4)
+    assert_equal(model((input, input)), torch.relu(model[1](2 * input)))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [mbp.fuse, mbp.unfuse])
+@pytest.mark.parametrize("value", [None, nn.Linear, [nn.Linear(2, 2)]], ids=["None", "class", "list"])
+def test_what_is_not_a_module_is_a_type_error(function, value):
+    message = f"{function.__name__}: `module` must be an nn.Module, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=message):
+        function(value)
+
+
+def test_unknown_activations_mode_is_a_value_error_and_changes_nothing():
+    model = small()
+    with pytest.raises(ValueError, match="fuse: `activations` must be one of"):
+        mbp.fuse(model, activations="none")
+    assert type(model) is nn.Sequential

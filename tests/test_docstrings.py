@@ -1,0 +1,30 @@
+"""The examples in docstrings run and print what they say; everything public is documented."""
+
+import doctest
+import inspect
+
+import pytest
+
+import torch_manualbp as mbp
+from torch_manualbp import conversion, functional, modules, reference
+
+MODULES = (functional, modules, conversion, reference)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_examples_print_what_they_say(module):
+    done = doctest.testmod(module)
+    assert done.attempted > 0
+    assert done.failed == 0
+
+
+@pytest.mark.parametrize("name", [name for name in mbp.__all__ if not name.startswith("__")])
+def test_everything_public_tells_its_arguments_errors_and_an_example(name):
+    text = inspect.getdoc(getattr(mbp, name))
+    assert "Args:" in text
+    assert "Raises:" in text
+
+
+def test_all_names_exist_and_are_sorted_in():
+    assert all(hasattr(mbp, name) for name in mbp.__all__)
+    assert len(set(mbp.__all__)) == len(mbp.__all__)

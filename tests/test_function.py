@@ -1,0 +1,414 @@
+"""When kernels run and when the call is composed from plain torch instead: transforms, autocast, compilation, tracing.
+
+A raw op has no derivative, so a transform that met one would give zeros in silence. Each test therefore compares with
+plain torch, and checks which way was taken.
+"""
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import torch_manualbp as mbp
+from helpers import (
+    Net,
+    assert_equal,
+    assert_exact,
+    calls_of,
+    closed_mlp,
+    integer_net,
+    integers,
+    one_layer,
+    oracle,
+    plain_mlp,
+    recomputing_mlp,
+    results,
+    smooth_net,
+)
+from torch_manualbp import _function
+from torch_manualbp._function import kernels_apply
+from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
+
+# Decompositions that torch loads at the first use of forward-mode AD are scripted.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+CASES = {
+    "linear_relu": (one_layer, [4, 3]),
+    "mlp": (mbp.mlp, [4, 6, 5, 3]),
+    "closed_mlp": (closed_mlp, [4, 6, 5, 3]),
+    "recomputing_mlp": (recomputing_mlp, [4, 6, 5, 3]),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """Our function, its plain twin, and a network away from the kinks."""
+    function, sizes = CASES[request.param]
+    final_relu = function in (one_layer, closed_mlp)
+
+    def plain(input, weights, biases):
+        return plain_mlp(input, weights, biases, final_relu=final_relu)
+
+    return function, plain, smooth_net(5, sizes, final_relu=True)
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+# --- kernels_apply --------------------------------------------------------------------------------------------------
+
+
+def test_kernels_apply_to_ordinary_cpu_tensors():
+    assert kernels_apply(torch.ones(2))
+    assert kernels_apply(torch.ones(2, requires_grad=True))
+    with torch.no_grad():
+        assert kernels_apply(torch.ones(2))
+
+
+@contextlib.contextmanager
+def under_vmap():
+    # What vmap does around the call.
+    with torch._functorch.vmap.vmap_increment_nesting(2, "error"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "context",
+    [under_vmap, forward_ad.dual_level, lambda: torch.autocast("cpu"), lambda: torch.autocast("cpu", torch.float16)],
+    ids=["vmap", "forward AD", "autocast", "autocast to float16"],
+)
+def test_kernels_do_not_apply_under_transforms_and_autocast(context):
+    with context():
+        assert not kernels_apply(torch.ones(2))
+    assert kernels_apply(torch.ones(2))
+
+
+def test_kernels_do_not_apply_on_other_devices_and_layouts():
+    assert not kernels_apply(torch.ones(2, device="meta"))
+    assert not kernels_apply(torch.ones(2).to_sparse())
+    assert not kernels_apply(torch.ones(2, 2).to_mkldnn())
+    assert not kernels_apply(torch.ones(2), [torch.ones(2, 2), torch.ones(2, 2).to_sparse()])
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch._C._functorch, "is_legacy_batchedtensor"),
+        (forward_ad, "_current_level"),
+        (nn.modules.module, "_has_any_global_hook"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_torch_that_renames_a_private_name_still_gives_right_results(monkeypatch, module, name):
+    monkeypatch.delattr(module, name)
+    spec = importlib.util.spec_from_file_location("torch_manualbp._function_of_another_torch", _function.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    for user, taken in (
+        (mbp.functional, "kernels_apply"),
+        (mbp.modules, "kernels_apply"),
+        (mbp.modules, "global_hooks_exist"),
+        (mbp.autograd, "backward_is_composed"),
+    ):
+        monkeypatch.setattr(user, taken, getattr(fresh, taken))
+    net, gradient = integer_net(3, [4, 5, 2]), integers(3, 2)
+    assert_exact(results(mbp.mlp, net, gradient), oracle(net, gradient))
+    monkeypatch.undo()  # torch itself needs the name for what follows
+    model = mbp.MLP([4, 2]).double()
+    assert_equal(model(net.input), model[0](net.input))
+
+
+# --- torch.func and forward-mode AD ---------------------------------------------------------------------------------
+
+
+def test_func_grad(case):
+    function, plain, net = case
+
+    def loss(function):
+        return lambda *net: function(*net).pow(2).sum()
+
+    assert_close(grad(loss(function), (0, 1, 2))(*net), grad(loss(plain), (0, 1, 2))(*net))
+
+
+def test_func_vjp_and_jvp(case):
+    function, plain, net = case
+    tangents = tuple(net.map(torch.randn_like))
+    output, pull = vjp(function, *net)
+    plain_output, plain_pull = vjp(plain, *net)
+    cotangent = torch.randn_like(output)
+    assert_close(output, plain_output)
+    assert_close(pull(cotangent), plain_pull(cotangent))
+    assert_close(jvp(function, tuple(net), tangents), jvp(plain, tuple(net), tangents))
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
+@pytest.mark.parametrize("argument", [0, 1, 2], ids=["input", "weights", "biases"])
+def test_jacobians_and_hessians(case, transform, argument):
+    function, plain, net = case
+    if transform is hessian:
+        function, plain = (lambda *net, f=f: f(*net).pow(2).sum() for f in (function, plain))
+    assert_close(transform(function, argument)(*net), transform(plain, argument)(*net))
+
+
+def test_vmap_over_inputs_weights_or_both(case):
+    function, plain, net = case
+    inputs = torch.randn(7, *net.input.shape).double()
+    many = Net(inputs, *(torch.utils._pytree.tree_map(lambda t: torch.randn(7, *t.shape).double(), net[1:])))
+    for in_dims in ((0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)):
+        args = [many[k] if dim == 0 else net[k] for k, dim in enumerate(in_dims)]
+        assert_close(vmap(function, in_dims)(*args), vmap(plain, in_dims)(*args))
+    assert_close(vmap(function, (1, None, None), out_dims=1)(net.input[None], *net[1:]), plain(*net)[None])
+
+
+def test_per_sample_gradients_by_vmap_of_grad():
+    model = mbp.MLP([4, 6, 3]).double()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    input = torch.randn(5, 4).double()
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row,)).pow(2).sum()
+
+    per_sample = vmap(grad(loss), (None, 0))(parameters, input)
+    for i in range(5):
+        model.zero_grad()
+        model(input[i]).pow(2).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert_close(per_sample[name][i], parameter.grad)
+
+
+def test_forward_mode_with_dual_tensors(case):
+    function, plain, net = case
+    tangent = torch.randn_like(net.input)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(net.input, tangent)
+        got, want = (forward_ad.unpack_dual(f(dual, *net[1:])) for f in (function, plain))
+        assert_close(got.primal, want.primal)
+        assert_close(got.tangent, want.tangent)
+
+
+def test_forward_mode_over_reverse_mode(case):
+    function, plain, net = case
+
+    def slope(function):
+        return grad(lambda input: function(input, *net[1:]).pow(3).sum())
+
+    tangent = torch.randn_like(net.input)
+    assert_close(jvp(slope(function), (net.input,), (tangent,)), jvp(slope(plain), (net.input,), (tangent,)))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_autograd_functional_hessian(case, vectorize):
+    function, plain, net = case
+
+    def total(function):
+        return lambda input: function(input, *net[1:]).pow(2).sum()
+
+    got, want = (torch.autograd.functional.hessian(total(f), net.input, vectorize=vectorize) for f in (function, plain))
+    assert_close(got, want)
+
+
+def test_batched_grad_outputs(case):
+    function, plain, net = case
+    leaves = net.recorded()
+    grads = torch.randn(4, 5, 3).double()
+    got, want = (
+        torch.autograd.grad(f(*leaves), leaves.leaves(), grads, is_grads_batched=True) for f in (function, plain)
+    )
+    assert_close(got, want)
+
+
+def test_a_tensor_that_escaped_a_transform_is_an_ordinary_tensor(case):
+    function, plain, net = case
+    escaped = []
+    grad(lambda input: escaped.append(input * 2) or input.sum())(net.input)
+    vmap(lambda row: escaped.append(row * 2) or row)(net.input)
+    assert_close(function(escaped[0].detach(), *net[1:]), plain(2 * net.input, *net[1:]))
+    weights = net.recorded().weights
+    assert_close(function(escaped[0].detach(), weights, net.biases), plain(2 * net.input, *net[1:]))
+
+
+@pytest.mark.parametrize("function", [LinearReLUFunction, MLPFunction])
+def test_a_function_applied_under_a_transform_is_refused_by_torch_not_wrong(function):
+    # The public functions never do this; whoever calls apply directly gets torch's error instead of a zero gradient.
+    net = integer_net(3, [4, 2])
+    rest = (net.weights[0], None) if function is LinearReLUFunction else (False, True, 1, net.weights[0], None)
+
+    def loss(input):
+        output = function.apply(input, *rest)
+        return (output if function is LinearReLUFunction else output[0]).sum()
+
+    with pytest.raises(RuntimeError, match="setup_context"):
+        grad(loss)(net.input)
+
+
+@pytest.mark.parametrize("function", [LinearReLUFunction, MLPFunction])
+def test_apply_records_one_node(function):
+    net = integer_net(3, [4, 2]).recorded()
+    if function is LinearReLUFunction:
+        output = function.apply(net.input, net.weights[0], net.biases[0])
+    else:
+        output, hidden = function.apply(net.input, True, True, 1, net.weights[0], net.biases[0])
+        assert hidden.shape == (0,)
+    assert_equal(output, F.relu(F.linear(net.input, net.weights[0], net.biases[0])))
+    assert type(output.grad_fn).__name__ == f"{function.__name__}Backward"
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_chooses_dtypes_as_for_plain_torch(case, dtype):
+    function, plain, net = case
+    net = net.map(torch.Tensor.float)
+    steps = []
+    for f in (function, plain):
+        leaves = net.recorded()
+        with torch.autocast("cpu", dtype):
+            output = f(*leaves)
+        assert output.dtype == dtype
+        output.float().pow(2).sum().backward()
+        steps.append([output.detach(), *(leaf.grad for leaf in leaves.leaves())])
+    assert_equal(*steps)
+    with torch.autocast("cpu", dtype):
+        assert calls_of(function, *net) == []
+
+
+def test_autocast_of_a_model_with_float32_parameters():
+    model, input = mbp.MLP([4, 5, 3]), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(input)
+        want = nn.Sequential(*model)(input)
+    assert_equal(output, want)
+    assert model(input).dtype == torch.float32
+
+
+# --- compilation, export, tracing -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_without_graph_breaks(case, backend):
+    function, plain, net = case
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    steps = []
+    for f in (compiled, plain):
+        leaves = net.recorded()
+        output = f(*leaves)
+        output.pow(2).sum().backward()
+        steps.append([output.detach(), *(leaf.grad for leaf in leaves.leaves())])
+    assert_close(*steps)
+    assert calls_of(function, *net)  # and afterwards, outside, kernels again
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("make", ["MLP", "fused", "LinearReLU"])
+def test_compile_of_modules_without_graph_breaks(make):
+    models = {
+        "MLP": lambda: mbp.MLP([4, 6, 3]),
+        "fused": lambda: mbp.fuse(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 3))),
+        "LinearReLU": lambda: mbp.LinearReLU(4, 3),
+    }
+    model = models[make]().double()
+    input = torch.randn(5, 4).double()
+    want = model(input)
+    want.sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(input)
+    output.sum().backward()
+    assert_close(output, want)
+    assert_close([parameter.grad for parameter in model.parameters()], expected)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_jvp_inside_compile():
+    net = smooth_net(3, [4, 5, 2])
+    tangent = torch.randn_like(net.input)
+
+    def directional(function):
+        return lambda input: jvp(lambda x: function(x, *net[1:]), (input,), (tangent,))
+
+    compiled = torch.compile(directional(mbp.mlp), backend="eager", fullgraph=True)
+    assert_close(compiled(net.input), directional(plain_mlp)(net.input))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
+    program = torch.export.export(model, (input,), strict=strict)
+    torch.testing.assert_close(program.module()(input), model(input))
+    assert not any("manualbp" in str(node.target) for node in program.graph.nodes)  # runs without this library
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # branches on shapes, which a trace fixes
+@pytest.mark.parametrize("make", [lambda: mbp.MLP([4, 6, 3]), lambda: mbp.LinearReLU(4, 3)], ids=["MLP", "LinearReLU"])
+def test_jit_trace_is_differentiable_and_needs_no_library(make):
+    model, input = make(), torch.randn(5, 4)
+    traced = torch.jit.trace(model, input)
+    assert "manualbp::" not in str(traced.inlined_graph)
+    output = traced(input)
+    torch.testing.assert_close(output, model(input))
+    output.sum().backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(input).sum().backward()
+    torch.testing.assert_close(got, [parameter.grad for parameter in model.parameters()])
+
+
+def test_fx_trace_shows_the_children():
+    model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(input), model(input))
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones(case):
+    function, _, net = case
+    with torch._subclasses.FakeTensorMode() as mode:
+        leaves = net.map(mode.from_tensor).recorded()
+        output = function(*leaves)
+        output.sum().backward()
+        assert output.shape == (5, 3)
+        assert [leaf.grad.shape for leaf in leaves.leaves()] == [leaf.shape for leaf in net.leaves()]
+
+
+class Tagged(torch.Tensor):
+    """A subclass as users write them, without anything of its own."""
+
+
+def test_tensor_subclasses_keep_their_type(case):
+    function, plain, net = case
+    tagged = net.input.as_subclass(Tagged)
+    got, want = function(tagged, *net[1:]), plain(tagged, *net[1:])
+    assert type(got) is type(want) is Tagged
+    assert_close(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor))
+
+
+def test_deterministic_mode_and_default_device_change_nothing(case):
+    function, plain, net = case
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.device("meta"):  # for factory functions only
+            assert_close(function(*net), plain(*net))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_integers_through_the_composition_equal_the_kernels():
+    net, tangent = integer_net(5, [4, 6, 3]), integers(5, 4)
+    output, _ = jvp(lambda input: mbp.mlp(input, *net[1:]), (net.input,), (tangent,))
+    assert_equal(output, mbp.mlp(*net))

@@ -1,0 +1,131 @@
+"""Instruction-set levels: each that this machine has is forced in a process of its own and computes the same network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_manualbp as mbp
+from helpers import (
+    DTYPES,
+    LARGE,
+    TOLERANCE,
+    assert_equal,
+    assert_exact,
+    assert_near,
+    closed_mlp,
+    integer_net,
+    integers,
+    normal_net,
+    one_layer,
+    oracle,
+    results,
+    units,
+)
+from torch_manualbp import _ops
+
+LEVELS = ("default", "avx2", "avx512")
+HERE = Path(__file__).parent
+
+
+def probe(path):
+    """What a forced process runs: every check that depends on the level, then results on real numbers for `path`."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for dtype in DTYPES:
+        for width in (*range(1, 20), 31, 32, 33, 47, 48, 49, 64, 100, 257):
+            batch = 5 + width if width % 2 else 300
+            net, grad = integer_net(batch, [width, 34 - width % 34, width], dtype), integers(batch, width, dtype=dtype)
+            assert_exact(results(closed_mlp, net, grad), oracle(net, grad, final_relu=True))
+        wide, grad = integer_net(9, [400, 300], dtype), integers(9, 300, dtype=dtype)
+        assert_exact(results(one_layer, wide, grad), oracle(wide, grad, final_relu=True))
+        transposed = wide.map(lambda tensor: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)
+        assert_exact(results(one_layer, transposed, grad), oracle(wide, grad, final_relu=True))
+        special = torch.tensor([[float("nan")], [float("inf")], [-float("inf")], [-1.0], [0.0]], dtype=dtype)
+        assert_equal(mbp.linear_relu(special, torch.ones(40, 1, dtype=dtype)), torch.relu(special).expand(5, 40))
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+        assert_equal(mbp.mlp(halves, [torch.ones(1, 1, dtype=dtype)]), halves)
+    torch.save({"isa": _ops.isa(), "values": near_float64()}, path)
+
+
+def near_float64():
+    """On real numbers, each checked against float64: {(shape, dtype): (results, sums behind each, units that are on)}."""
+    found = {}
+    for shape in ("tall", "wide", "few rows"):
+        batch, sizes = LARGE[shape]
+        for dtype in DTYPES:
+            torch.manual_seed(1)
+            net, grad = normal_net(batch, sizes, dtype), torch.randn(batch, sizes[-1]).to(dtype)
+            on = units(net)
+            truth, values = oracle(net, grad, on=on), results(mbp.mlp, net, grad)
+            assert_near(values, truth)
+            found[shape, dtype] = values, [total.max() for total in truth.sums], on
+    return found
+
+
+def run(code, *args, **variables):
+    """Runs code in a new Python that finds this library and these tests."""
+    paths = os.pathsep.join([str(Path(mbp.__file__).parent.parent), str(HERE)])
+    env = {**os.environ, "PYTHONPATH": paths, **variables}
+    return subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def forced(tmp_path_factory):
+    """What `probe` saved at each level that this machine has: {level: its dictionary}."""
+    saved = {}
+    for level in LEVELS:
+        path = tmp_path_factory.mktemp("isa") / level
+        done = run("import sys, test_isa; test_isa.probe(sys.argv[1])", str(path), MANUALBP_ISA=level)
+        if "this machine does not have these instructions" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        saved[level] = torch.load(path)
+    return saved
+
+
+def test_each_level_of_the_machine_passes_every_check(forced):
+    assert "default" in forced  # runs anywhere
+    assert {level: saved["isa"] for level, saved in forced.items()} == {level: level for level in forced}
+
+
+def test_the_best_level_of_the_machine_is_chosen_unless_one_is_forced(forced):
+    best = run("from torch_manualbp import _ops; print(_ops.isa())", MANUALBP_ISA="")
+    assert best.stdout.strip() == list(forced)[-1]
+
+
+def test_levels_agree_within_rounding(forced):
+    # Each is within TOLERANCE of float64 (checked in its process), so two are within twice that of each other.
+    # Gradients only where both switched on the same units.
+    for level, saved in forced.items():
+        for key, (values, sums, on) in saved["values"].items():
+            others, _, others_on = forced["default"]["values"][key]
+            same_units = all(torch.equal(one, other) for one, other in zip(on, others_on, strict=True))
+            for one, other, total in list(zip(values, others, sums, strict=True))[: None if same_units else 1]:
+                assert (one.double() - other.double()).abs().max() <= 2 * TOLERANCE[key[1]] * total, (level, key)
+
+
+def test_an_unknown_level_is_an_error_that_names_the_levels():
+    done = run("import torch_manualbp as m, torch; m.mlp(torch.ones(1, 1), [torch.ones(1, 1)])", MANUALBP_ISA="sse9")
+    assert done.returncode != 0
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("RuntimeError: MANUALBP_ISA=sse9 is not a level of this build")
+    assert all(level in message for level in LEVELS if level == "default" or sys.platform == "linux")
+
+
+def test_a_refused_level_is_refused_again():
+    code = """
+import torch, torch_manualbp as m
+for _ in range(2):
+    try:
+        m.linear_relu(torch.ones(1, 1), torch.ones(1, 1))
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+"""
+    lines = run(code, MANUALBP_ISA="none").stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1] != ""

@@ -1,0 +1,292 @@
+"""The registered ops and the binary behind them: argument errors of the C++ entries, the needs mask, fake kernels."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from helpers import DTYPES, assert_equal, integer_net, integers, normal_net, oracle
+from torch_manualbp import _ops
+
+B, SIZES = 6, [5, 7, 4, 3]
+LAYERS = len(SIZES) - 1
+
+
+def linear_relu_args(dtype=torch.float64):
+    """Arguments of both linear_relu ops: (forward's, backward's without needs)."""
+    net = integer_net(B, [5, 3], dtype)
+    output = _ops.linear_relu(net.input, net.weights[0], net.biases[0])
+    forward = (net.input, net.weights[0], net.biases[0])
+    return forward, (integers(B, 3, dtype=dtype), net.input, net.weights[0], output)
+
+
+def mlp_args(dtype=torch.float64, final_relu=False, leading=B, sizes=SIZES):
+    """Arguments of both mlp ops: (forward's, backward's without needs)."""
+    net = integer_net(leading, sizes, dtype, biases="mixed")
+    output, hidden = _ops.mlp(*net, final_relu, True)
+    grad = integers(*output.shape, dtype=dtype)
+    return (*net, final_relu, True), (grad, *net, hidden, output if final_relu else None)
+
+
+def mlp_loss_args(loss, dtype=torch.float64, leading=B, sizes=SIZES):
+    """Arguments of mlp_loss without needs and flat."""
+    net = integer_net(leading, sizes, dtype, biases="mixed")
+    shape = net.input.shape[:-1]
+    target = torch.randint(sizes[-1], shape) if loss == "cross_entropy" else torch.rand(*shape, sizes[-1]).to(dtype)
+    return (net.input, target, *net[1:], loss, True, -100, 0.1)
+
+
+# --- the needs mask -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_relu_backward_returns_exactly_the_gradients_asked_for(dtype):
+    _, args = linear_relu_args(dtype)
+    everything = _ops.linear_relu_backward(*args, [True] * 3)
+    assert [grad.shape for grad in everything] == [(B, 5), (3, 5), (3,)]
+    for needs in itertools.product([False, True], repeat=3):
+        assert_equal(_ops.linear_relu_backward(*args, needs), list(itertools.compress(everything, needs)))
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_backward_returns_exactly_the_gradients_asked_for(dtype, final_relu):
+    _, args = mlp_args(dtype, final_relu)
+    everything = _ops.mlp_backward(*args, [True] * (1 + 2 * LAYERS))
+    shapes = [(B, 5), (7, 5), (4, 7), (3, 4), (7,), (4,), (3,)]
+    assert [grad.shape for grad in everything] == shapes
+    for needs in itertools.product([False, True], repeat=1 + 2 * LAYERS):
+        wanted = list(itertools.compress(everything, needs))
+        assert_equal(_ops.mlp_backward(*args, needs), wanted)
+        assert_equal(_ops.mlp_backward(*args[:4], None, args[-1], needs), wanted)  # activations computed again
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
+def test_mlp_loss_returns_the_loss_and_exactly_the_gradients_asked_for(loss, flat):
+    args = mlp_loss_args(loss)
+    value, *everything = _ops.mlp_loss(*args, [True] * (1 + 2 * LAYERS), False)
+    assert value.shape == ()
+    assert [grad.shape for grad in everything] == [(B, 5), (7, 5), (4, 7), (3, 4), (7,), (4,), (3,)]
+    for needs in itertools.product([False, True], repeat=1 + 2 * LAYERS):
+        assert_equal(_ops.mlp_loss(*args, needs, flat), [value, *itertools.compress(everything, needs)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flat_gradients_are_aligned_parts_of_one_buffer_that_do_not_overlap(dtype):
+    needs = [True, True, False, True, True, True, True]
+    _, of_input, *grads = _ops.mlp_loss(*mlp_loss_args("mse", dtype), needs, True)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 1
+    assert of_input.untyped_storage().data_ptr() != grads[0].untyped_storage().data_ptr()
+    ends = 0
+    for grad in grads:
+        assert grad.is_contiguous()
+        assert grad.storage_offset() * grad.element_size() % 64 == 0
+        assert grad.storage_offset() >= ends
+        ends = grad.storage_offset() + grad.numel()
+    assert ends * grads[0].element_size() <= grads[0].untyped_storage().nbytes()
+
+
+def test_hidden_holds_the_activations_one_after_another():
+    net = integer_net(B, SIZES)
+    _, hidden = _ops.mlp(*net, False, True)
+    h = net.input
+    for weight, bias, piece in zip(net.weights, net.biases, hidden.split([B * 7, B * 4]), strict=False):
+        h = torch.relu(torch.nn.functional.linear(h, weight, bias))
+        assert_equal(piece.view(B, -1), h)
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_without_store_the_output_is_the_same_and_nothing_is_kept(final_relu):
+    net = normal_net(B, [5, 7, 9, 8, 3])
+    output, hidden = _ops.mlp(*net, final_relu, False)
+    assert hidden.shape == (0,)
+    assert_equal(output, _ops.mlp(*net, final_relu, True)[0])
+
+
+def test_the_mask_is_the_output_that_is_passed_not_a_new_forward_pass():
+    (input, weight, _), (grad, *_) = linear_relu_args()
+    output = integers(B, 3).abs()
+    want = torch.where(output > 0, grad, 0)
+    assert_equal(_ops.linear_relu_backward(grad, input, weight, output, [False, False, True]), [want.sum(0)])
+
+
+# --- what torch knows about the ops ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_linear_relu(dtype):
+    forward, backward = linear_relu_args(dtype)
+    opcheck(_ops.linear_relu, forward)
+    opcheck(_ops.linear_relu_backward, (*backward, [True, False, True]))
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_opcheck_of_mlp(final_relu):
+    forward, backward = mlp_args(final_relu=final_relu)
+    opcheck(_ops.mlp, forward)
+    opcheck(_ops.mlp_backward, (*backward, [True, False, True, True, False, True, True]))
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
+def test_opcheck_of_mlp_loss(loss):
+    opcheck(_ops.mlp_loss, (*mlp_loss_args(loss), [True, False, True, True, False, True, True], False))
+
+
+def same_metadata(fake, real):
+    fake, real = (torch.utils._pytree.tree_leaves(result) for result in (fake, real))
+    assert [(t.shape, t.stride(), t.dtype) for t in fake] == [(t.shape, t.stride(), t.dtype) for t in real]
+    assert all(tensor.device.type == "meta" for tensor in fake)
+
+
+def to_meta(args):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_linear_relu_has_the_shapes_of_the_real_one(dtype):
+    forward, backward = linear_relu_args(dtype)
+    same_metadata(_ops.linear_relu(*to_meta(forward)), _ops.linear_relu(*forward))
+    for needs in itertools.product([False, True], repeat=3):
+        real = _ops.linear_relu_backward(*backward, needs)
+        same_metadata(_ops.linear_relu_backward(*to_meta(backward), needs), real)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (6,), (2, 0, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("sizes", [[4, 3], [5, 7, 4, 3], [4, 0, 3]], ids=str)
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_fake_mlp_has_the_shapes_of_the_real_one(final_relu, sizes, leading):
+    forward, backward = mlp_args(torch.float32, final_relu, leading, sizes)
+    for store in (False, True):
+        args = (*forward[:-1], store)
+        same_metadata(_ops.mlp(*to_meta(args)), _ops.mlp(*args))
+    count = 2 * len(sizes) - 1
+    for needs in ([True] * count, [False] * count, [k % 2 == 0 for k in range(count)]):
+        same_metadata(_ops.mlp_backward(*to_meta(backward), needs), _ops.mlp_backward(*backward, needs))
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (6,)], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
+def test_fake_mlp_loss_has_the_shapes_of_the_real_one(loss, leading):
+    args = mlp_loss_args(loss, torch.float32, leading)
+    for needs in ([True] * 7, [False] * 7, [k % 2 == 0 for k in range(7)]):
+        same_metadata(_ops.mlp_loss(*to_meta(args), needs, False), _ops.mlp_loss(*args, needs, False))
+
+
+def test_transposed_inputs_give_contiguous_results_fake_and_real():
+    net = integer_net(B, [5, 3])
+    net = net.map(lambda tensor: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor)
+    forward = (net.input, net.weights[0], None)
+    real = _ops.linear_relu(*forward)
+    assert real.is_contiguous()
+    same_metadata(_ops.linear_relu(*to_meta(forward)), real)
+    backward = (integers(3, B).t(), net.input, net.weights[0], real, [True] * 3)
+    same_metadata(_ops.linear_relu_backward(*to_meta(backward)), _ops.linear_relu_backward(*backward))
+
+
+def test_isa_names_a_level():
+    assert _ops.isa() in ("default", "avx2", "avx512")
+
+
+# --- argument errors of the C++ entries -----------------------------------------------------------------------------
+# What the public functions reach is in test_functional; here is what only a direct call can get wrong.
+
+ALL = [True] * (1 + 2 * LAYERS)
+LINEAR_RELU_BACKWARD_ERRORS = {
+    "grad_output shape": ({"grad_output": torch.ones(B, 4)}, r"`grad_output` must have shape \(6, 3\), got \(6, 4\)"),
+    "grad_output dimensions": ({"grad_output": torch.ones(3)}, r"`grad_output` must have shape \(6, 3\), got \(3,\)"),
+    "grad_output dtype": ({"grad_output": torch.ones(B, 3).half()}, r"`grad_output` must have the dtype of `input`"),
+    "output shape": ({"output": torch.ones(B - 1, 3)}, r"`output` must have shape \(6, 3\), got \(5, 3\)"),
+    "output dtype": ({"output": torch.ones(B, 3).double()}, r"`output` must have the dtype of `input`"),
+    "output strides": ({"output": torch.ones(3, B).t()}, r"`output` must be contiguous"),
+    "weight shape": ({"weight": torch.ones(3, 4)}, r"`weight` has 4 columns but `input` has 5 features"),
+    "needs length": ({"needs": [True] * 2}, r"`needs` must have 3 items, got 2"),
+}
+MLP_BACKWARD_ERRORS = {
+    "grad_output shape": ({"grad_output": torch.ones(B, 4)}, r"`grad_output` must have shape \(6, 3\), got \(6, 4\)"),
+    "grad_output dtype": ({"grad_output": torch.ones(B, 3).half()}, r"`grad_output` must have the dtype of `input`"),
+    "biases length": ({"biases": [None], "hidden": None}, r"`biases` must have one item per weight \(3\), got 1"),
+    "bias shape": ({"biases": [None, torch.ones(5), None], "hidden": None}, r"`biases\[1\]` must have shape \(4,\)"),
+    "hidden size": ({"hidden": torch.ones(65)}, r"`hidden` must have shape \(66,\), got \(65,\)"),
+    "hidden dimensions": ({"hidden": torch.ones(6, 11)}, r"`hidden` must have shape \(66,\), got \(6, 11\)"),
+    "hidden dtype": ({"hidden": torch.ones(66).double()}, r"`hidden` must have the dtype of `input`"),
+    "output shape": ({"output": torch.ones(B, 2)}, r"`output` must have shape \(6, 3\), got \(6, 2\)"),
+    "output strides": ({"output": torch.ones(3, B).t()}, r"`output` must be contiguous"),
+    "weights": ({"weights": [torch.ones(7, 5), torch.ones(4, 7), torch.ones(3, 5)]}, r"`weights\[2\]` has 5 columns"),
+    "no weights": ({"weights": []}, r"`weights` must hold at least one weight"),
+    "needs length": ({"needs": ALL[1:]}, r"`needs` must have 1 \+ 2 x 3 items, got 6"),
+}
+
+
+@pytest.mark.parametrize("case", LINEAR_RELU_BACKWARD_ERRORS)
+def test_linear_relu_backward_errors_name_the_argument(case):
+    changes, message = LINEAR_RELU_BACKWARD_ERRORS[case]
+    _, (grad, input, weight, output) = linear_relu_args(torch.float32)
+    args = {"grad_output": grad, "input": input, "weight": weight, "output": output, "needs": [True] * 3}
+    assert len(_ops.linear_relu_backward(**args)) == 3
+    with pytest.raises(RuntimeError, match="linear_relu_backward: " + message):
+        _ops.linear_relu_backward(**{**args, **changes})
+
+
+@pytest.mark.parametrize("case", MLP_BACKWARD_ERRORS)
+def test_mlp_backward_errors_name_the_argument(case):
+    changes, message = MLP_BACKWARD_ERRORS[case]
+    names = ("grad_output", "input", "weights", "biases", "hidden", "output")
+    args = {**dict(zip(names, mlp_args(torch.float32, final_relu=True)[1], strict=True)), "needs": ALL}
+    assert len(_ops.mlp_backward(**args)) == 7
+    with pytest.raises(RuntimeError, match="mlp_backward: " + message):
+        _ops.mlp_backward(**{**args, **changes})
+
+
+def test_mlp_without_weights_or_with_too_few_biases_is_an_error():
+    input, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="mlp: `weights` must hold at least one weight"):
+        _ops.mlp(input, [], [], False, True)
+    with pytest.raises(RuntimeError, match=r"mlp: `biases` must have one item per weight \(1\), got 0"):
+        _ops.mlp(input, [weight], [], False, True)
+
+
+def test_results_do_not_share_memory():
+    forward, backward = mlp_args(final_relu=True)
+    made = [*_ops.mlp(*forward), *_ops.mlp_backward(*backward, ALL)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in made}) == len(made)
+
+
+def test_raw_ops_agree_with_the_oracle():
+    net = integer_net(B, SIZES)
+    grad = integers(B, SIZES[-1])
+    output, hidden = _ops.mlp(*net, False, True)
+    grads = _ops.mlp_backward(grad, *net, hidden, None, ALL)
+    assert_equal([output, *grads], oracle(net, grad).values)
+
+
+# --- the binary -----------------------------------------------------------------------------------------------------
+
+
+def test_an_absent_binary_is_an_import_error_with_the_cure(tmp_path):
+    with pytest.raises(ImportError, match=r"_C\.abi3\.so is missing.*pip install --no-build-isolation \."):
+        _ops._load(tmp_path / "_C.abi3.so")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a shared library", b"\x7fELF\x02\x01\x01" + b"\0" * 99], ids=repr)
+def test_a_broken_binary_is_an_import_error_with_cause_and_cure(tmp_path, content):
+    binary = tmp_path / "_C.abi3.so"
+    binary.write_bytes(content)
+    with pytest.raises(ImportError, match=r"(?s)_C\.abi3\.so cannot be loaded by torch.*pip install") as caught:
+        _ops._load(binary)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_a_truncated_binary_is_an_import_error_not_a_crash(tmp_path, share):
+    content = _ops.BINARY.read_bytes()
+    binary = tmp_path / "_C.abi3.so"
+    binary.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ImportError, match=r"_C\.abi3\.so is incomplete.*pip install"):
+        _ops._load(binary)
+
+
+def test_the_binary_in_use_lies_in_the_package():
+    assert _ops.BINARY.exists()
+    assert _ops.BINARY.parent.name == "torch_manualbp"

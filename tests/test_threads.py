@@ -1,0 +1,123 @@
+"""Determinism: neither the number of threads, nor a second run, nor the rest of the batch changes a bit."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torch_manualbp as mbp
+from helpers import (
+    DTYPES,
+    LARGE,
+    assert_equal,
+    closed_mlp,
+    integer_net,
+    integers,
+    normal_net,
+    one_layer,
+    oracle,
+    recomputing_mlp,
+    results,
+)
+
+SHAPES = {**LARGE, "one layer": (3000, [40, 50]), "small": (5, [9, 7, 3])}
+
+
+def step(shape, dtype, function=mbp.mlp):
+    """One forward and backward pass on real numbers, the same at each call."""
+    torch.manual_seed(0)
+    batch, sizes = SHAPES[shape]
+    net, grad = normal_net(batch, sizes, dtype), torch.randn(batch, sizes[-1]).to(dtype)
+    return results(one_layer if shape == "one layer" else function, net, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("function", [mbp.mlp, recomputing_mlp])
+def test_the_number_of_threads_changes_no_bit(function, shape, dtype):
+    torch.set_num_threads(1)
+    alone = step(shape, dtype, function)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_equal(step(shape, dtype, function), alone)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 2000),
+    st.lists(st.integers(1, 200), min_size=2, max_size=4),
+    st.sampled_from(DTYPES),
+    st.integers(2, 6),
+    st.integers(0, 2**31),
+)
+def test_more_threads_change_no_bit_of_any_call(batch, sizes, dtype, threads, seed):
+    torch.manual_seed(seed)
+    net, grad = normal_net(batch, sizes, dtype), torch.randn(batch, sizes[-1]).to(dtype)
+    torch.set_num_threads(1)
+    alone = results(closed_mlp, net, grad)
+    torch.set_num_threads(threads)
+    assert_equal(results(closed_mlp, net, grad), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_second_run_changes_no_bit(shape, dtype):
+    torch.set_num_threads(4)
+    first = step(shape, dtype)
+    for _ in range(3):
+        assert_equal(step(shape, dtype), first)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [[19, 33, 40, 5], [300, 520, 10], [3, 1], [8, 16]], ids=str)
+def test_a_row_of_the_output_does_not_depend_on_its_batch(sizes, dtype, threads):
+    torch.set_num_threads(threads)
+    net = normal_net(600, sizes, dtype)
+    for function in (mbp.mlp, closed_mlp):
+        whole = function(*net)
+        for rows in (slice(0, 1), slice(17, 18), slice(599, 600), slice(5, 12), slice(100, 164), slice(1, 400)):
+            assert_equal(function(net.input[rows], *net[1:]), whole[rows])
+        assert_equal(function(net.input[13], *net[1:]), whole[13])
+        assert_equal(function(net.input[::3], *net[1:]), whole[::3])
+        assert_equal(function(net.input.flip(0), *net[1:]), whole.flip(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_gradient_does_not_depend_on_the_rest_of_the_batch(dtype):
+    net, grad = normal_net(600, [19, 33, 40, 5], dtype), torch.randn(600, 5).to(dtype)
+    whole = results(mbp.mlp, net, grad)[1]
+    for rows in (slice(0, 1), slice(5, 12), slice(100, 164), slice(1, 400)):
+        assert_equal(results(mbp.mlp, net._replace(input=net.input[rows]), grad[rows])[1], whole[rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_from_several_python_threads_at_once(threads):
+    torch.set_num_threads(threads)
+    cases = []
+    for batch, sizes in ((3000, [33, 64, 7]), (40, [20, 30, 4]), (500, [100, 100]), (1, [50, 60, 5])) * 2:
+        net, grad = integer_net(batch, sizes, torch.float32), integers(batch, sizes[-1]).float()
+        cases.append((net, grad, oracle(net, grad).values))
+
+    def run(case):
+        net, grad, want = case
+        for _ in range(3):
+            assert_equal(results(mbp.mlp, net, grad), want)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, cases))
+
+
+def test_the_number_of_threads_may_change_between_forward_and_backward():
+    net, grad = normal_net(3000, [33, 100, 7], torch.float32), torch.randn(3000, 7)
+    torch.set_num_threads(1)
+    want = results(mbp.mlp, net, grad)
+    for before, after in ((4, 1), (1, 4), (2, 3)):
+        leaves = net.recorded()
+        torch.set_num_threads(before)
+        output = mbp.mlp(*leaves)
+        torch.set_num_threads(after)
+        assert_equal([output.detach(), *torch.autograd.grad(output, leaves.leaves(), grad)], want)
