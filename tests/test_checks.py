@@ -1,4 +1,4 @@
-"""Argument errors that are found in Python: the class, and the name of the argument, what was expected and what came."""
+"""Argument errors that are found in Python: the class, the argument's name, what was expected and what came."""
 
 import pytest
 import torch

@@ -179,8 +179,8 @@ def test_integers_give_the_same_bits_fused(dtype):
 
 # --- which children form a run --------------------------------------------------------------------------------------
 
-L, R, D, T = lambda: nn.Linear(4, 4), nn.ReLU, lambda: nn.Dropout(0.5), nn.Tanh
-LR = lambda: mbp.LinearReLU(4, 4)  # noqa: E731
+L, LR, D = lambda: nn.Linear(4, 4), lambda: mbp.LinearReLU(4, 4), lambda: nn.Dropout(0.5)
+R, T = nn.ReLU, nn.Tanh
 RUNS = {
     "linear": ([L], []),
     "linear relu": ([L, R], ["mlp"]),
@@ -218,7 +218,6 @@ def test_runs_are_found_and_compute_the_same(case):
     before = run()
     mbp.fuse(model)
     assert_close_steps(run(), before)
-    # A LinearReLU that is called as a module is an op of its own.
     assert calls_of(model, input.detach()) == calls
 
 

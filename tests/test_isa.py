@@ -1,4 +1,4 @@
-"""Instruction-set levels: each that this machine has is forced in a process of its own and computes the same network."""
+"""Instruction-set levels: each that this machine has, forced in a process of its own, computes the same networks."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def probe(path):
 
 
 def near_float64():
-    """On real numbers, each checked against float64: {(shape, dtype): (results, sums behind each, units that are on)}."""
+    """On real numbers, checked against float64: {(shape, dtype): (results, sums behind each, units that are on)}."""
     found = {}
     for shape in ("tall", "wide", "few rows"):
         batch, sizes = LARGE[shape]

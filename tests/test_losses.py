@@ -61,7 +61,7 @@ def step(function, net, target):
 
 
 def assert_close(got, want, dtype=torch.float64):
-    """Each tensor within 16 of the dtype's TOLERANCE of its largest element: a loss has a few more roundings than a sum."""
+    """Within 16 TOLERANCE of the largest element: a loss has a few more roundings than a sum, and sums may cancel."""
     for one, other in zip(got, want, strict=True):
         assert (one.shape, one.dtype) == (other.shape, dtype)
         if one.numel():
@@ -334,18 +334,19 @@ def test_targets_that_only_torch_knows(kind):
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 X, W, Y = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+CLASSES = {"loss": "cross_entropy"}
 ERRORS = {
     "unknown loss": ((X, Y, [W]), {"loss": "l1"}, ValueError, "`loss` must be one of 'mse', .*, got 'l1'"),
     "unknown reduction": ((X, Y, [W]), {"reduction": "none"}, ValueError, "`reduction` must be one of .*, got 'none'"),
-    "smoothing": ((X, Y, [W]), {"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be between 0 and 1, got 1.5"),
+    "smoothing": ((X, Y, [W]), {"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be .*, got 1.5"),
     "target type": ((X, [1], [W]), {}, TypeError, "`target` must be a Tensor, got list"),
     "target shape": ((X, Y[:, :3], [W]), {}, RuntimeError, r"`target` must have shape \(2, 4\), got \(2, 3\)"),
-    "classes as a matrix": ((X, Y.long(), [W]), {"loss": "cross_entropy"}, RuntimeError, r"`target` must have shape \(2,\)"),
-    "class too large": ((X, torch.tensor([1, 4]), [W]), {"loss": "cross_entropy"}, IndexError, "class 4 at row 1.* 4 classes"),
-    "class negative": ((X, torch.tensor([-1, 3]), [W]), {"loss": "cross_entropy"}, IndexError, "class -1 at row 0"),
-    "classes as int32": ((X, torch.ones(2).int(), [W]), {"loss": "cross_entropy"}, RuntimeError, "must hold class indices.*int32"),
+    "classes as a matrix": ((X, Y.long(), [W]), CLASSES, RuntimeError, r"`target` must have shape \(2,\)"),
+    "class too large": ((X, torch.tensor([1, 4]), [W]), CLASSES, IndexError, "class 4 at row 1.* 4 classes"),
+    "class negative": ((X, torch.tensor([-1, 3]), [W]), CLASSES, IndexError, "class -1 at row 0"),
+    "classes as int32": ((X, torch.ones(2).int(), [W]), CLASSES, RuntimeError, "must hold class indices.*int32"),
     "integer target": ((X, Y.long(), [W]), {}, RuntimeError, "`target` must have the dtype of `input`.*got int64"),
-    "target device": ((X, Y.to("meta"), [W]), {}, RuntimeError, r"`target` must be on the device of `input` \(cpu\), got meta"),
+    "target device": ((X, Y.to("meta"), [W]), {}, RuntimeError, r"`target` .* device of `input` \(cpu\), got meta"),
     "weight shape": ((X, Y, [W.t()]), {}, RuntimeError, r"`weights\[0\]` has 4 columns but `input` has 3 features"),
     "no weights": ((X, Y, []), {}, ValueError, "`weights` must hold at least one weight"),
     "biases": ((X, Y, [W], []), {}, ValueError, r"`biases` must have one item per weight \(1\), got 0"),

@@ -24,6 +24,7 @@ from helpers import (
     plain_mlp,
     recomputing_mlp,
 )
+from torch_manualbp._losses import LossSpec
 
 SIZES = st.lists(st.one_of(st.integers(0, 20), st.integers(0, 140)), min_size=2, max_size=6)
 LEADING = st.one_of(
@@ -133,6 +134,31 @@ def test_the_gradient_of_any_gradient_equals_plain_torch(sizes, batch, seed):
         second.append(torch.autograd.grad(total, leaves.leaves(), allow_unused=True, materialize_grads=True))
     for got, want in zip(*second, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(1, 400),
+    st.lists(st.integers(1, 60), min_size=2, max_size=5),
+    st.sampled_from(("mse", "cross_entropy", "bce_with_logits")),
+    st.sampled_from(("mean", "sum")),
+    SEEDS,
+)
+def test_any_loss_and_its_gradients_equal_plain_torch(batch, sizes, loss, reduction, seed):
+    torch.manual_seed(seed)
+    net = normal_net(batch, sizes)
+    target = torch.randint(sizes[-1], (batch,)) if loss == "cross_entropy" else torch.rand(batch, sizes[-1]).double()
+    spec = LossSpec(loss, reduction)
+    steps = []
+    for value_of in (
+        lambda net: mbp.mlp_loss(net.input, target, *net[1:], loss=loss, reduction=reduction),
+        lambda net: spec.of(plain_mlp(*net), target),
+    ):
+        leaves = net.recorded()
+        value = value_of(leaves)
+        steps.append([value.detach(), *torch.autograd.grad(value, leaves.leaves())])
+    for got, want in zip(*steps, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * max(float(want.abs().max()), 1e-3))
 
 
 # --- fuse -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The lecture's equations in plain torch: right themselves, since they are the specification and the double backward."""
+"""The lecture's equations in plain torch, which are the specification and the double backward, are right themselves."""
 
 import pytest
 import torch
