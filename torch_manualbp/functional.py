@@ -167,7 +167,7 @@ def run_loss(
     spec: LossSpec,
 ) -> Tensor:
     """`mlp_loss` on checked arguments: what the modules call."""
-    if not (kernels_apply(input, weights) and _target_is_plain(input, target, spec)):
+    if not (kernels_apply(input, weights) and target_is_plain(input, target, spec)):
         output, _ = reference.mlp_forward(input, weights, biases)
         return spec.of(output, target)
     if torch.is_grad_enabled() and (
@@ -178,21 +178,7 @@ def run_loss(
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
 
 
-def can_bypass_graph(
-    input: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: LossSpec
-) -> bool:
-    """Whether gradients may be computed and added without autograd: nobody else would see the difference."""
-    parameters = [p for p in (*weights, *biases) if p is not None]
-    return (
-        not input.requires_grad
-        and _target_is_plain(input, target, spec)
-        and kernels_apply(input, weights)
-        and all(p.is_leaf and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in parameters)
-        and len({id(p) for p in parameters}) == len(parameters)
-    )
-
-
-def _target_is_plain(input: Tensor, target: Tensor, spec: LossSpec) -> bool:
+def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec) -> bool:
     """Whether our op knows this kind of target; torch takes others too (class probabilities, one with a gradient)."""
     return (
         isinstance(target, Tensor)

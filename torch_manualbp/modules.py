@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
 from torch_manualbp._losses import LossSpec
-from torch_manualbp.functional import can_bypass_graph, linear_relu, run_layers, run_loss
+from torch_manualbp.functional import linear_relu, run_layers, run_loss, target_is_plain
 
 
 class LinearReLU(nn.Linear):
@@ -69,6 +69,21 @@ class _Run:
         if len(self.weights) == 1 and not self.relu:  # a lone linear layer: nothing to fuse
             return self.module(input)
         return run_layers(input, self.weights, self.biases, self.relu, self.activations)
+
+
+def _unwatched(run: _Run) -> list[Tensor] | None:
+    """The parameters that learn, if a gradient may be put into each without autograd: nobody would see a difference."""
+    learners = []
+    for parameter in (*run.weights, *run.biases):
+        if parameter is None:
+            continue
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
+            return None
+        if parameter.layout is not torch.strided:
+            return None
+        if parameter.requires_grad:
+            learners.append(parameter)
+    return learners if len({id(p) for p in learners}) == len(learners) else None  # a shared layer learns twice
 
 
 def _fusable_kind(module: nn.Module) -> type | None:
@@ -226,17 +241,18 @@ class MLP(FusedForward):
         """
         spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
         run = self._whole_run(input)
-        if run is None or not can_bypass_graph(input, target, run.weights, run.biases, spec):
+        learners = None
+        if run is not None and not input.requires_grad and target_is_plain(input, target, spec):
+            learners = _unwatched(run)
+        if run is None or learners is None:
             value = self.loss(
                 input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-        parameters = [*run.weights, *run.biases]
-        needs = [p is not None and p.requires_grad for p in parameters]
-        learners = [p for p, need in zip(parameters, needs, strict=True) if p is not None and need]
+        needs = [False, *(p is not None and p.requires_grad for p in (*run.weights, *run.biases))]
         with torch.no_grad():
-            value, *grads = spec.run(input, target, run.weights, run.biases, [False, *needs], flat=True)
+            value, *grads = spec.run(input, target, run.weights, run.biases, needs, flat=True)
             for parameter, grad in zip(learners, grads, strict=True):
                 if parameter.grad is None:
                     parameter.grad = grad

@@ -4,10 +4,12 @@
 //   backward   k = K-1 ... 0:   d(beta_k) = sum of df_k,   d(Omega_k) = df_k^T h_k,
 //                               df_{k-1} = I[h_k > 0] . (df_k Omega_k)
 //
-// Layer k maps D_k to D_{k+1} features; B is the number of rows of the input. Two ways to cut the work:
-//   tall (and narrow)   blocks of rows go through all layers while they lie in the cache, each block on one thread;
-//                       the backward pass sums gradients over slices of the batch, added up in order at the end
-//   short (or wide)     all rows go through one layer after the other, each step cut over the threads
+// Layer k maps D_k to D_{k+1} features; B is the number of rows of the input. Three ways to cut the work:
+//   tall    many rows: blocks of them go through all layers while they lie in the cache, each block on one thread; the
+//           backward pass sums gradients over slices of the batch, added up in order at the end
+//   short   few rows, few parameters: each thread takes its rows through all layers and back to df_0, then the threads
+//           share out the gradients of all layers: two meetings of the threads in all, whatever the depth
+//   wide    many parameters: all rows go through one layer after the other, each step cut over the threads
 // The choice depends on the sizes alone, never on the number of threads: so do the results.
 #pragma once
 
@@ -37,6 +39,7 @@ struct Gradients {
 template <typename T>
 class Network {
   using A = accumulator_t<T>;
+  static constexpr int64_t kLossRows = 16;  // blocks and slices begin at multiples of it
 
  public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
@@ -61,9 +64,9 @@ class Network {
     const Team team(widest_, widest_);
     const auto& workers = team.workers;
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
-    const int64_t rows = is_tall() ? std::min(block_rows(2 * widest_), ceil_div(batch_, workers.threads())) : batch_;
+    const int64_t rows = is_wide() ? batch_ : std::min(block_rows(2 * widest_), share_rows(workers.threads()));
     const int64_t turn = hidden ? 0 : rows * widest_hidden_;  // without store, two buffers a thread take turns
-    const Buffer<T> memory(2 * turn * (is_tall() ? workers.threads() : 1));
+    const Buffer<T> memory(2 * turn * (is_wide() ? 1 : workers.threads()));
     const auto block = [&](int64_t first, T* turns, const Workers& who) {
       const auto place = [&](size_t k) -> T* {
         if (k + 1 == layers_.size()) return output + first * layers_[k].d_out();
@@ -71,7 +74,7 @@ class Network {
       };
       forward_block(rows_of(input, first, std::min(rows, batch_ - first)), layers_.size(), place, who);
     };
-    if (!is_tall()) return block(0, memory.data, workers);
+    if (is_wide()) return block(0, memory.data, workers);
     workers.run(ceil_div(batch_, rows), multiply_adds(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) block(i * rows, memory.data + 2 * turn * workers.index(), workers.alone());
     });
@@ -82,25 +85,26 @@ class Network {
   void backward(Matrix<const T> input, const T* hidden, bool recompute, Matrix<const T> grad_output, const T* output,
                 const Gradients<T>& grads) {
     if (grads.lowest() == layers_.size()) return;
-    run_backward(input, hidden, recompute ? layers_.size() - 1 : 0, grads,
-                 [&](int64_t first, int64_t count, int64_t, T*) -> Top {
-                   return {rows_of(grad_output, first, count),
-                           output ? output + first * layers_.back().d_out() : nullptr};
-                 });
+    run_backward(
+        input, hidden, recompute ? layers_.size() - 1 : 0, grads, [&](int64_t first, int64_t count, T*) -> Top {
+          return {rows_of(grad_output, first, count), output ? output + first * layers_.back().d_out() : nullptr};
+        });
   }
 
   // Forward, loss and backward in one pass over blocks of rows; returns the loss summed over all rows.
   // loss: describes the whole batch; its rows and f are filled in here, block by block.
   double loss_backward(Matrix<const T> input, double (*kernel)(const Loss<T>&), const Loss<T>& loss,
                        const Gradients<T>& grads) {
-    std::vector<double> sums(size_t(slices()), 0.0);
-    run_backward(input, nullptr, layers_.size(), grads, [&](int64_t first, int64_t count, int64_t slice, T* f) -> Top {
-      Loss<T> part = loss;
-      part.rows = count;
-      part.f = f;
-      if (part.target) part.target += first * part.target_row;
-      if (part.classes) part.classes += first * part.target_row;
-      sums[size_t(slice)] += kernel(part);
+    std::vector<double> sums(size_t(ceil_div(batch_, kLossRows)), 0.0);  // of units of rows, whatever the blocks are
+    run_backward(input, nullptr, layers_.size(), grads, [&](int64_t first, int64_t count, T* f) -> Top {
+      for (int64_t row = first; row < first + count; row += kLossRows) {
+        Loss<T> unit = loss;
+        unit.rows = std::min(kLossRows, first + count - row);
+        unit.f = f + (row - first) * layers_.back().d_out();
+        if (unit.target) unit.target += row * unit.target_row;
+        if (unit.classes) unit.classes += row * unit.target_row;
+        sums[size_t(row / kLossRows)] = kernel(unit);
+      }
       return {Matrix<const T>::contiguous(f, count, layers_.back().d_out()), nullptr};
     });
     double sum = 0;
@@ -194,9 +198,10 @@ class Network {
   }
 
   // The backward pass over all blocks. hidden: the stored activations, unless the first `again` layers are computed
-  // again. top(first, count, slice, f) says where a block starts; f is its output, if that was computed again.
+  // again. top(first, count, f) says where a block starts; f is its output, if that was computed again.
   template <typename TopOf>
   void run_backward(Matrix<const T> input, const T* hidden, size_t again, const Gradients<T>& grads, const TopOf& top) {
+    if (is_short()) return short_backward(input, hidden, again, grads, top);
     const int64_t slice_rows = is_tall() ? slice_rows_ : batch_;
     const int64_t touched = 2 * widest_ + (again ? starts_.back() : 0);
     const int64_t rows = is_tall() ? std::min(slice_rows, block_rows(touched)) : again ? long_rows(touched) : batch_;
@@ -219,7 +224,7 @@ class Network {
         const auto place = [&](size_t k) { return k + 1 == layers_.size() ? turns : activations.at(*this, k + 1); };
         forward_block(h0, again, place, who);
       }
-      auto [df, mask] = top(first, count, slice, turns);
+      auto [df, mask] = top(first, count, turns);
       for (size_t k = layers_.size(); k-- > lowest;) {
         const auto& layer = layers_[k];
         A* const dbeta = sums.beta(slice, k);
@@ -262,7 +267,104 @@ class Network {
     sums.finish(workers);
   }
 
+  // The same for few rows: see "short" above.
+  template <typename TopOf>
+  void short_backward(Matrix<const T> input, const T* hidden, size_t again, const Gradients<T>& grads,
+                      const TopOf& top) {
+    const Team team(widest_, std::max(widest_, batch_));
+    const auto& workers = team.workers;
+    const size_t lowest = grads.lowest(), layers = layers_.size();
+    const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers, workers));
+    const Buffer<A> packed_transposed(pack(&Layer<T>::packed_transposed, 0, again, workers));
+    const Sums sums(layers_, grads, 1);
+    // df_k of all rows and layers, then the activations that are computed again.
+    const int64_t hidden_width = starts_.back(), top_width = layers_.back().d_out();
+    const Buffer<T> memory(batch_ * (hidden_width + top_width + (again ? hidden_width : 0)));
+    T* const kept = again ? memory.data + batch_ * (hidden_width + top_width) : const_cast<T*>(hidden);
+    std::vector<Matrix<const T>> df(layers);
+    for (size_t k = 0; k < layers; ++k) {
+      df[k] = Matrix<const T>::contiguous(memory.data + batch_ * starts_[k + 1], batch_, layers_[k].d_out());
+    }
+    const auto h_of = [&](size_t k) {
+      return k == 0 ? input : Matrix<const T>::contiguous(kept + batch_ * starts_[k], batch_, layers_[k].d_in());
+    };
+
+    // First meeting: rows through all layers and back.
+    const int64_t share = share_rows(workers.threads());
+    workers.run(ceil_div(batch_, share), 2 * multiply_adds(), [&](int64_t begin, int64_t end) {
+      const Workers alone = workers.alone();
+      const int64_t first = begin * share, count = std::min(end * share, batch_) - first;
+      const auto df_rows = [&](size_t k) { return const_cast<T*>(df[k].data) + first * layers_[k].d_out(); };
+      if (again) {
+        const auto place = [&](size_t k) {
+          return k + 1 == layers ? df_rows(k) : kept + batch_ * starts_[k + 1] + first * layers_[k].d_out();
+        };
+        forward_block(rows_of(input, first, count), again, place, alone);
+      }
+      auto [gradient, mask] = top(first, count, df_rows(layers - 1));
+      if (!mask && first == 0)
+        df[layers - 1] = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
+      for (size_t k = layers; k-- > lowest;) {
+        if (mask) {
+          T* out = df_rows(k);
+          relu_backward<T>(gradient, mask, out, nullptr, false, alone);
+          gradient = Matrix<const T>::contiguous(out, count, layers_[k].d_out());
+        }
+        if (k == lowest && !grads.input) break;
+        T* dh = k == 0 ? grads.input + first * layers_[0].d_in() : df_rows(k - 1);
+        input_gradient<T>(gradient, layers_[k], dh, alone);
+        gradient = Matrix<const T>::contiguous(dh, count, layers_[k].d_in());
+        mask = k == 0 ? nullptr : rows_of(h_of(k), first, count).data;
+      }
+    });
+
+    // Second meeting: blocks of d(Omega_k), and d(beta_k), of all layers.
+    struct Task {
+      size_t k;
+      int64_t row, col;  // row < 0: d(beta_k)
+    };
+    std::vector<Task> tasks;
+    constexpr int64_t kRows = 96, kCols = 128;
+    for (size_t k = lowest; k < layers; ++k) {
+      for (int64_t row = 0; grads.omega[k] && row < layers_[k].d_out(); row += kRows) {
+        for (int64_t col = 0; col < layers_[k].d_in(); col += kCols) tasks.push_back({k, row, col});
+      }
+      if (grads.beta[k]) tasks.push_back({k, -1, 0});
+    }
+    workers.run(int64_t(tasks.size()), multiply_adds(), [&](int64_t begin, int64_t end) {
+      const Workers alone = workers.alone();
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [k, row, col] = tasks[size_t(i)];
+        if (row < 0) {
+          relu_backward<T>(df[k], nullptr, nullptr, sums.beta(0, k), false, alone);
+          continue;
+        }
+        const int64_t d_in = layers_[k].d_in();
+        const auto a = columns_of(df[k], row, std::min(kRows, layers_[k].d_out() - row));
+        const auto b = columns_of(h_of(k), col, std::min(kCols, d_in - col));
+        kernels<T>().gemm_accumulated({a.cols, b.cols, batch_, a.data, a.col_stride, a.row_stride, b.data, b.row_stride,
+                                       b.col_stride, sums.omega(0, k) + row * d_in + col, d_in},
+                                      alone.workspace());
+      }
+    });
+    sums.finish(workers);
+  }
+
+  static Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t count) {
+    return {m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
+  }
+
   bool is_tall() const { return slice_rows_ < batch_; }
+  // Few enough numbers that packing the weights and keeping every df_k costs little memory: 4 MiB and 16 MiB of floats.
+  bool is_short() const {
+    return !is_tall() && parameters_ <= (1 << 20) && batch_ * (starts_.back() + layers_.back().d_out()) <= (4 << 20);
+  }
+  bool is_wide() const { return !is_tall() && !is_short(); }
+  // A thread's share of the rows: a whole number of register tiles and of units of the loss.
+  int64_t share_rows(int64_t threads) const {
+    const int64_t step = batch_ >= 4 * 48 * threads ? 48 : kLossRows;
+    return std::max<int64_t>(ceil_div(ceil_div(batch_, threads), step), 1) * step;
+  }
   int64_t slices() const { return is_tall() ? ceil_div(batch_, slice_rows_) : 1; }
   double multiply_adds() const { return double(batch_) * double(parameters_); }
 
@@ -274,7 +376,7 @@ class Network {
     const int64_t bytes = std::max<int64_t>(parameters_, 1) * int64_t(sizeof(A));
     const int64_t fewest_rows = bytes <= kCachedBytes ? 64 : 512;
     const int64_t slices = std::min({kMost, kAllBytes / bytes, batch_ / fewest_rows});
-    return slices < kFewest ? batch_ : ceil_div(batch_, slices);
+    return slices < kFewest ? batch_ : ceil_div(ceil_div(batch_, slices), kLossRows) * kLossRows;
   }
 
   // Rows of a block of which a thread touches `width` features a row again and again: half of a 1 MiB cache.
@@ -297,15 +399,22 @@ class Network {
     const auto& kernel = kernels<T>();
     std::vector<int64_t> offsets;
     int64_t size = 0;
-    for (size_t i = first; is_tall() && i < last; ++i) {
-      const auto& omega = layers_[i].omega;
+    // Few rows do not pay for packing a weight that the input gradient can read where it lies.
+    const auto in_place = [&](const Matrix<const T>& omega) {
+      return !transposed && is_short() && kernel.reads_in_place(omega.row_stride, omega.col_stride, omega.cols);
+    };
+    std::vector<size_t> packed;
+    for (size_t k = first; !is_wide() && k < last; ++k) {
+      const auto& omega = layers_[k].omega;
+      if (in_place(omega)) continue;
+      packed.push_back(k);
       offsets.push_back(size);
       size += transposed ? kernel.packed_size(omega.cols, omega.rows) : kernel.packed_size(omega.rows, omega.cols);
     }
     Buffer<A> memory(size);
-    workers.run(int64_t(offsets.size()), double(parameters_), [&](int64_t begin, int64_t end) {
+    workers.run(int64_t(packed.size()), double(size), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        auto& layer = layers_[first + size_t(i)];
+        auto& layer = layers_[packed[size_t(i)]];
         const auto& omega = layer.omega;
         A* out = memory.data + offsets[size_t(i)];
         if (transposed) {

@@ -194,6 +194,17 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
   }
 }
 
+// Rows of B that are contiguous, in accumulator type and near one another need no packing; a panel that N does not fill
+// is packed all the same.
+template <typename T>
+MBP_INLINE bool rows_in_place(int64_t b_k, int64_t b_n) {
+  return sizeof(T) == sizeof(accumulator_t<T>) && b_n == 1 && b_k <= kDirectStride;
+}
+template <typename T>
+static bool reads_in_place(int64_t b_k, int64_t b_n, int64_t n) {
+  return rows_in_place<T>(b_k, b_n) && n % kTileCols<accumulator_t<T>> == 0;
+}
+
 template <typename T>
 static int64_t packed_size(int64_t k, int64_t n) {
   constexpr int64_t NR = kTileCols<accumulator_t<T>>;
@@ -262,7 +273,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are.
   const bool rows_of_a = p.a_k == 1 || p.a_m != 1;
   const bool contiguous_a = sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
-  const bool direct_b = sizeof(T) == sizeof(A) && !p.packed_b && p.b_n == 1 && p.b_k <= kDirectStride;
+  const bool direct_b = !p.packed_b && rows_in_place<T>(p.b_k, p.b_n);
 
   for (int64_t n0 = 0; n0 < p.n; n0 += kBlockCols) {
     const int64_t n = min_i64(kBlockCols, p.n - n0);
