@@ -44,6 +44,24 @@ def test_the_number_of_threads_changes_no_bit(function, shape, dtype):
         assert_equal(step(shape, dtype, function), alone)
 
 
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
+@pytest.mark.parametrize("shape", LARGE)
+def test_the_number_of_threads_changes_no_bit_of_a_loss(shape, loss):
+    batch, sizes = LARGE[shape]
+    model, input = mbp.MLP(sizes), torch.randn(batch, sizes[0])
+    target = torch.randint(sizes[-1], (batch,)) if loss == "cross_entropy" else torch.rand(batch, sizes[-1])
+
+    def loss_and_gradients():
+        model.zero_grad()
+        value = model.loss_backward(input, target, loss)
+        return [value, *(parameter.grad for parameter in model.parameters())]
+
+    alone = loss_and_gradients()
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_equal(loss_and_gradients(), alone)
+
+
 @settings(max_examples=40)
 @given(
     st.integers(1, 2000),
