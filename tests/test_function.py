@@ -356,6 +356,7 @@ def test_export(strict):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")  # torch 2.14
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # branches on shapes, which a trace fixes
 @pytest.mark.parametrize("make", [lambda: mbp.MLP([4, 6, 3]), lambda: mbp.LinearReLU(4, 3)], ids=["MLP", "LinearReLU"])
 def test_jit_trace_is_differentiable_and_needs_no_library(make):
