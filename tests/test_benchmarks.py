@@ -112,3 +112,15 @@ def test_a_peer_that_fails_is_reported_beside_the_others(training_step, monkeypa
     row, mean = training_step.table(results, [workload], None).splitlines()[2:]
     assert [cell.strip() for cell in row.split("|")][3] == "failed"
     assert [cell.strip() for cell in mean.split("|")][3] == "–"
+
+
+def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
+    figure = tmp_path / "memory.png"
+    command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "1000", "60000", "--figure", figure]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [line.strip("|").split("|") for line in result.stdout.splitlines()]
+    assert [cell.strip() for cell in rows[0]] == ["rows", "eager", "MLP, store", "MLP, recompute", "MLP.loss"]
+    eager, store, recompute, one_pass = (float(cell) for cell in rows[-1][1:])
+    stored = 60000 * 4 * 64 * 4 / 2**20  # h_1 ... h_4
+    assert eager > store > stored > recompute > one_pass
+    assert figure.stat().st_size > 0

@@ -1,0 +1,105 @@
+"""How much memory does a training step take, beside its input, target and parameters, as the batch grows?
+
+    python benchmarks/peak_memory.py --figure build/peak_memory.png
+
+Each point is a fresh process (Linux): the highest resident size of a step of the tcnn64 network, less that before it.
+A loss outside the network needs the output and its gradient, 128 bytes a row; `MLP.loss` does without.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torch_manualbp as mbp
+
+SIZES = [32, 64, 64, 64, 64, 16]
+BATCHES = [1_000, 10_000, 30_000, 100_000, 300_000, 1_000_000]
+
+
+def autograd_step(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """Loss and backward outside the network, as everybody writes it."""
+    F.mse_loss(model(x), target).backward()  # type: ignore[no-untyped-call]
+
+
+def loss_step(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """The loss inside the network: one pass."""
+    assert isinstance(model, mbp.MLP)
+    model.loss(x, target).backward()  # type: ignore[no-untyped-call]
+
+
+MODES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Tensor], None]]] = {
+    "eager": (lambda: nn.Sequential(*mbp.MLP(SIZES)), autograd_step),
+    "MLP, store": (lambda: mbp.MLP(SIZES), autograd_step),
+    "MLP, recompute": (lambda: mbp.MLP(SIZES, activations="recompute"), autograd_step),
+    "MLP.loss": (lambda: mbp.MLP(SIZES), loss_step),
+}
+
+
+def highest_resident_bytes() -> int:
+    """VmHWM of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def measure(mode: str, batch: int) -> int:
+    """Bytes that one step adds to what was resident at most before it."""
+    make, step = MODES[mode]
+    model = make()
+    x, target = torch.randn(batch, SIZES[0]), torch.randn(batch, SIZES[-1])
+    step(model, x[:100].clone(), target[:100].clone())  # threads and the autograd engine start here
+    before = highest_resident_bytes()
+    step(model, x, target)
+    return highest_resident_bytes() - before
+
+
+def plot(table: dict[str, list[int]], batches: list[int], path: Path) -> None:
+    """Bytes against rows, both logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (mode, values), marker in zip(table.items(), "osv^", strict=True):
+        axes.loglog(batches, [max(value / 2**20, 0.1) for value in values], marker=marker, label=mode)
+    axes.set_xlabel("rows of the batch")
+    axes.set_ylabel("memory of a step (MiB)")
+    axes.set_title("Peak memory beside input, target and parameters")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Prints a table in MiB, and draws it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--figure", type=Path, help="where to save the plot")
+    parser.add_argument("--one", nargs=2, metavar=("MODE", "BATCH"), help="measure one point in this process")
+    options = parser.parse_args()
+    if options.one:
+        print(measure(options.one[0], int(options.one[1])))
+        return
+    table: dict[str, list[int]] = {}
+    print(f"| rows | {' | '.join(MODES)} |\n|---|{'---|' * len(MODES)}")
+    for batch in options.batches:
+        cells = []
+        for mode in MODES:
+            command = [sys.executable, __file__, "--one", mode, str(batch)]
+            size = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            table.setdefault(mode, []).append(size)
+            cells.append(f"{size / 2**20:.1f}")
+        print(f"| {batch:,} | {' | '.join(cells)} |", flush=True)
+    if options.figure:
+        plot(table, options.batches, options.figure)
+
+
+if __name__ == "__main__":
+    main()
