@@ -2,7 +2,7 @@
 //   h' = a[beta + Omega h];   df = I[h' > 0] . dh',   dh = df Omega,   d(Omega) = df^T h,   d(beta) = sum of df.
 // input (..., D_in), weight = Omega (D_out, D_in), bias = beta (D_out), output = h' (..., D_out).
 
-#include "network.h"
+#include "mlp.h"
 #include "ops.h"
 
 namespace manualbp {
@@ -46,20 +46,10 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
   MBP_CHECK(needs.size() == 3, op, ": `needs` must have 3 items, got ", needs.size());
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
-    const int32_t dtype = dtype_of(input);
     Tensor keep_input, keep_grad;
     const auto h = as_matrix<T>(input, keep_input);
-
     std::vector<Tensor> asked;
-    const auto ask = [&](size_t i, std::vector<int64_t> sizes) -> T* {
-      if (!needs[i]) return nullptr;
-      asked.push_back(empty(sizes, dtype));
-      return data<T>(asked.back());
-    };
-    Gradients<T> grads;
-    grads.input = ask(0, with_last_size(input, h.cols));
-    grads.omega = {ask(1, {weight.size(0), weight.size(1)})};
-    grads.beta = {ask(2, {weight.size(0)})};
+    const auto grads = allocate_gradients<T>(op, input, {weight}, needs, /*flat=*/false, asked);
     Network<T>(h.rows, {{as_matrix<T>(weight), {}}}, /*final_relu=*/true)
         .backward(h, nullptr, /*recompute=*/false, as_matrix<T>(grad_output, keep_grad), const_data<T>(output), grads);
     return asked;

@@ -1,4 +1,4 @@
-// What the entries of mlp.cpp and mlp_loss.cpp share: argument checks, and the network that their arguments describe.
+// What the entries share: argument checks, the network that their arguments describe, and the gradients asked for.
 #pragma once
 
 #include "network.h"

@@ -289,7 +289,9 @@ class Network {
       return k == 0 ? input : Matrix<const T>::contiguous(kept + batch_ * starts_[k], batch_, layers_[k].d_in());
     };
 
-    // First meeting: rows through all layers and back.
+    // First meeting: rows through all layers and back. Without a ReLU on top, df_{K-1} is the gradient of the output as
+    // it came: its first rows say where the whole of it is, which the other threads do not read before the second meeting.
+    Matrix<const T> whole{};
     const int64_t share = share_rows(workers.threads());
     workers.run(ceil_div(batch_, share), 2 * multiply_adds(), [&](int64_t begin, int64_t end) {
       const Workers alone = workers.alone();
@@ -302,8 +304,7 @@ class Network {
         forward_block(rows_of(input, first, count), again, place, alone);
       }
       auto [gradient, mask] = top(first, count, df_rows(layers - 1));
-      if (!mask && first == 0)
-        df[layers - 1] = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
+      if (!mask && first == 0) whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
       for (size_t k = layers; k-- > lowest;) {
         if (mask) {
           T* out = df_rows(k);
@@ -317,6 +318,8 @@ class Network {
         mask = k == 0 ? nullptr : rows_of(h_of(k), first, count).data;
       }
     });
+
+    if (whole.data) df[layers - 1] = whole;
 
     // Second meeting: blocks of d(Omega_k), and d(beta_k), of all layers.
     struct Task {
