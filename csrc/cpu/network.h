@@ -290,7 +290,8 @@ class Network {
     };
 
     // First meeting: rows through all layers and back. Without a ReLU on top, df_{K-1} is the gradient of the output as
-    // it came: its first rows say where the whole of it is, which the other threads do not read before the second meeting.
+    // it came. Its first rows say where the whole of it is; the other threads do not read that before the second
+    // meeting.
     Matrix<const T> whole{};
     const int64_t share = share_rows(workers.threads());
     workers.run(ceil_div(batch_, share), 2 * multiply_adds(), [&](int64_t begin, int64_t end) {
