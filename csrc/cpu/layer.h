@@ -20,7 +20,8 @@ namespace manualbp {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Below this many multiply-adds a thread's share (10 to 20 us) does not pay for waking the thread and for fetching what
-// another core has just written: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine twice.
+// another core has just written: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine
+// twice.
 constexpr int64_t kGrain = 1024 * 1024;
 
 // Sums over rows that are cut over threads are taken in units of so many rows.
