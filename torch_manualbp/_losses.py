@@ -1,8 +1,10 @@
 """The losses that `mlp_loss` fuses: their names and options, our op, and the torch function that each one equals."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,3 +72,13 @@ class LossSpec:
                 raise IndexError(str(error)) from None
             raise
         return results
+
+
+# One object per combination of options: checking them again at each step would cost 1 µs.
+_cached_spec = functools.lru_cache(maxsize=256)(LossSpec)
+
+
+def loss_spec(name: str, reduction: str, ignore_index: int, label_smoothing: float) -> LossSpec:
+    """The `LossSpec` of these options."""
+    make = LossSpec if torch.compiler.is_compiling() else _cached_spec  # Dynamo traces no cache
+    return make(name, reduction, ignore_index, label_smoothing)

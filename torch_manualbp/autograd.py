@@ -68,8 +68,7 @@ class MLPFunction(ManualFunction):
         input, output, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.layers], saved[ctx.layers :]
         hidden, biases = (kept[0], ()) if ctx.store else (None, kept)
-        needs_input, _, _, _, *needs_parameters = ctx.needs_input_grad
-        needs = [needs_input, *needs_parameters]
+        needs = _of_tensors(ctx.needs_input_grad)
         if grad_output is None:  # only `hidden` was used: by the gradient of a gradient that is constant in the output
             if grad_hidden is None:
                 return (None,) * len(ctx.needs_input_grad)
@@ -97,23 +96,26 @@ class MLPLossFunction(ManualFunction):
     def forward(ctx: Any, input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
         """Forward, loss and backward in one pass over blocks of rows; keeps the gradients only."""
         weights, biases = parameters[:layers], parameters[layers:]
-        needs_input, _, _, _, *needs_parameters = ctx.needs_input_grad
-        value, *grads = loss.run(input, target, weights, biases, [needs_input, *needs_parameters])
-        ctx.layers, ctx.loss = layers, loss
-        ctx.save_for_backward(input, target, *parameters, *grads)
+        ctx.layers, ctx.loss, ctx.needs = layers, loss, _of_tensors(ctx.needs_input_grad)
+        value, *ctx.grads = loss.run(input, target, weights, biases, ctx.needs)
+        ctx.save_for_backward(input, target, *parameters)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that forward computed, times ∂L/∂ℓ."""
-        input, target, *saved = ctx.saved_tensors
-        parameters, grads = saved[: 2 * ctx.layers], saved[2 * ctx.layers :]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        """The gradients that forward computed, times ∂L/∂ℓ. They are given away: a second pass computes its own."""
+        input, target, *parameters = ctx.saved_tensors
         if backward_is_composed(grad_output):
-            grads = _loss_gradients(ctx.loss, input, target, parameters, needs, grad_output)
+            grads = _loss_gradients(ctx.loss, input, target, parameters, ctx.needs, grad_output)
         else:
-            grads = torch._foreach_mul(grads, grad_output)
-        spread = _spread(needs, grads)
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:
+                weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
+                _, *grads = ctx.loss.run(input, target, weights, biases, ctx.needs)
+            scale = grad_output.item()
+            if scale != 1.0:  # the usual one costs a pass over all gradients
+                torch._foreach_mul_(grads, scale)
+        spread = _spread(ctx.needs, grads)
         return spread[0], None, None, None, *spread[1:]
 
 
@@ -131,6 +133,13 @@ def _loss_gradients(
         output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
+
+
+def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
+    """Of the arguments (input, three that are no tensors or have no gradient, *parameters): input and parameters."""
+    needs = list(needs_input_grad)
+    del needs[1:4]
+    return needs
 
 
 def _split(hidden: Tensor, input: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

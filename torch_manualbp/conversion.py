@@ -66,7 +66,8 @@ def unfuse(module: _M) -> _M:
     for child in module.modules():
         if isinstance(child, _Fused):
             child.__class__ = child._original_class  # type: ignore[assignment]
-            child.__dict__.pop("activations", None)
+            for name in ("activations", "_plan"):
+                child.__dict__.pop(name, None)
     return module
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
 from torch_manualbp._function import kernels_apply
-from torch_manualbp._losses import LossSpec
+from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
 
@@ -45,9 +45,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     )
     if broadcasts or not kernels_apply(input, (weight,)):
         return F.relu(F.linear(input, weight, bias))
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
         output: Tensor = LinearReLUFunction.apply(input, weight, bias)
     else:
         output = _ops.linear_relu(input, weight, bias)
@@ -93,22 +91,38 @@ def mlp(
 def run_layers(
     input: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
+    biases: Sequence[Tensor | None] | None = None,
     final_relu: bool = False,
     activations: str = "store",
 ) -> Tensor:
-    """`mlp`, with a ReLU after the last layer too if `final_relu`: what the modules call."""
+    """`mlp`, with a ReLU after the last layer too if `final_relu`."""
     check_tensor("mlp", "input", input)
     weights, biases = check_layers("mlp", weights, biases)
     if not kernels_apply(input, weights):
         output, _ = reference.mlp_forward(input, weights, biases, final_relu)
-    elif torch.is_grad_enabled() and (
-        input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
-    ):
-        output, _ = MLPFunction.apply(input, final_relu, activations == "store", len(weights), *weights, *biases)
+        return output
+    return compute_layers(input, weights, biases, final_relu, activations == "store")
+
+
+def compute_layers(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+) -> Tensor:
+    """`mlp` by our kernels on checked arguments, with a ReLU after the last layer too if `final_relu`."""
+    output: Tensor
+    if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
+        output, _ = MLPFunction.apply(input, final_relu, store, len(weights), *weights, *biases)
     else:
         output, _ = _ops.mlp(input, weights, biases, final_relu, False)
     return output
+
+
+def _any_requires_grad(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    if input.requires_grad:
+        return True
+    for weight in weights:  # a loop: half the time of any() over a generator, and the first one usually decides
+        if weight.requires_grad:
+            return True
+    return any(bias is not None and bias.requires_grad for bias in biases)
 
 
 def mlp_loss(
@@ -156,23 +170,18 @@ def mlp_loss(
     check_tensor("mlp_loss", "input", input)
     check_tensor("mlp_loss", "target", target)
     weights, biases = check_layers("mlp_loss", weights, biases)
-    return run_loss(input, target, weights, biases, LossSpec(loss, reduction, ignore_index, label_smoothing))
-
-
-def run_loss(
-    input: Tensor,
-    target: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    spec: LossSpec,
-) -> Tensor:
-    """`mlp_loss` on checked arguments: what the modules call."""
+    spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
     if not (kernels_apply(input, weights) and target_is_plain(input, target, spec)):
         output, _ = reference.mlp_forward(input, weights, biases)
         return spec.of(output, target)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
-    ):
+    return compute_loss(input, target, weights, biases, spec)
+
+
+def compute_loss(
+    input: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: LossSpec
+) -> Tensor:
+    """`mlp_loss` by our kernels on checked arguments."""
+    if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
         value: Tensor = MLPLossFunction.apply(input, target, spec, len(weights), *weights, *biases)
         return value
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]

@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
-from torch_manualbp._losses import LossSpec
-from torch_manualbp.functional import linear_relu, run_layers, run_loss, target_is_plain
+from torch_manualbp._losses import loss_spec
+from torch_manualbp.functional import compute_layers, compute_loss, linear_relu, target_is_plain
 
 
 class LinearReLU(nn.Linear):
@@ -51,24 +52,65 @@ class LinearReLU(nn.Linear):
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("activations", "biases", "module", "relu", "weights")
+    __slots__ = ("biases", "modules", "owners", "relu", "weights")
 
-    def __init__(self, activations: str) -> None:
-        self.activations = activations
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor | None] = []
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.owners: list[dict[str, Any]] = []  # where each linear layer keeps its parameters
         self.relu = False
 
     def add(self, module: nn.Module) -> None:
-        self.module = module
-        self.weights.append(cast(Tensor, module._parameters["weight"]))
-        self.biases.append(module._parameters["bias"])
-        self.relu = type(module) is LinearReLU
+        """Appends a Linear, ReLU or LinearReLU."""
+        self.modules.append(module)
+        if type(module) is not nn.ReLU:
+            self.owners.append(module._parameters)
+        self.relu = type(module) is not nn.Linear
 
-    def __call__(self, input: Any) -> Any:
-        if len(self.weights) == 1 and not self.relu:  # a lone linear layer: nothing to fuse
-            return self.module(input)
-        return run_layers(input, self.weights, self.biases, self.relu, self.activations)
+    def applies(self, input: Any) -> bool:
+        """Looks the parameters up, which may be other objects than at the last call: can kernels compute with them?"""
+        if not (isinstance(input, Tensor) and kernels_apply(input)):
+            return False
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor | None] = []
+        for owner in self.owners:
+            weight, bias = owner.get("weight"), owner.get("bias", input)
+            if type(weight) is not Parameter or not (bias is None or type(bias) is Parameter):
+                return False  # computed from something else
+            if weight.layout is not torch.strided:
+                return False
+            self.weights.append(weight)
+            self.biases.append(bias)
+        return True
+
+    def __call__(self, input: Any, activations: str) -> Any:
+        # A lone linear layer has nothing to fuse.
+        if (self.relu or len(self.owners) > 1) and self.applies(input):
+            return compute_layers(input, self.weights, self.biases, self.relu, activations == "store")
+        for module in self.modules:
+            input = module(input)
+        return input
+
+
+class _Plan:
+    """How a FusedForward computes its children: runs, and what is called as a module. Kept from call to call."""
+
+    __slots__ = ("children", "kinds", "steps")
+
+    def __init__(self, children: list[nn.Module], kinds: list[type | None]) -> None:
+        self.children, self.kinds = children, kinds
+        self.steps: list[_Run | nn.Module] = []
+        run: _Run | None = None
+        for child, kind in zip(children, kinds, strict=True):
+            if kind is None or (run is None and kind is nn.ReLU):
+                run = None
+                self.steps.append(child)
+                continue
+            if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
+                self.steps.append(run := _Run())
+            run.add(child)
+
+    def __reduce__(self) -> Any:  # a copied or unpickled module makes its own
+        return (type(None), ())
 
 
 def _unwatched(run: _Run) -> list[Tensor] | None:
@@ -79,31 +121,34 @@ def _unwatched(run: _Run) -> list[Tensor] | None:
             continue
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
             return None
-        if parameter.layout is not torch.strided:
-            return None
         if parameter.requires_grad:
             learners.append(parameter)
     return learners if len({id(p) for p in learners}) == len(learners) else None  # a shared layer learns twice
 
 
-def _fusable_kind(module: nn.Module) -> type | None:
-    """nn.Linear, LinearReLU or nn.ReLU if `module` is exactly that and nobody can tell whether it was called."""
-    kind = type(module)
-    if not (kind is nn.Linear or kind is nn.ReLU or kind is LinearReLU):
-        return None
-    own = module.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-    ):
-        return None
-    if kind is not nn.ReLU and (own["_parameters"].get("weight") is None or "bias" not in own["_parameters"]):
-        return None  # the weight is computed from something else
-    return kind
+_FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
+
+
+def _fusable_kinds(children: Iterable[nn.Module]) -> list[type | None]:
+    """nn.Linear, LinearReLU or nn.ReLU where a child is exactly that and nobody can tell whether it was called."""
+    kinds: list[type | None] = []
+    for child in children:
+        kind: type | None = type(child)
+        if kind in _FUSABLE:
+            own = child.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or own.get("_compiled_call_impl") is not None
+            ):
+                kind = None
+        else:
+            kind = None
+        kinds.append(kind)
+    return kinds
 
 
 class FusedForward(nn.Sequential):
@@ -119,27 +164,20 @@ class FusedForward(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The children in turn, run by run."""
-        if not (isinstance(input, Tensor) and kernels_apply(input)) or global_hooks_exist():
+        if torch.compiler.is_compiling() or global_hooks_exist():
             return super().forward(input)  # type: ignore[no-untyped-call]
         for step in self._steps():
-            input = step(input)
+            input = step(input, self.activations) if type(step) is _Run else step(input)
         return input
 
     def _steps(self) -> list[_Run | nn.Module]:
-        steps: list[_Run | nn.Module] = []
-        run: _Run | None = None
-        for child in cast(Iterable[nn.Module], self._modules.values()):
-            kind = _fusable_kind(child)
-            if kind is nn.ReLU and run is not None:
-                run.relu = True
-            elif kind is nn.Linear or kind is LinearReLU:
-                if run is None or not run.relu:  # linear after linear: a run of its own
-                    steps.append(run := _Run(self.activations))
-                run.add(child)
-            else:
-                run = None
-                steps.append(child)
-        return steps
+        own = self.__dict__
+        children = list(cast(Iterable[nn.Module], own["_modules"].values()))
+        kinds = _fusable_kinds(children)
+        plan: _Plan | None = own.get("_plan")
+        if plan is None or plan.children != children or plan.kinds != kinds:
+            own["_plan"] = plan = _Plan(children, kinds)
+        return plan.steps
 
 
 class MLP(FusedForward):
@@ -212,10 +250,10 @@ class MLP(FusedForward):
             >>> model[0].weight.grad.shape
             torch.Size([8, 4])
         """
-        spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
-        if (run := self._whole_run(input)) is None:
+        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+        if (run := self._whole_run(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
-        return run_loss(input, target, run.weights, run.biases, spec)
+        return compute_loss(input, target, run.weights, run.biases, spec)
 
     def loss_backward(
         self,
@@ -239,7 +277,7 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[2].bias.grad.shape
             (False, torch.Size([1]))
         """
-        spec = LossSpec(loss, reduction, ignore_index, label_smoothing)
+        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         run = self._whole_run(input)
         learners = None
         if run is not None and not input.requires_grad and target_is_plain(input, target, spec):
@@ -262,11 +300,11 @@ class MLP(FusedForward):
 
     def _whole_run(self, input: Any) -> _Run | None:
         """The network as one run of layers, if that is what it (still) is and the kernels apply."""
-        if not (isinstance(input, Tensor) and kernels_apply(input)) or global_hooks_exist() or self._is_observed():
+        if torch.compiler.is_compiling() or global_hooks_exist() or self._is_observed():
             return None
         steps = self._steps()
         run = steps[0] if len(steps) == 1 else None
-        return run if isinstance(run, _Run) and not run.relu else None
+        return run if isinstance(run, _Run) and not run.relu and run.applies(input) else None
 
     def _is_observed(self) -> bool:
         own = self.__dict__
