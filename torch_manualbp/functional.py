@@ -46,7 +46,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if broadcasts or not kernels_apply(input, (weight,)):
         return F.relu(F.linear(input, weight, bias))
     if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
-        output: Tensor = LinearReLUFunction.apply(input, weight, bias)
+        output: Tensor = LinearReLUFunction.record(input, weight, bias)
     else:
         output = _ops.linear_relu(input, weight, bias)
     return output
@@ -110,7 +110,7 @@ def compute_layers(
     """`mlp` by our kernels on checked arguments, with a ReLU after the last layer too if `final_relu`."""
     output: Tensor
     if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
-        output, _ = MLPFunction.apply(input, final_relu, store, len(weights), *weights, *biases)
+        output, _ = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)
     else:
         output, _ = _ops.mlp(input, weights, biases, final_relu, False)
     return output
@@ -182,7 +182,7 @@ def compute_loss(
 ) -> Tensor:
     """`mlp_loss` by our kernels on checked arguments."""
     if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
-        value: Tensor = MLPLossFunction.apply(input, target, spec, len(weights), *weights, *biases)
+        value: Tensor = MLPLossFunction.record(input, target, spec, len(weights), *weights, *biases)
         return value
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
 

@@ -360,8 +360,9 @@ class Network {
 
   bool is_tall() const { return slice_rows_ < batch_; }
   // Few enough numbers that packing the weights and keeping every df_k costs little memory: 4 MiB and 16 MiB of floats.
+  // Rows that are one thread's share leave the others without work, unless it is not worth theirs anyway.
   bool is_short() const {
-    return !is_tall() && parameters_ <= (1 << 20) && batch_ * (starts_.back() + layers_.back().d_out()) <= (4 << 20);
+    return !is_tall() && (batch_ > kLossRows || multiply_adds() < 2 * kGrain) && parameters_ <= (1 << 20) && batch_ * (starts_.back() + layers_.back().d_out()) <= (4 << 20);
   }
   bool is_wide() const { return !is_tall() && !is_short(); }
   // A thread's share of the rows: a whole number of register tiles and of units of the loss.
@@ -370,7 +371,7 @@ class Network {
     return std::max<int64_t>(ceil_div(ceil_div(batch_, threads), step), 1) * step;
   }
   int64_t slices() const { return is_tall() ? ceil_div(batch_, slice_rows_) : 1; }
-  double multiply_adds() const { return double(batch_) * double(parameters_); }
+  double multiply_adds() const { return double(batch_ + kFetchRows) * double(parameters_); }
 
   // Rows of a slice; all of them where slices do not pay. A slice reads and writes its sums once per block, and they
   // are added up at the end: with sums that leave the second-level cache, 512 rows are needed to make that 3 % of the
@@ -405,7 +406,7 @@ class Network {
     int64_t size = 0;
     // Few rows do not pay for packing a weight that the input gradient can read where it lies.
     const auto in_place = [&](const Matrix<const T>& omega) {
-      return !transposed && is_short() && kernel.reads_in_place(omega.row_stride, omega.col_stride, omega.cols);
+      return !transposed && is_short() && kernel.reads_in_place(batch_, omega.row_stride, omega.col_stride, omega.cols);
     };
     std::vector<size_t> packed;
     for (size_t k = first; !is_wide() && k < last; ++k) {
@@ -416,7 +417,7 @@ class Network {
       size += transposed ? kernel.packed_size(omega.cols, omega.rows) : kernel.packed_size(omega.rows, omega.cols);
     }
     Buffer<A> memory(size);
-    workers.run(int64_t(packed.size()), double(size), [&](int64_t begin, int64_t end) {
+    workers.run(int64_t(packed.size()), double(kFetchRows) * double(size), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         auto& layer = layers_[packed[size_t(i)]];
         const auto& omega = layer.omega;

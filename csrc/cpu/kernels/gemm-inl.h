@@ -22,6 +22,9 @@ constexpr int64_t kBlockDepth = 384;
 constexpr int64_t kBlockBytes = 384 * 1024;
 // Rows of B further apart than this are packed: they fall into few cache sets and many pages.
 constexpr int64_t kDirectStride = 512;
+// With so few rows in A, B is read once or twice: it is packed a little at a time, for the first-level cache.
+constexpr int64_t kFewRows = 2 * kTileRows;
+constexpr int64_t kFewRowsDepth = 128;
 
 // One register tile: rows of A at a + i*a_m + kk*a_k, B at b + kk*b_k, both in accumulator type.
 template <typename A>
@@ -194,15 +197,16 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
   }
 }
 
-// Rows of B that are contiguous, in accumulator type and near one another need no packing; a panel that N does not fill
-// is packed all the same.
+// Rows of B that are contiguous and in accumulator type need no packing if they are near one another, or if few rows
+// of A read them: packing B costs as much as multiplying 8 rows by it.
 template <typename T>
-MBP_INLINE bool rows_in_place(int64_t b_k, int64_t b_n) {
-  return sizeof(T) == sizeof(accumulator_t<T>) && b_n == 1 && b_k <= kDirectStride;
+MBP_INLINE bool rows_in_place(int64_t m, int64_t b_k, int64_t b_n) {
+  return sizeof(T) == sizeof(accumulator_t<T>) && b_n == 1 && (b_k <= kDirectStride || m <= kFewRows);
 }
+// Whether nothing is gained by packing B beforehand. (A panel that N does not fill is packed all the same.)
 template <typename T>
-static bool reads_in_place(int64_t b_k, int64_t b_n, int64_t n) {
-  return rows_in_place<T>(b_k, b_n) && n % kTileCols<accumulator_t<T>> == 0;
+static bool reads_in_place(int64_t m, int64_t b_k, int64_t b_n, int64_t n) {
+  return rows_in_place<T>(m, b_k, b_n) && (n % kTileCols<accumulator_t<T>> == 0 || m <= kFewRows);
 }
 
 template <typename T>
@@ -267,16 +271,18 @@ template <typename T>
 static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
-  constexpr int64_t kBlockCols = Workspace<T>::kBlockCols;
-  static_assert(kBlockCols % NR == 0, "a block of B is a whole number of panels");
+  static_assert(Workspace<T>::kBlockCols % NR == 0, "a block of B is a whole number of panels");
+  const bool few_rows = p.m <= kFewRows && !p.packed_b;
+  const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
+  const int64_t block_depth = few_rows ? kFewRowsDepth : kBlockDepth;
   const Workspace<T> work(workspace, p.n, p.k);
   // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are.
   const bool rows_of_a = p.a_k == 1 || p.a_m != 1;
   const bool contiguous_a = sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
-  const bool direct_b = !p.packed_b && rows_in_place<T>(p.b_k, p.b_n);
+  const bool direct_b = !p.packed_b && rows_in_place<T>(p.m, p.b_k, p.b_n);
 
-  for (int64_t n0 = 0; n0 < p.n; n0 += kBlockCols) {
-    const int64_t n = min_i64(kBlockCols, p.n - n0);
+  for (int64_t n0 = 0; n0 < p.n; n0 += block_cols) {
+    const int64_t n = min_i64(block_cols, p.n - n0);
     if (p.bias) {
       for (int64_t j = 0; j < (n + NR - 1) / NR * NR; ++j) {
         work.bias[j] = j < n ? widen(p.bias[(n0 + j) * p.bias_stride]) : A(0);
@@ -287,7 +293,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
     int64_t k0 = 0;
     do {  // once even for k = 0: the product is then zero, bias and ReLU remain
       Tile<A> t{};
-      t.k = min_i64(kBlockDepth, p.k - k0);
+      t.k = min_i64(block_depth, p.k - k0);
       t.accumulate = p.accumulate || k0 > 0;
       const bool last = k0 + t.k >= p.k;
       t.relu = p.relu && last;

@@ -92,8 +92,8 @@ struct Loss {
 template <typename T>
 struct Kernels {
   using A = accumulator_t<T>;
-  // Whether B (K, N) is read where it lies, without packing.
-  bool (*reads_in_place)(int64_t b_k, int64_t b_n, int64_t n);
+  // Whether a product of m rows reads B (K, N) where it lies, without packing.
+  bool (*reads_in_place)(int64_t m, int64_t b_k, int64_t b_n, int64_t n);
   // Elements of B (K, N) when packed, and the packing.
   int64_t (*packed_size)(int64_t k, int64_t n);
   void (*pack)(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out);
