@@ -359,10 +359,15 @@ class Network {
   }
 
   bool is_tall() const { return slice_rows_ < batch_; }
-  // Few enough numbers that packing the weights and keeping every df_k costs little memory: 4 MiB and 16 MiB of floats.
-  // Rows that are one thread's share leave the others without work, unless it is not worth theirs anyway.
+  // Few enough numbers that packing the weights and keeping every df_k costs little memory (4 MiB and 16 MiB of floats),
+  // and layers so small that meetings of the threads, 5 us each, count: above kShortLayer multiply-adds each (512 x 512
+  // with 32 rows) cutting every layer by its columns is faster. Rows that are one thread's share leave the others
+  // without work, unless it is not worth theirs anyway.
   bool is_short() const {
-    return !is_tall() && (batch_ > kLossRows || multiply_adds() < 2 * kGrain) && parameters_ <= (1 << 20) && batch_ * (starts_.back() + layers_.back().d_out()) <= (4 << 20);
+    constexpr double kShortLayer = 8 << 20;
+    return !is_tall() && (batch_ > kLossRows || multiply_adds() < 2 * kGrain) &&
+           multiply_adds() <= kShortLayer * double(layers_.size()) && parameters_ <= (1 << 20) &&
+           batch_ * (starts_.back() + layers_.back().d_out()) <= (4 << 20);
   }
   bool is_wide() const { return !is_tall() && !is_short(); }
   // A thread's share of the rows: a whole number of register tiles and of units of the loss.

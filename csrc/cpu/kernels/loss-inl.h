@@ -1,77 +1,114 @@
 // Losses and their gradients, row by row: what turns the output block f of a network into df while it is in cache.
 // Values are summed in double: a batch of millions of rows loses no digit of the float result.
 
+// Sums along a row are kept in kSums interleaved parts, so that the loops over them vectorise.
+constexpr int kSums = 16;
+
+// f(j, s) for each column j, s = j mod kSums.
+template <typename F>
+MBP_INLINE void for_columns(int64_t cols, const F& f) {
+  int64_t j = 0;
+  for (; j + kSums <= cols; j += kSums) {
+    for (int s = 0; s < kSums; ++s) f(j + s, s);
+  }
+  for (; j < cols; ++j) f(j, int(j % kSums));
+}
+template <typename Number>
+MBP_INLINE Number total_of(const Number (&sums)[kSums]) {
+  Number total = sums[0];
+  for (int s = 1; s < kSums; ++s) total += sums[s];
+  return total;
+}
+
+// e^x for x <= 0, to 1 unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor series to r^7 (the rest
+// is below 2^-27), then times 2^n in two steps, since 2^n alone may be too small a number. NaN stays NaN.
+MBP_INLINE float exp_of(float x) {
+  constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it leaves the integer part in the low bits
+  const float clamped = x < -104.0f ? -104.0f : x;  // e^-104 is 0 in float
+  const float shifted = clamped * 1.44269504f + kRound, n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t exponent = int32_t(float_to_bits(shifted)) - int32_t(float_to_bits(kRound)), half = exponent >> 1;
+  return p * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(exponent - half + 127) << 23);
+}
+MBP_INLINE double exp_of(double x) { return __builtin_exp(x); }
+
+// log(1 + e) for 0 <= e <= 1: 2 artanh z = 2 (z + z^3/3 + z^5/5 + ...) with z = e / (2 + e) <= 1/3.
+MBP_INLINE float log1p_of(float e) {
+  const float z = e / (2.0f + e), w = z * z;
+  float p = 1.0f / 15;
+  p = p * w + 1.0f / 13;
+  p = p * w + 1.0f / 11;
+  p = p * w + 1.0f / 9;
+  p = p * w + 1.0f / 7;
+  p = p * w + 1.0f / 5;
+  p = p * w + 1.0f / 3;
+  return 2.0f * (z + z * w * p);
+}
+MBP_INLINE double log1p_of(double e) { return __builtin_log1p(e); }
+MBP_INLINE float log_of(float v) { return __builtin_logf(v); }
+MBP_INLINE double log_of(double v) { return __builtin_log(v); }
+
 // ell = sum (f - y)^2;   df = 2 (f - y) scale
-// One row, summed in kSums interleaved parts, which keeps the adder busy.
 template <typename T>
 MBP_INLINE double mse_row(T* f, const T* y, int64_t y_col, int64_t cols, accumulator_t<T> scale, bool gradient) {
   using A = accumulator_t<T>;
-  constexpr int kSums = 16;
   double sums[kSums] = {};
-  int64_t j = 0;
-  for (; j + kSums <= cols; j += kSums) {
-    for (int s = 0; s < kSums; ++s) {
-      const A difference = widen(f[j + s]) - widen(y[(j + s) * y_col]);
-      sums[s] += double(difference) * double(difference);
-      if (gradient) f[j + s] = narrow<T>(A(2) * difference * scale);
-    }
-  }
-  for (; j < cols; ++j) {
+  for_columns(cols, [&](int64_t j, int s) __attribute__((always_inline)) {
     const A difference = widen(f[j]) - widen(y[j * y_col]);
-    sums[j % kSums] += double(difference) * double(difference);
+    sums[s] += double(difference) * double(difference);
     if (gradient) f[j] = narrow<T>(A(2) * difference * scale);
-  }
-  double sum = 0;
-  for (int s = 0; s < kSums; ++s) sum += sums[s];
-  return sum;
+  });
+  return total_of(sums);
 }
 
+// ell = sum (1 - y) f - min(f, 0) + log(1 + exp(-|f|));   df = (sigmoid(f) - y) scale
 template <typename T>
-static double mse(const Loss<T>& p) {
+MBP_INLINE double bce_row(T* f, const T* target, int64_t target_col, int64_t cols, accumulator_t<T> scale,
+                          bool gradient) {
+  using A = accumulator_t<T>;
+  double sums[kSums] = {};
+  for_columns(cols, [&](int64_t j, int s) __attribute__((always_inline)) {
+    const A x = widen(f[j]), y = widen(target[j * target_col]);
+    const A e = exp_of(x < A(0) ? x : -x);  // exp(-|x|): never overflows; NaN stays NaN
+    sums[s] += double((A(1) - y) * x - (x < A(0) ? x : A(0)) + log1p_of(e));
+    if (gradient) f[j] = narrow<T>(((x < A(0) ? e : A(1)) / (A(1) + e) - y) * scale);
+  });
+  return total_of(sums);
+}
+
+// A loss of f against y, row by row; constant arguments, so that the usual cases vectorise.
+template <typename T, typename Row>
+MBP_INLINE double rows_against_target(const Loss<T>& p, const Row& row) {
   const auto scale = accumulator_t<T>(p.scale);
   double sum = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     T* f = p.f + i * p.cols;
     const T* y = p.target + i * p.target_row;
     if (p.target_col != 1) {
-      sum += mse_row<T>(f, y, p.target_col, p.cols, scale, p.gradient);
+      sum += row(f, y, p.target_col, p.cols, scale, p.gradient);
     } else if (p.gradient) {
-      sum += mse_row<T>(f, y, 1, p.cols, scale, true);
+      sum += row(f, y, 1, p.cols, scale, true);
     } else {
-      sum += mse_row<T>(f, y, 1, p.cols, scale, false);
+      sum += row(f, y, 1, p.cols, scale, false);
     }
   }
   return sum;
 }
-
-MBP_INLINE float exp_of(float v) { return __builtin_expf(v); }
-MBP_INLINE double exp_of(double v) { return __builtin_exp(v); }
-MBP_INLINE float log_of(float v) { return __builtin_logf(v); }
-MBP_INLINE double log_of(double v) { return __builtin_log(v); }
-MBP_INLINE float log1p_of(float v) { return __builtin_log1pf(v); }
-MBP_INLINE double log1p_of(double v) { return __builtin_log1p(v); }
-
-// ell = sum (1 - y) f - min(f, 0) + log(1 + exp(-|f|));   df = (sigmoid(f) - y) scale
+template <typename T>
+static double mse(const Loss<T>& p) {
+  return rows_against_target(p, [](auto... a) __attribute__((always_inline)) { return mse_row<T>(a...); });
+}
 template <typename T>
 static double bce_with_logits(const Loss<T>& p) {
-  using A = accumulator_t<T>;
-  double sum = 0;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    T* f = p.f + i * p.cols;
-    const T* target = p.target + i * p.target_row;
-    double row = 0;
-    for (int64_t j = 0; j < p.cols; ++j) {
-      const A x = widen(f[j]), y = widen(target[j * p.target_col]);
-      const A e = exp_of(x < A(0) ? x : -x);  // exp(-|x|): never overflows; NaN stays NaN
-      row += double((A(1) - y) * x - (x < A(0) ? x : A(0)) + log1p_of(e));
-      if (p.gradient) {
-        const A sigmoid = (x < A(0) ? e : A(1)) / (A(1) + e);
-        f[j] = narrow<T>((sigmoid - y) * A(p.scale));
-      }
-    }
-    sum += row;
-  }
-  return sum;
+  return rows_against_target(p, [](auto... a) __attribute__((always_inline)) { return bce_row<T>(a...); });
 }
 
 // ell = sum over rows of -(1 - s) log p_c - s/D sum_j log p_j, with p = softmax(f), c the class and s the smoothing;
@@ -79,7 +116,7 @@ static double bce_with_logits(const Loss<T>& p) {
 template <typename T>
 static double cross_entropy(const Loss<T>& p) {
   using A = accumulator_t<T>;
-  const A smoothing = A(p.label_smoothing), each = smoothing / A(p.cols);
+  const A smoothing = A(p.label_smoothing), each = smoothing / A(p.cols), scale = A(p.scale);
   double sum = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     T* f = p.f + i * p.cols;
@@ -88,28 +125,30 @@ static double cross_entropy(const Loss<T>& p) {
       for (int64_t j = 0; p.gradient && j < p.cols; ++j) f[j] = narrow<T>(A(0));
       continue;
     }
-    A largest = widen(f[0]);
-    for (int64_t j = 1; j < p.cols; ++j) {
+    A maxima[kSums];
+    for (int s = 0; s < kSums; ++s) maxima[s] = widen(f[0]);
+    for_columns(p.cols, [&](int64_t j, int s) __attribute__((always_inline)) {
       const A x = widen(f[j]);
-      if (x > largest || x != x) largest = x;  // a NaN makes the row NaN
-    }
-    A total = A(0), shifted = A(0);
-    for (int64_t j = 0; j < p.cols; ++j) {
-      const A x = widen(f[j]) - largest;
-      shifted += x;
-      total += exp_of(x);
-    }
-    const A log_total = log_of(total);
+      maxima[s] = x > maxima[s] ? x : maxima[s];
+    });
+    A largest = maxima[0];
+    for (int s = 1; s < kSums; ++s) largest = maxima[s] > largest ? maxima[s] : largest;
+    A totals[kSums] = {}, shifts[kSums] = {};
+    for_columns(p.cols, [&](int64_t j, int s) __attribute__((always_inline)) {
+      const A x = widen(f[j]) - largest;  // a NaN makes the row NaN, through `total`
+      shifts[s] += x;
+      totals[s] += exp_of(x);
+    });
+    const A shifted = total_of(shifts), log_total = log_of(total_of(totals));
     double row = double((A(1) - smoothing) * (log_total - (widen(f[c]) - largest)));
     if (smoothing > A(0)) row += double(each * (A(p.cols) * log_total - shifted));
     sum += row;
     if (p.gradient) {
-      const A scale = A(p.scale);
-      for (int64_t j = 0; j < p.cols; ++j) {
-        A df = exp_of(widen(f[j]) - largest - log_total) - each;
-        if (j == c) df -= A(1) - smoothing;
-        f[j] = narrow<T>(df * scale);
-      }
+      const A at_class = widen(f[c]);
+      for_columns(p.cols, [&](int64_t j, int) __attribute__((always_inline)) {
+        f[j] = narrow<T>((exp_of(widen(f[j]) - largest - log_total) - each) * scale);
+      });
+      f[c] = narrow<T>((exp_of(at_class - largest - log_total) - each - (A(1) - smoothing)) * scale);
     }
   }
   return sum;
