@@ -71,6 +71,22 @@ def test_kernels_apply_to_ordinary_cpu_tensors():
         assert kernels_apply(torch.ones(2))
 
 
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(2, 8), (2048, 64)])
+def test_large_bfloat16_networks_go_to_torch_where_it_has_instructions_for_them(
+    store, has_units, dtype, rows, width, monkeypatch
+):
+    monkeypatch.setattr(_function, "_has_bfloat16_units", has_units)
+    weights = [torch.ones(width, width, dtype=dtype, requires_grad=True) for _ in range(2)]
+    input = torch.ones(rows, width, dtype=dtype)
+    output = mbp.mlp(input, weights, activations="store" if store else "recompute")
+    by_torch = has_units and dtype == torch.bfloat16 and rows == 2048 and store
+    assert ("MLPFunction" in output.grad_fn.name()) is not by_torch
+    assert_equal(output, plain_mlp(input, weights, [None, None]))
+
+
 @contextlib.contextmanager
 def under_vmap():
     # What vmap does around the call.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
-from torch_manualbp._function import kernels_apply
+from torch_manualbp._function import kernels_apply, torch_is_faster
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
@@ -43,7 +43,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     broadcasts = weight.dim() == 1 or (
         bias is not None and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
     )
-    if broadcasts or not kernels_apply(input, (weight,)):
+    if broadcasts or not kernels_apply(input, (weight,)) or torch_is_faster(input, (weight,)):
         return F.relu(F.linear(input, weight, bias))
     if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
         output: Tensor = LinearReLUFunction.record(input, weight, bias)
@@ -109,7 +109,9 @@ def compute_layers(
 ) -> Tensor:
     """`mlp` by our kernels on checked arguments, with a ReLU after the last layer too if `final_relu`."""
     output: Tensor
-    if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
+    if store and torch_is_faster(input, weights):
+        output, _ = reference.mlp_forward(input, weights, biases, final_relu)
+    elif torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
         output, _ = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)
     else:
         output, _ = _ops.mlp(input, weights, biases, final_relu, False)
