@@ -19,11 +19,11 @@ BINARY := torch_manualbp/_C.abi3.so
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test lint format bench wheel clean FORCE
+.PHONY: help demo test lint format bench bench-quick wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
 	@echo "  TORCH_FLAGS=...  options of the pip command that installs torch. Where pip's default torch is a CUDA build,"
@@ -49,9 +49,17 @@ format: $(VENV)/.lint  ## rewrite the files as the linters want them
 	@$(RUN) ruff format -q .
 	@$(RUN) clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.ready  ## measure a training step: build/bench.md, build/bench.json
+bench: $(VENV)/.bench  ## the speed table, peak memory and scaling: build/*.md, *.json and *.png (half an hour)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
+	@$(RUN) python benchmarks/peak_memory.py --figure build/peak_memory.png
+	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure build/scaling.png
+
+bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers: a look, not a result (2 minutes)
+	@mkdir -p build
+	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
+	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png
+	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
@@ -96,9 +104,9 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The pinned tools of the `lint` extra.
-$(VENV)/.lint: pyproject.toml | $(VENV)/.ready
-	@echo "==> installing the linters"
+# The packages of an extra: the pinned linters; the peers of the benchmarks.
+$(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
-	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "lint" in r.partition(";")[2]))')
+	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')
 	@touch $@

@@ -4,24 +4,25 @@
     python benchmarks/training_step.py --quick --workloads toy rl64
 
 A step forgets the old gradients (sets .grad to None), runs forward and mean squared error against a fixed target, and
-runs backward: float32, no optimiser. The peers take turns in one process, in rounds; a round times each of them once,
-starting with another one each time, and gives one ratio to eager per peer. The median of the ratios is reported, so
-that a machine that slows down for a while slows all peers alike. The limit is the rate of fused multiply-adds in
-registers, measured between the workloads with as many threads (fma_peak.cpp).
+runs backward: float32, no optimiser. The peers take turns, in rounds; a round times each of them once, starting with
+another one each time, and gives one ratio to eager per peer. The median of the ratios is reported, so that a machine
+that slows down for a while slows all peers alike. All run in one process but JAX (an optional extra), whose threads
+would fight with torch's: it waits in a process of its own until it is its turn (jax_step.py). The limit is the rate of
+fused multiply-adds in registers, measured between the workloads with as many threads (fma_peak.cpp).
 
 Before a workload is timed, the gradients of every peer are checked. Part of what eager loses on tall batches are page
-faults, as glibc hands freed memory back to the system; the environment below keeps it, for eager as for us:
+faults, as glibc hands freed memory back to the system; with `--keep-memory` it keeps it, for eager as for us.
 
-    MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 python benchmarks/training_step.py
-
-Left to others: peak memory, and devices other than the CPU.
+Left to others: peak memory (peak_memory.py), scaling with threads, batch and depth (scaling.py), other devices.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import datetime
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ from torch_manualbp.info import info
 HERE = Path(__file__).parent
 SAMPLE_SECONDS = 0.03  # a sample repeats the step until it lasts this long: the clock and a thread's wake-up are noise
 REFERENCE = "eager"
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 # ---------------------------------------------------------------------------------------------------------- the peers
 
@@ -59,6 +62,8 @@ class Step:
 
     run: Callable[[], object]  # what is timed
     gradients: Callable[[], list[Tensor]]  # what the last run left, in the order of nn.Sequential.parameters()
+    repeat: Callable[[int], float] | None = None  # the seconds of so many runs, if another process must measure them
+    close: Callable[[], object] = lambda: None
 
 
 def autograd_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Step:
@@ -86,6 +91,54 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
         return F.mse_loss(model(x), target)
 
     return autograd_step(lambda: loss(x, target), list(model.parameters()))
+
+
+def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """`jax.jit` of the same loss and its gradients, in a process of its own."""
+    folder = tempfile.TemporaryDirectory()
+    arrays = {"x": x.numpy(), "target": target.numpy()}
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for k, layer in enumerate(linears):
+        arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
+    np.savez(f"{folder.name}/network.npz", **arrays)  # type: ignore[arg-type]
+    flags = os.environ.get("XLA_FLAGS", "")
+    if torch.get_num_threads() == 1:
+        flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    server = subprocess.Popen(
+        [sys.executable, str(HERE / "jax_step.py"), f"{folder.name}/network.npz"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+    def ask(request: object) -> str:
+        assert server.stdin
+        print(request, file=server.stdin, flush=True)
+        return answer()
+
+    def answer() -> str:
+        assert server.stdout
+        if not (line := server.stdout.readline()):
+            raise RuntimeError(f"jax_step.py ended with exit code {server.wait()}")
+        return line.strip()
+
+    def gradients() -> list[Tensor]:
+        file = ask(f"{folder.name}/gradients.npz")
+        return [torch.from_numpy(array) for array in np.load(file).values()]
+
+    def close() -> None:
+        server.kill()
+        server.communicate()
+        folder.cleanup()
+
+    try:
+        answer()
+    except Exception:
+        close()
+        raise
+    return Step(lambda: ask(1), gradients, lambda repetitions: float(ask(repetitions)), close)
 
 
 def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
@@ -131,11 +184,23 @@ def by_hand(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 PEERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
     REFERENCE: eager,
     "torch.compile": compiled,
+    "JAX jit": jax_jit,
     "mbp.MLP": drop_in,
     "recompute": recompute,
     "MLP.loss": one_pass,
     "loss_backward": by_hand,
 }
+
+COMPILERS = ("torch.compile", "JAX jit")
+
+
+def available_peers(compilers: bool) -> list[str]:
+    """The peers to measure: all, or those that compile nothing."""
+    has_jax = importlib.util.find_spec("jax") is not None
+    if compilers and not has_jax:
+        sys.stderr.write("JAX is not installed (pip install jax): its column is left out\n")
+    return [peer for peer in PEERS if (compilers or peer not in COMPILERS) and (has_jax or peer != "JAX jit")]
+
 
 # ------------------------------------------------------------------------------------------------------ the workloads
 
@@ -243,6 +308,8 @@ class Timing:
 def sample(step: Step, repetitions: int) -> float:
     """Seconds per step, after one step that fetches what the peer before has pushed out of the caches."""
     step.run()
+    if step.repeat:
+        return step.repeat(repetitions) / repetitions
     start = time.perf_counter()
     for _ in range(repetitions):
         step.run()
@@ -261,26 +328,28 @@ def measure(workload: Workload, peers: Sequence[str], rounds: int) -> dict[str, 
     """Checks the peers, then times them in turn."""
     model, x, target = workload.build()
     check = GradientCheck(model, x, target)
-    steps: dict[str, Step] = {}
     timings = {peer: Timing() for peer in peers}
-    for peer in peers:
-        try:
-            step = PEERS[peer](copy.deepcopy(model), x, target)
-            step.run()
-        except Exception as error:  # a compiler that is missing or gives up: the others still count
-            timings[peer].error = f"{type(error).__name__}: {error}"
-            continue
-        check(peer, step.gradients())
-        timings[peer].repetitions = repetitions_for(step)
-        steps[peer] = step
-    running = list(steps)
-    gc.collect()
-    gc.disable()
-    for i in range(rounds):
-        first = i % len(running)
-        for peer in running[first:] + running[:first]:
-            timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
-    gc.enable()
+    with contextlib.ExitStack() as stack:
+        steps: dict[str, Step] = {}
+        for peer in peers:
+            try:
+                step = PEERS[peer](copy.deepcopy(model), x, target)
+                stack.callback(step.close)
+                step.run()
+            except Exception as error:  # a compiler that is missing or gives up: the others still count
+                timings[peer].error = f"{type(error).__name__}: {error}"
+                continue
+            check(peer, step.gradients())
+            timings[peer].repetitions = repetitions_for(step)
+            steps[peer] = step
+        running = list(steps)
+        gc.collect()
+        gc.disable()
+        for i in range(rounds):
+            first = i % len(running)
+            for peer in running[first:] + running[:first]:
+                timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
+        gc.enable()
     for peer in running:
         pairs = zip(timings[REFERENCE].seconds, timings[peer].seconds, strict=True)
         timings[peer].speedups = [reference / own for reference, own in pairs]
@@ -422,8 +491,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few rounds, no torch.compile: a look, not a result")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="few rounds, no compilers: a look, not a result")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile and JAX out")
+    parser.add_argument("--keep-memory", action="store_true", help="malloc never gives memory back to the system")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--markdown", type=Path, help="write what is printed to this file")
     args = parser.parse_args()
@@ -438,11 +508,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints the table, writes the files."""
     args = parse_arguments()
+    if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     load = os.getloadavg()[0]  # the last minute's mean of running processes
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     workloads = load_workloads(args.workloads)
-    peers = [peer for peer in PEERS if not (peer == "torch.compile" and (args.quick or args.no_compile))]
+    peers = available_peers(compilers=not (args.quick or args.no_compile))
     results: dict[str, dict[str, Timing]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing compiled before, nothing left behind

@@ -114,6 +114,58 @@ def test_a_peer_that_fails_is_reported_beside_the_others(training_step, monkeypa
     assert [cell.strip() for cell in mean.split("|")][3] == "–"
 
 
+def test_jax_runs_the_same_step_in_a_process_of_its_own(training_step):
+    pytest.importorskip("jax")
+    workload = training_step.Workload("small", [3, 4, 2], 5)
+    timings = training_step.measure(workload, ["eager", "JAX jit"], rounds=2)  # checks the gradients
+    assert not timings["JAX jit"].error
+    assert len(timings["JAX jit"].speedups) == 2
+
+
+def test_a_jax_process_that_ends_is_an_error_of_that_peer_only(training_step, monkeypatch):
+    monkeypatch.setattr(training_step, "HERE", Path("nowhere"))  # no jax_step.py there
+    workload = training_step.Workload("small", [3, 4, 2], 5)
+    timings = training_step.measure(workload, ["eager", "JAX jit"], rounds=1)
+    assert timings["JAX jit"].error.startswith("RuntimeError: jax_step.py ended with exit code")
+    assert timings["eager"].speedup == 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_jax_that_is_not_installed_is_left_out_with_a_note(training_step, monkeypatch, capsys, installed):
+    monkeypatch.setattr(training_step.importlib.util, "find_spec", lambda _: installed or None)
+    peers = training_step.available_peers(compilers=True)
+    assert ("JAX jit" in peers) is installed
+    assert ("JAX is not installed" in capsys.readouterr().err) is not installed
+    assert training_step.available_peers(compilers=False) == [p for p in peers if p not in ("torch.compile", "JAX jit")]
+    assert capsys.readouterr().err == ""
+
+
+def test_keep_memory_is_set_for_malloc_before_the_process_starts(tmp_path):
+    arguments = ["--quick", "--rounds", "1", "--workloads", "toy", "--keep-memory", "--json", tmp_path / "step.json"]
+    subprocess.run([sys.executable, BENCHMARKS / "training_step.py", *arguments], check=True, capture_output=True)
+    header = json.loads((tmp_path / "step.json").read_text())["header"]
+    assert "MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592" in header["environment"]
+
+
+def test_scaling_writes_a_time_for_each_point_and_draws_them(training_step, monkeypatch, tmp_path):
+    import scaling
+
+    arguments = ["--quick", "--rounds", "1", "--json", str(tmp_path / "s.json"), "--figure", str(tmp_path / "s.png")]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
+    threads = torch.get_num_threads()
+    scaling.main()
+    assert torch.get_num_threads() == threads
+    result = json.loads((tmp_path / "s.json").read_text())
+    for curve, points in (
+        (result["threads"]["curves"]["rl256"], result["threads"]["counts"]),
+        (result["batch"]["curves"], [1, 32, 1024]),
+        (result["depth"]["curves"], [2, 8]),
+    ):
+        assert set(curve) == set(scaling.PEERS)
+        assert all(len(times) == len(points) and min(times) > 0 for times in curve.values())
+    assert (tmp_path / "s.png").stat().st_size > 0
+
+
 def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     figure = tmp_path / "memory.png"
     command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "1000", "60000", "--figure", figure]

@@ -1,0 +1,48 @@
+"""The JAX peer of training_step.py, in a process of its own: XLA's threads and torch's must not fight in one.
+
+It reads a network's arrays from the .npz file named by its argument, compiles a training step with `jax.jit`, and then
+answers the lines of its standard input, one each: a number n runs n steps and answers their seconds; a file name saves
+the gradients of the last step there and answers the name. Between requests it sleeps in a read.
+"""
+
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def mean_squared_error(parameters: list[tuple[Any, Any]], x: Any, target: Any) -> Any:
+    """The loss of a ReLU network: parameters are (weight (D_out, D_in), bias (D_out,)) of each layer."""
+    h = x
+    for k, (weight, bias) in enumerate(parameters):
+        f = h @ weight.T + bias
+        h = f if k == len(parameters) - 1 else jax.nn.relu(f)
+    return jnp.mean((h - target) ** 2)
+
+
+def main() -> None:
+    """Compiles, then serves."""
+    arrays = np.load(sys.argv[1])
+    layers = range((len(arrays.files) - 2) // 2)
+    parameters = [(jnp.asarray(arrays[f"weight{k}"]), jnp.asarray(arrays[f"bias{k}"])) for k in layers]
+    x, target = jnp.asarray(arrays["x"]), jnp.asarray(arrays["target"])
+    step = jax.jit(jax.value_and_grad(mean_squared_error))
+    result = jax.block_until_ready(step(parameters, x, target))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = line.strip()
+        if request.isdigit():
+            start = time.perf_counter()
+            for _ in range(int(request)):
+                result = jax.block_until_ready(step(parameters, x, target))
+            print(time.perf_counter() - start, flush=True)
+        else:
+            np.savez(request, *(np.asarray(gradient) for layer in result[1] for gradient in layer))
+            print(request, flush=True)
+
+
+if __name__ == "__main__":
+    main()
