@@ -30,14 +30,15 @@ def main() -> None:
     parameters = [(jnp.asarray(arrays[f"weight{k}"]), jnp.asarray(arrays[f"bias{k}"])) for k in layers]
     x, target = jnp.asarray(arrays["x"]), jnp.asarray(arrays["target"])
     step = jax.jit(jax.value_and_grad(mean_squared_error))
-    result = jax.block_until_ready(step(parameters, x, target))
+    wait: Any = jax.block_until_ready  # untyped
+    result = wait(step(parameters, x, target))
     print("ready", flush=True)
     for line in sys.stdin:
         request = line.strip()
         if request.isdigit():
             start = time.perf_counter()
             for _ in range(int(request)):
-                result = jax.block_until_ready(step(parameters, x, target))
+                result = wait(step(parameters, x, target))
             print(time.perf_counter() - start, flush=True)
         else:
             np.savez(request, *(np.asarray(gradient) for layer in result[1] for gradient in layer))

@@ -169,7 +169,7 @@ class FusedForward(nn.Sequential):
         if torch.compiler.is_compiling() or global_hooks_exist():
             return super().forward(input)  # type: ignore[no-untyped-call]
         for step in self._steps():
-            input = step(input, self.activations) if type(step) is _Run else step(input)
+            input = step(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
 
     def _steps(self) -> list[_Run | nn.Module]:
