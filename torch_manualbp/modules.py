@@ -125,7 +125,7 @@ def _unwatched(run: _Run) -> list[Tensor] | None:
             return None
         if parameter.requires_grad:
             learners.append(parameter)
-    return learners if len({id(p) for p in learners}) == len(learners) else None  # a shared layer learns twice
+    return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
 
 
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
@@ -290,13 +290,13 @@ class MLP(FusedForward):
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-        needs = [False, *(p is not None and p.requires_grad for p in (*run.weights, *run.biases))]
-        with torch.no_grad():
-            value, *grads = spec.run(input, target, run.weights, run.biases, needs, flat=True)
-            for parameter, grad in zip(learners, grads, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = grad
-                else:
+        needs = [False, *[p is not None and p.requires_grad for p in (*run.weights, *run.biases)]]
+        value, *grads = spec.run(input, target, run.weights, run.biases, needs, flat=True)
+        for parameter, grad in zip(learners, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad
+            else:
+                with torch.no_grad():
                     parameter.grad += grad
         return value
 
