@@ -32,9 +32,10 @@ BATCHES = (0, 1, 5)
 WIDTHS = (1, 2, 7, 8, 9, 16, 17, 64, 100)
 
 # Large enough for threads and slices of the batch, and across every block border of the matrix product (at most 256
-# columns, depth 384), on both ways to cut the work: by rows of the batch, and layer by layer.
+# columns, depth 384), on all ways to cut the work: by rows of the batch through all layers, and layer by layer.
 LARGE = {
     "tall": (3000, [33, 100, 64, 7]),
+    "short": (250, [30, 100, 90, 20]),
     "odd": (1021, [9, 17, 5]),
     "wide": (700, [300, 520, 10]),
     "many parameters": (200, [1100, 1000, 3]),

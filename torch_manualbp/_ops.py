@@ -54,9 +54,9 @@ isa = torch.ops.manualbp.isa.default
 
 # No autograd at this level, in grad mode either: torch's default would put a node that warns behind every result, which
 # costs 2 µs a call.
-_library = torch.library.Library("manualbp", "IMPL")
+_library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss"):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

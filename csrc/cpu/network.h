@@ -7,9 +7,9 @@
 // Layer k maps D_k to D_{k+1} features; B is the number of rows of the input. Three ways to cut the work:
 //   tall    many rows: blocks of them go through all layers while they lie in the cache, each block on one thread; the
 //           backward pass sums gradients over slices of the batch, added up in order at the end
-//   short   few rows, few parameters: each thread takes its rows through all layers and back to df_0, then the threads
+//   short   few rows, small layers: each thread takes its rows through all layers and back to df_0, then the threads
 //           share out the gradients of all layers: two meetings of the threads in all, whatever the depth
-//   wide    many parameters: all rows go through one layer after the other, each step cut over the threads
+//   wide    large layers: all rows go through one layer after the other, each step cut over the threads
 // The choice depends on the sizes alone, never on the number of threads: so do the results.
 #pragma once
 
