@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 ARGS ?=
+FIGURES ?= build
 
 PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
 # With the environment's programs on the path: the build looks for ninja there.
@@ -26,6 +27,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
+	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures is for those that the documentation shows"
 	@echo "  TORCH_FLAGS=...  options of the pip command that installs torch. Where pip's default torch is a CUDA build,"
 	@echo "                   --index-url with the address of PyTorch's CPU wheels saves gigabytes"
 
@@ -52,13 +54,15 @@ format: $(VENV)/.lint  ## rewrite the files as the linters want them
 bench: $(VENV)/.bench  ## the speed table, peak memory and scaling: build/*.md, *.json and *.png (half an hour)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
-	@$(RUN) python benchmarks/peak_memory.py --figure build/peak_memory.png
-	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure build/scaling.png
+	@$(RUN) python benchmarks/peak_memory.py --figure $(FIGURES)/peak_memory.png >build/peak_memory.md
+	@cat build/peak_memory.md
+	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
 
 bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers: a look, not a result (2 minutes)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
-	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png
+	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
+	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl

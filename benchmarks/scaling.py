@@ -1,44 +1,73 @@
 """How the time of a training step grows with threads, with the batch, and with depth: this library beside eager.
 
-    python benchmarks/scaling.py --figure build/scaling.png --json build/scaling.json
-    python benchmarks/scaling.py --quick
+    python benchmarks/scaling.py --json build/scaling.json
+    python benchmarks/scaling.py --quick --figure build/scaling.png
 
-The peers, the rounds and the checks of the gradients are those of training_step.py; a point is the median of a peer's
-times. Left to others: the comparison with compilers (training_step.py), memory (peak_memory.py).
+The peers, the rounds and the checks of the gradients are those of training_step.py: at each point all peers, and all
+numbers of threads, take turns. Speeds are medians of the rounds' ratios. A time in the figure is eager's median time,
+divided by the peer's speed relative to eager.
+
+Left to others: the comparison with compilers (training_step.py), memory (peak_memory.py).
 """
 
 import argparse
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from training_step import Workload, load_workloads, measure
+from training_step import PEERS as BUILDERS
+from training_step import REFERENCE, Builder, Step, Workload, load_workloads, measure
 
 PEERS = {"eager": "o", "mbp.MLP": "s", "MLP.loss": "^", "loss_backward": "v"}
-Curves = dict[str, list[float]]  # peer: median seconds of a step at each point
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "scaling.png"
+Curves = dict[str, dict[str, list[float]]]  # peer: "seconds" of a step and "speedup" over eager, one value per point
 
 
 def curves(workloads: list[Workload], rounds: int) -> Curves:
-    """Each peer's median time of a step on each of the workloads."""
+    """Each peer on each of the workloads."""
     points = [measure(workload, list(PEERS), rounds) for workload in workloads]
-    return {peer: [point[peer].median_seconds for point in points] for peer in PEERS}
+    return {
+        peer: {
+            "seconds": [point[peer].median_seconds for point in points],
+            "speedup": [point[peer].speedup for point in points],
+        }
+        for peer in PEERS
+    }
 
 
-def by_threads(workloads: list[Workload], counts: list[int], rounds: int) -> dict[str, Curves]:
-    """Each workload with so many threads."""
-    everything: dict[str, Curves] = {}
-    usual = torch.get_num_threads()
-    for workload in workloads:
-        columns = []
-        for count in counts:
+def with_threads(build: Builder, count: int) -> Builder:
+    """The same peer, with so many threads whatever the others use."""
+
+    def builder(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+        step = build(model, x, target)
+
+        def run() -> None:
             torch.set_num_threads(count)
-            columns.append(curves([workload], rounds))
-        everything[workload.name] = {peer: [column[peer][0] for column in columns] for peer in PEERS}
+            step.run()
+
+        return Step(run, step.gradients)
+
+    return builder
+
+
+def by_threads(workload: Workload, counts: list[int], rounds: int) -> dict[str, list[float]]:
+    """The speed of each peer with so many threads, relative to itself with the first of the counts."""
+    names = {(peer, n): peer if n == counts[0] else f"{peer}, {n} threads" for peer in PEERS for n in counts}
+    builders = {name: with_threads(BUILDERS[peer], n) for (peer, n), name in names.items()}
+    usual = torch.get_num_threads()
+    timings = measure(workload, list(builders), rounds, builders)
     torch.set_num_threads(usual)
-    return everything
+
+    def speed(peer: str, n: int) -> float:
+        pairs = zip(timings[peer].seconds, timings[names[peer, n]].seconds, strict=True)
+        return statistics.median(first / own for first, own in pairs)
+
+    return {peer: [speed(peer, n) for n in counts] for peer in PEERS}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -47,56 +76,66 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (threads, batch, depth) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    names, counts = list(result["threads"]["curves"]), result["threads"]["counts"]
+    plt.rcParams["font.size"] = 12
+    figure, (threads, batch, depth) = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    names, counts = list(result["threads"]["speedup"]), result["threads"]["counts"]
     width = 0.8 / len(PEERS)
     for i, peer in enumerate(PEERS):
-        speedups = [times[peer][0] / times[peer][-1] for times in result["threads"]["curves"].values()]
-        threads.bar([x + (i - (len(PEERS) - 1) / 2) * width for x in range(len(names))], speedups, width, label=peer)
+        speeds = [peers[peer][-1] for peers in result["threads"]["speedup"].values()]
+        threads.bar([x + (i - (len(PEERS) - 1) / 2) * width for x in range(len(names))], speeds, width, label=peer)
     threads.set_xticks(range(len(names)), names)
-    threads.axhline(counts[-1], color="gray", linestyle="--", linewidth=1)
-    threads.axhline(1, color="gray", linewidth=1)
+    for level, style in ((1, "-"), (counts[-1], "--")):
+        threads.axhline(level, color="gray", linestyle=style, linewidth=1)
     threads.set_ylabel(f"speed with {counts[-1]} threads / with {counts[0]}")
     threads.set_title("Threads (dashed: the ideal)")
-    threads.set_ylim(0, 1.35 * counts[-1])  # room for the legend
+    threads.set_ylim(0, 1.4 * counts[-1])  # room for the legend
+    threads.legend(loc="upper left", ncols=2)
     for axes, key, label, title in (
         (batch, "batch", "rows of the batch", "Batch: 32–64×4–16"),
         (depth, "depth", "layers", f"Depth: 64 wide, {result['depth']['rows']} rows"),
     ):
+        points, peers = result[key]["points"], result[key]["curves"]
         for peer, marker in PEERS.items():
-            milliseconds = [1e3 * seconds for seconds in result[key]["curves"][peer]]
-            axes.loglog(result[key]["points"], milliseconds, marker=marker, label=peer)
+            pairs = zip(peers[REFERENCE]["seconds"], peers[peer]["speedup"], strict=True)
+            axes.loglog(points, [1e3 * seconds / speedup for seconds, speedup in pairs], marker=marker, label=peer)
+        axes.set_xticks(points, [f"{point:,}" for point in points], rotation=35 if key == "batch" else 0)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel(label)
         axes.set_ylabel("time of a step (ms)")
         axes.set_title(title)
-        axes.grid(alpha=0.3)
-    depth.xaxis.set_minor_formatter(NullFormatter())
-    depth.set_xticks(result["depth"]["points"], [str(point) for point in result["depth"]["points"]])
-    for axes in (threads, batch, depth):
-        axes.legend(loc="upper left", ncols=2 if axes is threads else 1)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    """Measures, prints the JSON or writes it, and draws it if asked to."""
+    """Measures, prints the JSON or writes it, and draws it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points and rounds: a look, not a result")
-    parser.add_argument("--json", type=Path, help="write the times to this file")
-    parser.add_argument("--figure", type=Path, help="where to save the plot")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--figure", type=Path, help="the plot; default: docs/figures/scaling.png, or none with --quick")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 9)
-    names = ["rl256"] if options.quick else ["rl256", "mnist", "nerf", "tcnn64", "dlrm_bot"]
+    figure = options.figure or (None if options.quick else FIGURE)
+    cpus = len(os.sched_getaffinity(0))
+    counts = sorted({1, cpus}) if options.quick else list(range(1, cpus + 1))
     rows = [1, 32, 1024] if options.quick else [4**k for k in range(9)]
     layers = [2, 8] if options.quick else [2, 5, 10, 20, 50]
-    counts = sorted({1, os.cpu_count() or 1}) if options.quick else list(range(1, (os.cpu_count() or 1) + 1))
+    names = ["rl256"] if options.quick else ["rl256", "nerf", "tcnn64", "dlrm_top"]
     batches = [Workload(f"{n} rows", [32, 64, 64, 64, 64, 16], n) for n in rows]
     depths = [Workload(f"{n} layers", [64] * (n + 1), 256) for n in layers]
     result = {
-        "threads": {"counts": counts, "curves": by_threads(load_workloads(names), counts, rounds)},
+        "threads": {
+            "counts": counts,
+            "speedup": {w.name: by_threads(w, counts, rounds) for w in load_workloads(names)},
+        },
         "batch": {"points": rows, "curves": curves(batches, rounds)},
         "depth": {"points": layers, "rows": 256, "curves": curves(depths, rounds)},
     }
@@ -106,8 +145,8 @@ def main() -> None:
         options.json.write_text(text)
     else:
         print(text, end="")
-    if options.figure:
-        plot(result, options.figure)
+    if figure:
+        plot(result, figure)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,23 +96,15 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     """`jax.jit` of the same loss and its gradients, in a process of its own."""
-    folder = tempfile.TemporaryDirectory()
     arrays = {"x": x.numpy(), "target": target.numpy()}
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     for k, layer in enumerate(linears):
         arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
-    np.savez(f"{folder.name}/network.npz", **arrays)  # type: ignore[arg-type]
-    flags = os.environ.get("XLA_FLAGS", "")
-    if torch.get_num_threads() == 1:
+    # As many threads as torch. It is NPROC that counts: with one thread JAX 0.10.2 kept 1.9 CPUs busy under the flags
+    # that its issues recommend, 1.0 with NPROC. The flags are for older ones.
+    threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
+    if threads == 1:
         flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "jax_step.py"), f"{folder.name}/network.npz"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
 
     def ask(request: object) -> str:
         assert server.stdin
@@ -125,19 +118,24 @@ def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
         return line.strip()
 
     def gradients() -> list[Tensor]:
-        file = ask(f"{folder.name}/gradients.npz")
+        file = ask(f"{folder}/gradients.npz")
         return [torch.from_numpy(array) for array in np.load(file).values()]
 
-    def close() -> None:
-        server.kill()
-        server.communicate()
-        folder.cleanup()
-
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        np.savez(f"{folder}/network.npz", **arrays)  # type: ignore[arg-type]
+        server = subprocess.Popen(
+            [sys.executable, str(HERE / "jax_step.py"), f"{folder}/network.npz"],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        stack.callback(server.communicate)
+        stack.callback(server.kill)  # the last one in comes first
         answer()
-    except Exception:
-        close()
-        raise
+        close = stack.pop_all().close
     return Step(lambda: ask(1), gradients, lambda repetitions: float(ask(repetitions)), close)
 
 
@@ -180,8 +178,10 @@ def by_hand(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return Step(run, lambda: [parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-# Each entry builds the step of one peer from a network (its own copy), an input (B, D_in) and a target (B, D_out).
-PEERS: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Step]] = {
+# Builds the step of one peer from a network (its own copy), an input (B, D_in) and a target (B, D_out).
+Builder = Callable[[nn.Sequential, Tensor, Tensor], Step]
+
+PEERS: dict[str, Builder] = {
     REFERENCE: eager,
     "torch.compile": compiled,
     "JAX jit": jax_jit,
@@ -324,8 +324,10 @@ def repetitions_for(step: Step) -> int:
     return repetitions
 
 
-def measure(workload: Workload, peers: Sequence[str], rounds: int) -> dict[str, Timing]:
-    """Checks the peers, then times them in turn."""
+def measure(
+    workload: Workload, peers: Sequence[str], rounds: int, builders: Mapping[str, Builder] = PEERS
+) -> dict[str, Timing]:
+    """Checks the peers, eager among them, then times them in turn."""
     model, x, target = workload.build()
     check = GradientCheck(model, x, target)
     timings = {peer: Timing() for peer in peers}
@@ -333,7 +335,7 @@ def measure(workload: Workload, peers: Sequence[str], rounds: int) -> dict[str, 
         steps: dict[str, Step] = {}
         for peer in peers:
             try:
-                step = PEERS[peer](copy.deepcopy(model), x, target)
+                step = builders[peer](copy.deepcopy(model), x, target)
                 stack.callback(step.close)
                 step.run()
             except Exception as error:  # a compiler that is missing or gives up: the others still count
@@ -437,7 +439,7 @@ def environment(peak: FmaPeak, load: float) -> dict[str, str]:
     settings = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(("MALLOC_", "OMP_", "KMP_", "MKL_", "MANUALBP_"))
+        if name.startswith(("MALLOC_", "OMP_", "KMP_", "MKL_", "MANUALBP_", "XLA_"))
         or name in ("LD_PRELOAD", "ATEN_CPU_CAPABILITY")
     }
     return {
@@ -449,6 +451,13 @@ def environment(peak: FmaPeak, load: float) -> dict[str, str]:
         "environment": " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def about_jax(peers: Sequence[str]) -> dict[str, str]:
+    """Its version, or why its column is missing, if that is not what was asked for."""
+    if "JAX jit" in peers:
+        return {"JAX": version("jax")}
+    return {"JAX": "not installed, left out"} if set(COMPILERS) & set(peers) else {}
 
 
 def as_json(
@@ -509,7 +518,7 @@ def main() -> None:
     """Measures, prints the table, writes the files."""
     args = parse_arguments()
     if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
     load = os.getloadavg()[0]  # the last minute's mean of running processes
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -528,7 +537,12 @@ def main() -> None:
                 if timing.error:
                     sys.stderr.write(f"{workload.name}: {peer} failed: {timing.error}\n")
         peak.update()
-    header = {**environment(peak, load), "command": shlex.join(["python", *sys.argv]), "rounds": str(args.rounds)}
+    header = {
+        **environment(peak, load),
+        **about_jax(peers),
+        "command": shlex.join(["python", *sys.argv]),
+        "rounds": str(args.rounds),
+    }
     legend = (
         f"Speed relative to {REFERENCE} (median of the rounds), median time of a step, GFLOP/s, share of the FMA peak:"
     )

@@ -1,5 +1,6 @@
 """The benchmarks run, refuse to time wrong gradients, and write what they measured. No times are judged."""
 
+import importlib.util
 import json
 import os
 import statistics
@@ -114,8 +115,9 @@ def test_a_peer_that_fails_is_reported_beside_the_others(training_step, monkeypa
     assert [cell.strip() for cell in mean.split("|")][3] == "–"
 
 
+# Looked for, not imported: where JAX has been imported, a fork is a warning.
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_runs_the_same_step_in_a_process_of_its_own(training_step):
-    pytest.importorskip("jax")
     workload = training_step.Workload("small", [3, 4, 2], 5)
     timings = training_step.measure(workload, ["eager", "JAX jit"], rounds=2)  # checks the gradients
     assert not timings["JAX jit"].error
@@ -130,19 +132,45 @@ def test_a_jax_process_that_ends_is_an_error_of_that_peer_only(training_step, mo
     assert timings["eager"].speedup == 1
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_jax_process_has_torchs_threads_and_ends_with_its_workload(training_step, monkeypatch, tmp_path, threads):
+    (tmp_path / "jax_step.py").write_text(
+        "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    print(1, flush=True)\n"
+    )
+    monkeypatch.setattr(training_step, "HERE", tmp_path)
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append((self, kwargs["env"]))
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    torch.set_num_threads(threads)
+    with pytest.raises(FileNotFoundError):  # it answers, but saves no gradients
+        training_step.measure(training_step.Workload("small", [3, 4, 2], 5), ["eager", "JAX jit"], rounds=1)
+    [(server, env)] = started
+    assert server.returncode is not None
+    assert env["NPROC"] == str(threads)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_jax_that_is_not_installed_is_left_out_with_a_note(training_step, monkeypatch, capsys, installed):
     monkeypatch.setattr(training_step.importlib.util, "find_spec", lambda _: installed or None)
     peers = training_step.available_peers(compilers=True)
     assert ("JAX jit" in peers) is installed
     assert ("JAX is not installed" in capsys.readouterr().err) is not installed
+    if not installed:
+        assert training_step.about_jax(peers) == {"JAX": "not installed, left out"}
     assert training_step.available_peers(compilers=False) == [p for p in peers if p not in ("torch.compile", "JAX jit")]
     assert capsys.readouterr().err == ""
+    assert training_step.about_jax(["eager"]) == {}
 
 
 def test_keep_memory_is_set_for_malloc_before_the_process_starts(tmp_path):
     arguments = ["--quick", "--rounds", "1", "--workloads", "toy", "--keep-memory", "--json", tmp_path / "step.json"]
-    subprocess.run([sys.executable, BENCHMARKS / "training_step.py", *arguments], check=True, capture_output=True)
+    command = [sys.executable, "-W", "error", BENCHMARKS / "training_step.py", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
     header = json.loads((tmp_path / "step.json").read_text())["header"]
     assert "MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592" in header["environment"]
 
@@ -156,19 +184,24 @@ def test_scaling_writes_a_time_for_each_point_and_draws_them(training_step, monk
     scaling.main()
     assert torch.get_num_threads() == threads
     result = json.loads((tmp_path / "s.json").read_text())
-    for curve, points in (
-        (result["threads"]["curves"]["rl256"], result["threads"]["counts"]),
-        (result["batch"]["curves"], [1, 32, 1024]),
-        (result["depth"]["curves"], [2, 8]),
-    ):
-        assert set(curve) == set(scaling.PEERS)
-        assert all(len(times) == len(points) and min(times) > 0 for times in curve.values())
+    assert set(result["threads"]["speedup"]["rl256"]) == set(scaling.PEERS)
+    for speeds in result["threads"]["speedup"]["rl256"].values():
+        assert len(speeds) == len(result["threads"]["counts"])
+        assert speeds[0] == 1
+        assert min(speeds) > 0
+    for key, points in (("batch", [1, 32, 1024]), ("depth", [2, 8])):
+        assert result[key]["points"] == points
+        assert set(result[key]["curves"]) == set(scaling.PEERS)
+        for curve in result[key]["curves"].values():
+            assert len(curve["seconds"]) == len(curve["speedup"]) == len(points)
+            assert min(curve["seconds"] + curve["speedup"]) > 0
+        assert set(result[key]["curves"]["eager"]["speedup"]) == {1}
     assert (tmp_path / "s.png").stat().st_size > 0
 
 
 def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     figure = tmp_path / "memory.png"
-    command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "1000", "60000", "--figure", figure]
+    command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "60000", "--figure", figure]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     rows = [line.strip("|").split("|") for line in result.stdout.splitlines()]
     assert [cell.strip() for cell in rows[0]] == ["rows", "eager", "MLP, store", "MLP, recompute", "MLP.loss"]
@@ -176,3 +209,14 @@ def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     stored = 60000 * 4 * 64 * 4 / 2**20  # h_1 ... h_4
     assert eager > store > stored > recompute > one_pass
     assert figure.stat().st_size > 0
+
+
+def test_scaling_sets_the_threads_of_each_peer_anew(training_step):
+    import scaling
+
+    seen = []
+    step = training_step.Step(lambda: seen.append(torch.get_num_threads()), list)
+    one, two = (scaling.with_threads(lambda *_: step, count)(None, None, None) for count in (1, 2))
+    for peer in (two, one, two):
+        peer.run()
+    assert seen == [2, 1, 2]
