@@ -102,13 +102,14 @@ class Workers {
   bool alone_ = false;
 };
 
-// C = A B, cut by rows of C, or by columns where rows are few.
+// C = A B, cut by rows of C or by columns.
 template <typename T>
 void gemm(const Gemm<T, T>& p, const Workers& workers) {
   if (p.m == 0 || p.n == 0) return;
   const double work = product_work(p.m, p.n, p.k);
   const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
-  const bool by_rows = p.m >= parts * 4 * kernel_table().tile_rows || p.m >= p.n;
+  // Who cuts by rows packs all of B once a thread: it should be the smaller matrix then.
+  const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
   const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
   const int64_t share = ceil_div(ceil_div(extent, parts), step) * step;
