@@ -109,7 +109,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("time of a step (ms)")
         axes.set_title(title)
         axes.grid(alpha=0.3, which="both")
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
