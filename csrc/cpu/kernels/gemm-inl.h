@@ -281,7 +281,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   const bool few_rows = p.m <= kFewRows && !p.packed_b;
   const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
   const int64_t block_depth = few_rows ? kFewRowsDepth : kBlockDepth;
-  const Workspace<T> work(workspace, p.n, p.k);
+  const Workspace<T> work(workspace, min_i64(p.n, block_cols), min_i64(p.k, block_depth));
   // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are.
   const bool rows_of_a = p.a_k == 1 || p.a_m != 1;
   const bool contiguous_a = sizeof(T) == sizeof(A) && (p.a_k == 1 || p.a_m == 1);
