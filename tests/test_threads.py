@@ -129,6 +129,21 @@ def test_calls_from_several_python_threads_at_once(threads):
         assert all(pool.map(run, cases))
 
 
+def test_one_module_called_from_several_python_threads_at_once():
+    model = mbp.MLP([7, 9, 8, 3])
+    inputs = [torch.randn(n, 7) for n in range(1, 9)]
+    want = [model(input).detach() for input in inputs]
+
+    def run(case):
+        input, expected = case
+        for _ in range(200):
+            assert_equal(model(input).detach(), expected)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, zip(inputs, want, strict=True)))
+
+
 def test_the_number_of_threads_may_change_between_forward_and_backward():
     net, grad = normal_net(3000, [33, 100, 7], torch.float32), torch.randn(3000, 7)
     torch.set_num_threads(1)

@@ -50,10 +50,15 @@ class LinearReLU(nn.Linear):
         return linear_relu(input, self.weight, self.bias)
 
 
+_Parameters = tuple[list[Tensor], list[Tensor | None]]
+_PLAIN = frozenset({Tensor, Parameter})
+_MISSING = object()
+
+
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("biases", "modules", "owners", "relu", "weights")
+    __slots__ = ("modules", "owners", "relu")
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -67,27 +72,28 @@ class _Run:
             self.owners.append(module._parameters)
         self.relu = type(module) is not nn.Linear
 
-    def applies(self, input: Any) -> bool:
-        """Looks the parameters up, which may be other objects than at the last call: can kernels compute with them?"""
+    def parameters(self, input: Any) -> _Parameters | None:
+        """The weights and biases, which may be other objects than at the last call; None if kernels cannot compute."""
         if not (isinstance(input, Tensor) and kernels_apply(input)):
-            return False
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor | None] = []
+            return None
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
         for owner in self.owners:
-            weight, bias = owner.get("weight"), owner.get("bias", input)
-            if type(weight) is not Parameter or not (bias is None or type(bias) is Parameter):
-                return False  # computed from something else
-            if weight.layout is not torch.strided:
-                return False
-            self.weights.append(weight)
-            self.biases.append(bias)
-        return True
+            weight, bias = owner.get("weight"), owner.get("bias", _MISSING)
+            if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+                return None  # computed from something else
+            if weight.layout is not torch.strided:  # type: ignore[union-attr]
+                return None
+            weights.append(cast(Tensor, weight))
+            biases.append(cast(Any, bias))
+        return weights, biases
 
     def __call__(self, input: Any, activations: str) -> Any:
-        if self.applies(input):
-            if not self.relu and len(self.owners) == 1:  # a lone linear layer: nothing to fuse
-                return F.linear(input, self.weights[0], self.biases[0])
-            return compute_layers(input, self.weights, self.biases, self.relu, activations == "store")
+        if (parameters := self.parameters(input)) is not None:
+            weights, biases = parameters
+            if not self.relu and len(weights) == 1:  # a lone linear layer: nothing to fuse
+                return F.linear(input, weights[0], biases[0])
+            return compute_layers(input, weights, biases, self.relu, activations == "store")
         for module in self.modules:
             input = module(input)
         return input
@@ -115,10 +121,10 @@ class _Plan:
         return (type(None), ())
 
 
-def _unwatched(run: _Run) -> list[Tensor] | None:
+def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
     """The parameters that learn, if a gradient may be put into each without autograd: nobody would see a difference."""
     learners = []
-    for parameter in (*run.weights, *run.biases):
+    for parameter in (*weights, *biases):
         if parameter is None:
             continue
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
@@ -253,9 +259,9 @@ class MLP(FusedForward):
             torch.Size([8, 4])
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        if (run := self._whole_run(input)) is None or not target_is_plain(input, target, spec):
+        if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
-        return compute_loss(input, target, run.weights, run.biases, spec)
+        return compute_loss(input, target, *parameters, spec)
 
     def loss_backward(
         self,
@@ -280,18 +286,19 @@ class MLP(FusedForward):
             (False, torch.Size([1]))
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        run = self._whole_run(input)
+        parameters = self._whole(input)
         learners = None
-        if run is not None and not input.requires_grad and target_is_plain(input, target, spec):
-            learners = _unwatched(run)
-        if run is None or learners is None:
+        if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
+            learners = _unwatched(*parameters)
+        if parameters is None or learners is None:
             value = self.loss(
                 input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-        needs = [False, *[p is not None and p.requires_grad for p in (*run.weights, *run.biases)]]
-        value, *grads = spec.run(input, target, run.weights, run.biases, needs, flat=True)
+        weights, biases = parameters
+        needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
+        value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
         for parameter, grad in zip(learners, grads, strict=True):
             if parameter.grad is None:
                 parameter.grad = grad
@@ -300,13 +307,13 @@ class MLP(FusedForward):
                     parameter.grad += grad
         return value
 
-    def _whole_run(self, input: Any) -> _Run | None:
-        """The network as one run of layers, if that is what it (still) is and the kernels apply."""
+    def _whole(self, input: Any) -> _Parameters | None:
+        """The parameters of the network as one run of layers, if that is what it (still) is and the kernels apply."""
         if torch.compiler.is_compiling() or global_hooks_exist() or self._is_observed():
             return None
         steps = self._steps()
         run = steps[0] if len(steps) == 1 else None
-        return run if isinstance(run, _Run) and not run.relu and run.applies(input) else None
+        return run.parameters(input) if isinstance(run, _Run) and not run.relu else None
 
     def _is_observed(self) -> bool:
         own = self.__dict__
