@@ -251,20 +251,6 @@ def test_a_tensor_that_escaped_a_transform_is_an_ordinary_tensor(case):
 
 
 @pytest.mark.parametrize("function", [LinearReLUFunction, MLPFunction])
-def test_a_function_applied_under_a_transform_is_refused_by_torch_not_wrong(function):
-    # The public functions never do this; whoever calls apply directly gets torch's error instead of a zero gradient.
-    net = integer_net(3, [4, 2])
-    rest = (net.weights[0], None) if function is LinearReLUFunction else (False, True, 1, net.weights[0], None)
-
-    def loss(input):
-        output = function.apply(input, *rest)
-        return (output if function is LinearReLUFunction else output[0]).sum()
-
-    with pytest.raises(RuntimeError, match="setup_context"):
-        grad(loss)(net.input)
-
-
-@pytest.mark.parametrize("function", [LinearReLUFunction, MLPFunction])
 def test_apply_records_one_node(function):
     net = integer_net(3, [4, 2]).recorded()
     if function is LinearReLUFunction:

@@ -5,7 +5,7 @@ renames one makes us slower, not wrong.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,20 +43,50 @@ def kernels_apply(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
     """Whether our kernels compute this call; if not, the caller composes it from plain torch, which always works.
 
     Not on other devices, nor for sparse or nested tensors and tensor subclasses; not under transforms that must see
-    through the computation (torch.func, forward-mode AD, torch.compile, torch.export, torch.jit.trace); not under
-    autocast, which chooses dtypes by op.
+    through the computation (torch.func, forward-mode AD, torch.export, torch.jit.trace); not under autocast, which
+    chooses dtypes by op. In a graph that torch.compile captures, `joins_graph` is the question.
     """
     kind = type(input)
     return (
         not torch.compiler.is_compiling()
         and (kind is Tensor or kind is Parameter)
-        and input.is_cpu
-        and input.layout is torch.strided
-        and not input.is_nested
         and not _transforms_active()
+        and input.is_cpu
+        and _tracing_state() is None
+        and _is_ordinary(input, weights)
+    )
+
+
+def joins_graph(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
+    """Whether a call that torch.compile captures becomes one op of the graph (`_graph`). Dynamo guards what this reads.
+
+    bfloat16 is left to torch where the CPU has instructions for it: from how many rows on torch is faster would be a
+    condition on the batch size, and so a recompilation.
+    """
+    kind = type(input)
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and (kind is Tensor or kind is Parameter)
+        and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
+        and _is_ordinary(input, weights)
+    )
+
+
+def kernels_apply_in_graph(input: Tensor, weights: Iterable[Tensor]) -> bool:
+    """The same question where such a graph is lowered, with torch's stand-ins for tensors, or run as it is."""
+    kind = type(input)
+    is_plain = kind is Tensor or kind is Parameter or kind.__module__.startswith("torch._subclasses.")
+    return is_plain and input.is_cpu and not _transforms_active() and _is_ordinary(input, weights)
+
+
+def _is_ordinary(input: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Dense tensors, and no mode at work that gives the same call another meaning."""
+    return (
+        input.layout is torch.strided
+        and not input.is_nested
         and getattr(forward_ad, "_current_level", 0) < 0
         and not torch.is_autocast_enabled("cpu")
-        and _tracing_state() is None
         and all(weight.layout is torch.strided for weight in weights)
     )
 
@@ -66,11 +96,19 @@ def backward_is_composed(grad_output: Tensor) -> bool:
     return torch.is_grad_enabled() or _transforms_active() or _is_legacy_batched(grad_output)
 
 
-class ManualFunction(torch.autograd.Function):
-    """A Function with `record`, which is `apply` without the bookkeeping for torch.func.
+def refuse_capture(function: str) -> NoReturn:
+    """Ends the capture of a Function by Dynamo, which would take its raw ops for their own derivatives: zeros."""
+    raise NotImplementedError(f"torch.compile cannot capture {function}.apply: call linear_relu, mlp or mlp_loss")
 
-    For callers to whom `kernels_apply` has ruled transforms out. On a network of 8 layers it saves 3 µs a call (torch
-    walks the arguments to unwrap dead functorch wrappers).
+
+class ManualFunction(torch.autograd.Function):
+    """A Function that transforms see through, with `record`, which is `apply` without the bookkeeping for them.
+
+    Under torch.func and forward-mode AD, `apply` computes the same from plain torch (`composed`), which has every
+    derivative and batching rule. A Function of ours would need `setup_context`, which costs each call 13 µs more.
+
+    `record` is for callers to whom `kernels_apply` has ruled transforms out. On a network of 8 layers it saves 3 µs a
+    call (torch walks the arguments to unwrap dead functorch wrappers).
     """
 
     record: ClassVar[Callable[..., Any]]
@@ -79,3 +117,17 @@ class ManualFunction(torch.autograd.Function):
         """Looks up, once, the part of `apply` that is written in C++."""
         super().__init_subclass__()
         cls.record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+
+    @staticmethod
+    def composed(*args: Any) -> Any:
+        """What `apply` returns for these arguments, from differentiable torch ops."""
+        raise NotImplementedError
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """The result, as one node of autograd's graph; under a transform, from plain torch."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_capture(cls.__name__)
+        if _transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0:
+            return cls.composed(*args)
+        return super().apply(*args)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 The ops are private: called directly they have no derivative. `torch_manualbp.autograd` gives them one.
 """
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def _(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
 ) -> tuple[Tensor, Tensor]:
     _check_devices("mlp", input=input, weights=weights, biases=biases)
-    batch = input.shape[:-1].numel()
+    batch = math.prod(input.shape[:-1])  # torch.Size.numel would fix the batch size of a graph that is being compiled
     hidden = batch * sum(weight.shape[0] for weight in weights[:-1]) if store else 0
     return input.new_empty((*input.shape[:-1], weights[-1].shape[0])), input.new_empty((hidden,))
 

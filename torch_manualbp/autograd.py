@@ -6,6 +6,7 @@ itself is batched (`is_grads_batched=True`), backward composes the lecture's equ
 goes on through them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._function import ManualFunction, backward_is_composed
+from torch_manualbp._function import ManualFunction, backward_is_composed, refuse_capture
 from torch_manualbp._losses import LossSpec
 
 
@@ -27,6 +28,8 @@ class LinearReLUFunction(ManualFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The kernel; saves h (input), Ω (weight) and h' (output)."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_capture("LinearReLUFunction")
         output: Tensor = _ops.linear_relu(input, weight, bias)
         ctx.save_for_backward(input, weight, output)
         return output
@@ -41,6 +44,11 @@ class LinearReLUFunction(ManualFunction):
             return _only(needs, [grads.dinput, *grads.dweights, *grads.dbiases])
         return _spread(needs, _ops.linear_relu_backward(grad_output, input, weight, output, needs))
 
+    @staticmethod
+    def composed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer in plain torch."""
+        return reference.mlp_forward(input, [weight], [bias], final_relu=True)[0]
+
 
 class MLPFunction(ManualFunction):
     """A whole network as one node: `apply(input, final_relu, store, K, *weights, *biases)` → (output, hidden).
@@ -54,6 +62,8 @@ class MLPFunction(ManualFunction):
         ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         """All layers in one call; saves the input, the weights, and the activations or the biases."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_capture("MLPFunction")
         weights, biases = parameters[:layers], parameters[layers:]
         output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
         ctx.set_materialize_grads(False)
@@ -85,6 +95,15 @@ class MLPFunction(ManualFunction):
             spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
         return spread[0], None, None, None, *spread[1:]
 
+    @staticmethod
+    def composed(
+        input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The network in plain torch."""
+        output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu)
+        hidden = [h_k.flatten() for h_k in h[1:]] if store else []
+        return output, torch.cat(hidden) if hidden else input.new_empty((0,))
+
 
 class MLPLossFunction(ManualFunction):
     """Network and loss as one node, as `apply(input, target, loss, K, *weights, *biases)`, `loss` being a `LossSpec`.
@@ -95,6 +114,8 @@ class MLPLossFunction(ManualFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
         """Forward, loss and backward in one pass over blocks of rows; keeps the gradients only."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_capture("MLPLossFunction")
         weights, biases = parameters[:layers], parameters[layers:]
         ctx.layers, ctx.loss, ctx.needs = layers, loss, _of_tensors(ctx.needs_input_grad)
         value, *ctx.grads = loss.run(input, target, weights, biases, ctx.needs)
@@ -117,6 +138,12 @@ class MLPLossFunction(ManualFunction):
                 torch._foreach_mul_(grads, scale)
         spread = _spread(ctx.needs, grads)
         return spread[0], None, None, None, *spread[1:]
+
+    @staticmethod
+    def composed(input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
+        """Network and loss in plain torch."""
+        output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
+        return loss.of(output, target)
 
 
 def _loss_gradients(
@@ -146,7 +173,7 @@ def _split(hidden: Tensor, input: Tensor, weights: Sequence[Tensor]) -> list[Ten
     """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`."""
     leading = input.shape[:-1]
     widths = [weight.shape[0] for weight in weights[:-1]]
-    pieces = torch.split(hidden, [leading.numel() * width for width in widths]) if widths else ()
+    pieces = torch.split(hidden, [math.prod(leading) * width for width in widths]) if widths else ()
     return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
 
 

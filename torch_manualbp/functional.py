@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_manualbp import _ops, reference
+from torch_manualbp import _graph, _ops, reference
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
-from torch_manualbp._function import kernels_apply, torch_is_faster
+from torch_manualbp._function import joins_graph, kernels_apply, torch_is_faster
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
@@ -44,6 +44,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias is not None and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
     )
     if broadcasts or not kernels_apply(input, (weight,)) or torch_is_faster(input, (weight,)):
+        if not broadcasts and joins_graph(input, (weight,)):
+            return layers_in_graph(input, (weight,), (bias,), final_relu=True)
         return F.relu(F.linear(input, weight, bias))
     if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
         output: Tensor = LinearReLUFunction.record(input, weight, bias)
@@ -99,6 +101,8 @@ def run_layers(
     check_tensor("mlp", "input", input)
     weights, biases = check_layers("mlp", weights, biases)
     if not kernels_apply(input, weights):
+        if joins_graph(input, weights):
+            return layers_in_graph(input, weights, biases, final_relu, activations == "store")
         output, _ = reference.mlp_forward(input, weights, biases, final_relu)
         return output
     return compute_layers(input, weights, biases, final_relu, activations == "store")
@@ -115,6 +119,14 @@ def compute_layers(
         output, _ = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)
     else:
         output, _ = _ops.mlp(input, weights, biases, final_relu, False)
+    return output
+
+
+def layers_in_graph(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool = True
+) -> Tensor:
+    """`mlp` on checked arguments for which `joins_graph` holds: one op of the graph that is being captured."""
+    output: Tensor = _graph.layers(input, weights, biases, final_relu, store)
     return output
 
 
@@ -174,8 +186,7 @@ def mlp_loss(
     weights, biases = check_layers("mlp_loss", weights, biases)
     spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
     if not (kernels_apply(input, weights) and target_is_plain(input, target, spec)):
-        output, _ = reference.mlp_forward(input, weights, biases)
-        return spec.of(output, target)
+        return spec.of(run_layers(input, weights, biases), target)
     return compute_loss(input, target, weights, biases, spec)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from torch_manualbp._checks import check_activations
-from torch_manualbp._function import global_hooks_exist, kernels_apply
+from torch_manualbp._function import global_hooks_exist, joins_graph, kernels_apply
 from torch_manualbp._losses import loss_spec
-from torch_manualbp.functional import compute_layers, compute_loss, linear_relu, target_is_plain
+from torch_manualbp.functional import compute_layers, compute_loss, layers_in_graph, linear_relu, target_is_plain
 
 
 class LinearReLU(nn.Linear):
@@ -72,9 +72,9 @@ class _Run:
             self.owners.append(module._parameters)
         self.relu = type(module) is not nn.Linear
 
-    def parameters(self, input: Any) -> _Parameters | None:
+    def parameters(self, input: Any, in_graph: bool = False) -> _Parameters | None:
         """The weights and biases, which may be other objects than at the last call; None if kernels cannot compute."""
-        if not (isinstance(input, Tensor) and kernels_apply(input)):
+        if not (isinstance(input, Tensor) and (joins_graph if in_graph else kernels_apply)(input)):
             return None
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
@@ -94,6 +94,15 @@ class _Run:
             if not self.relu and len(weights) == 1:  # a lone linear layer: nothing to fuse
                 return F.linear(input, weights[0], biases[0])
             return compute_layers(input, weights, biases, self.relu, activations == "store")
+        return self._one_by_one(input)
+
+    def capture(self, input: Any, activations: str) -> Any:
+        """The same in a graph that torch.compile captures."""
+        if (parameters := self.parameters(input, in_graph=True)) is not None and (self.relu or len(self.owners) > 1):
+            return layers_in_graph(input, *parameters, self.relu, activations == "store")
+        return self._one_by_one(input)
+
+    def _one_by_one(self, input: Any) -> Any:
         for module in self.modules:
             input = module(input)
         return input
@@ -172,10 +181,21 @@ class FusedForward(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The children in turn, run by run."""
-        if torch.compiler.is_compiling() or global_hooks_exist():
+        if torch.compiler.is_compiling():
+            return self._capture(input)
+        if global_hooks_exist():
             return super().forward(input)  # type: ignore[no-untyped-call]
         for step in self._steps():
             input = step(input, self.activations) if isinstance(step, _Run) else step(input)
+        return input
+
+    def _capture(self, input: Any) -> Any:
+        """Forward as Dynamo traces it: the plan is made anew, for it is the graph that is kept."""
+        children = list(self)
+        if global_hooks_exist():
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        for step in _Plan(children, _fusable_kinds(children)).steps:
+            input = step.capture(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
 
     def _steps(self) -> list[_Run | nn.Module]:

@@ -13,6 +13,7 @@ Three uses: the tests' oracle, what runs on devices that have no kernels of ours
 differentiable, so the gradient of the gradient follows from it).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def mlp_backward(
         >>> mlp_backward(torch.ones(1, 1), h, omega).dinput  # ω_1 ω_0
         tensor([[6.]])
     """
-    layers, batch = len(weights), grad_output.shape[:-1].numel()
+    layers, batch = len(weights), math.prod(grad_output.shape[:-1])
     dweights: list[Tensor] = []
     dbiases: list[Tensor] = []
     df = grad_output if output is None else relu_mask(output, grad_output)
