@@ -1,9 +1,9 @@
 """What a call of ours becomes in a graph that torch.compile captures: one op, ``manualbp::layers``.
 
-Dynamo does not look into it: it is a composite like ``aten::linear``. When the graph is lowered (AOTAutograd), or run as
-it is, the kernel below chooses as an eager call does: our autograd Functions, whose forward and backward are one op each
-of the lowered graph; or plain torch, which every transform sees through. Programs of `torch.export` get plain torch
-always, and so run without this library.
+Dynamo does not look into it: it is a composite like ``aten::linear``. When the graph is lowered (AOTAutograd), or run
+as it is, the kernel below chooses as an eager call does: our autograd Functions, whose forward and backward are one op
+each of the lowered graph; or plain torch, which every transform sees through. Programs of `torch.export` get plain
+torch always, and so run without this library.
 
 Time of a training step with plain torch in the graph / with this op, both compiled by inductor (2 cores, AVX-512,
 float32, names of benchmarks/workloads.json): tcnn64 2.1, deep 1.8, nerf 1.3, rl64 1.2, mnist 1.1, rl256 1.1.

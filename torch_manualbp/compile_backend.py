@@ -1,0 +1,266 @@
+"""``torch.compile(model, backend="manualbp")``: fuses linear → ReLU → linear → … in models as they are written.
+
+Dynamo captures the model's graph of torch calls, whatever style they were written in; here each chain of linear layers
+with ReLUs between them is replaced by one call of ours. Parameters, state_dict and everything else stay as they were.
+What the calls do at run time (choose kernels or plain torch, record a graph node) is left to functional.py.
+
+torch finds the backend by its entry point (pyproject.toml), so that importing torch_manualbp need not load Dynamo.
+"""
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from torch_manualbp import _graph
+from torch_manualbp._checks import ACTIVATION_MODES
+from torch_manualbp.functional import linear_relu, run_layers
+
+logger = logging.getLogger("torch_manualbp")
+
+OPTIONS: Mapping[str, Any] = MappingProxyType({"verbose": False, "rest": "eager", "activations": "store"})
+
+
+def manualbp(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend for ``torch.compile``: computes every chain of linear and ReLU fused, and the rest as before.
+
+    A chain is linear → ReLU, or longer: linear → ReLU → linear → …, with or without a ReLU at its end. It ends where a
+    result is used by something else too. ReLU is ``relu`` in any spelling of torch's, in place or not, and a clamp at 0
+    from below (whose gradient where a pre-activation is exactly 0 becomes that of ReLU: 0 instead of 1).
+
+    Args:
+        graph_module: what Dynamo captured.
+        example_inputs: its inputs.
+        options: as given to ``torch.compile``. "verbose": print what is fused (the logger "torch_manualbp" says it at
+            level INFO always). "rest": the backend that gets the graph with our calls in it, "eager" by default, or
+            "inductor". "activations": "store" or "recompute", as in `mlp`.
+
+    Returns:
+        What Dynamo shall run.
+
+    Raises:
+        ValueError: an unknown option or value.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> compiled = torch.compile(model, backend=manualbp)  # or "manualbp", if the package is installed
+        >>> compiled(torch.ones(3, 4)).shape
+        torch.Size([3, 1])
+    """
+    chosen = _check_options(options)
+    rest = chosen["rest"]
+    chains = find_chains(graph_module.graph)
+    for chain in chains:
+        _replace(graph_module.graph, chain, chosen["activations"], eager=rest == "eager")
+    graph_module.graph.lint()
+    graph_module.recompile()
+    found = f"fused {len(chains)} chain(s):" if chains else "found nothing to fuse"
+    report = "\n".join([f"torch_manualbp: {found}", *map(str, chains)])
+    logger.info(report)
+    if chosen["verbose"]:
+        print(report)
+    if rest == "eager":
+        return graph_module.forward
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(rest)(graph_module, list(example_inputs))
+    return compiled
+
+
+def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    chosen = {**OPTIONS, **(options or {})}
+    if unknown := set(chosen) - set(OPTIONS):
+        raise ValueError(f"manualbp: `options` may hold {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}")
+    if chosen["activations"] not in ACTIVATION_MODES:
+        raise ValueError(
+            f"manualbp: `activations` must be one of {', '.join(map(repr, ACTIVATION_MODES))}, "
+            f"got {chosen['activations']!r}"
+        )
+    return chosen
+
+
+@dataclass
+class Layer:
+    """A linear layer in the graph, and the ReLU that follows it, if it does."""
+
+    linear: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    relu: fx.Node | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value is the layer's output."""
+        return self.relu or self.linear
+
+
+@dataclass
+class Chain:
+    """Layers of which each but the last is followed by a ReLU and feeds the next one only."""
+
+    layers: list[Layer] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        first, last = self.layers[0], self.layers[-1]
+        widths = [str(_value(first.weight).shape[1]), *(str(_value(layer.weight).shape[0]) for layer in self.layers)]
+        op = "linear_relu" if len(self.layers) == 1 else "mlp, ReLU at its end" if last.relu else "mlp"
+        lines = [line.strip() for line in (first.linear.stack_trace or "").splitlines() if line.strip()]
+        place = next((line for line in reversed(lines) if line.startswith("File ")), "")
+        return f"  {'–'.join(widths)} {op}" + (f"  ({place})" if place else "")
+
+
+def find_chains(graph: fx.Graph) -> list[Chain]:
+    """All chains of at least one linear layer with its ReLU, in the order of the graph."""
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    segment, segments = 0, {}
+    for node in graph.nodes:
+        segment += _has_effects(node, position)  # it stands between its neighbours: no chain reaches across it
+        segments[node] = segment
+    chains: list[Chain] = []
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in taken or (layer := _layer(node, position)) is None:
+            continue
+        chain = Chain()
+        while layer is not None and segments[layer.last] == segments[node]:
+            chain.layers.append(layer)
+            if layer.relu is None or (following := _only_user(layer)) is None:
+                break
+            layer = _layer(following, position, layer)
+        if chain.layers and chain.layers[0].relu is not None:
+            chains.append(chain)
+            taken.update(layer.linear for layer in chain.layers)
+    return chains
+
+
+def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None = None) -> Layer | None:
+    """The layer whose linear part is `node`, if our kernels can compute it; `before`: the layer that feeds it."""
+    if node.op != "call_function" or node.target is not F.linear:
+        return None
+    names = ("input", "weight", "bias")
+    given: dict[str, Any] = {"bias": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    input, weight, bias = (given[name] for name in names)
+    nodes = [input, weight] if bias is None else [input, weight, bias]
+    if not all(isinstance(value, fx.Node) and _is_ours(_value(value)) for value in nodes):
+        return None
+    output = _value(node)
+    omega, beta = _value(weight), None if bias is None else _value(bias)
+    if omega.dim() != 2 or not (beta is None or (beta.dim() == 1 and beta.shape[0] == omega.shape[0])):
+        return None
+    if any(_value(value).dtype is not output.dtype for value in nodes):  # autocast
+        return None
+    if before is not None:
+        hidden = (before.linear, before.relu)  # after a ReLU in place, two names of one tensor
+        if input not in hidden or weight in hidden or bias in hidden:
+            return None
+    return Layer(node, input, weight, bias, _relu_after(node, position))
+
+
+def _relu_after(linear: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node | None:
+    """The ReLU of this layer, if nobody else sees the pre-activation."""
+    users = sorted(linear.users, key=lambda user: position[user])
+    if not users or (in_place := _relu_in_place(users[0])) is None:
+        return None
+    return users[0] if len(users) == 1 or in_place else None  # who comes after a ReLU in place, sees its result
+
+
+def _only_user(layer: Layer) -> fx.Node | None:
+    users = {user for node in (layer.linear, layer.relu) if node is not None for user in node.users} - {layer.relu}
+    return users.pop() if len(users) == 1 else None
+
+
+# Whether each works in place.
+_RELUS: dict[Any, bool] = {
+    F.relu: False,
+    torch.relu: False,
+    F.relu_: True,
+    torch.relu_: True,
+    "relu": False,
+    "relu_": True,
+}
+_CLAMPS: dict[Any, bool] = {
+    **{torch.clamp: False, torch.clamp_min: False, torch.clamp_: True, torch.clamp_min_: True, torch.clip: False},
+    **{"clamp": False, "clamp_min": False, "clamp_": True, "clamp_min_": True, "clip": False, "clip_": True},
+}
+
+
+def _relu_in_place(node: fx.Node) -> bool | None:
+    """Whether this ReLU works in place; None if the node is no ReLU of its first argument."""
+    target: Any = node.target
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if target in _RELUS:
+        return _RELUS[target] or bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
+    if target in _CLAMPS:
+        least = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
+        most = node.kwargs.get("max", node.args[2] if len(node.args) > 2 else None)
+        is_zero = isinstance(least, int | float) and not isinstance(least, bool) and least == 0
+        return _CLAMPS[target] if is_zero and most is None and "out" not in node.kwargs else None
+    return None
+
+
+def _value(node: fx.Node) -> Any:
+    """The fake tensor, or whatever else, that Dynamo computed for this node."""
+    return node.meta.get("example_value")
+
+
+def _is_ours(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:
+    """Whether this node may do more than return a tensor: change one, or a mode such as autocast. In doubt, yes."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if _relu_in_place(node) and node.all_input_nodes[0].target is F.linear:
+        return _relu_after(node.all_input_nodes[0], position) is not node  # if it is, nobody saw the data before it
+    if not isinstance(_value(node), Tensor | tuple | list | int | float | torch.SymInt | torch.SymFloat):
+        return True
+    target: Any = node.target
+    if node.op == "call_method":
+        return bool(target.endswith("_")) and not target.endswith("__")
+    if node.op != "call_function" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name, module = getattr(target, "__name__", "_"), getattr(target, "__module__", "") or ""
+    if module == operator.add.__module__:
+        return name.startswith("i") or name in ("setitem", "delitem")
+    is_in_place = any(value is True for value in (*node.args, *node.kwargs.values()))  # or another flag: in doubt, yes
+    return name.endswith("_") or "out" in node.kwargs or (module == F.__name__ and is_in_place)
+
+
+def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) -> None:
+    """Puts one call in the place of the chain's last node."""
+    layers, last = chain.layers, chain.layers[-1]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    closed = last.relu is not None
+    function: Any
+    arguments: tuple[Any, ...]
+    if not eager:
+        function, arguments = _graph.layers, (weights, biases, closed, activations == "store")
+    elif len(layers) == 1:
+        function, arguments = linear_relu, (weights[0], biases[0])
+    else:
+        function, arguments = run_layers, (weights, biases, closed, activations)
+    with graph.inserting_before(last.last):
+        fused = graph.call_function(function, (layers[0].input, *arguments))
+    fused.meta = dict(last.last.meta)
+    last.last.replace_all_uses_with(fused)
+    for layer in reversed(layers):
+        if layer.relu is not None:
+            layer.linear.replace_all_uses_with(fused, lambda user, relu=layer.relu: user is not relu)  # type: ignore[misc]
+            graph.erase_node(layer.relu)
+        graph.erase_node(layer.linear)
