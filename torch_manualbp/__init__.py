@@ -1,5 +1,6 @@
 """Hand-derived backpropagation for PyTorch: fused linear+ReLU with a backward pass written out, not recorded."""
 
+from torch_manualbp import _flops as _flops  # formulas, which torch's counter finds where they are registered
 from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
