@@ -157,6 +157,8 @@ def _loss_gradients(
     """The gradients of a loss from differentiable torch ops: what a gradient of the gradient goes through."""
     layers = len(parameters) // 2
     with torch.enable_grad():
+        # Each argument under a name of its own: of a tensor that is two arguments, each gets its share, not the sum.
+        input, *parameters = (None if tensor is None else tensor.view_as(tensor) for tensor in (input, *parameters))
         output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
