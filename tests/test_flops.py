@@ -1,0 +1,74 @@
+"""FlopCounterMode counts our ops as it counts eager's matrix products, whatever is asked for."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import torch_manualbp as mbp
+from helpers import Net, integer_net, one_layer, plain_mlp, recomputing_mlp
+
+PRODUCT = 2 * 6  # 2·B of (B, D_in) with (D_in, D_out)
+
+
+def flops(function, *args):
+    """What torch counts in forward and backward, and the names of the ops that it counted."""
+    with FlopCounterMode(display=False) as counter:
+        output = function(*args)
+        if output.requires_grad:
+            output.sum().backward()
+    return counter.get_total_flops(), {str(op) for op in counter.get_flop_counts()["Global"]}
+
+
+def each_subset(net):
+    """The network with each subset of its tensors requiring grad."""
+    for subset in itertools.product([False, True], repeat=len(net.leaves())):
+        recorded = net.recorded()
+        for leaf, need in zip(recorded.leaves(), subset, strict=True):
+            leaf.requires_grad_(need)
+        yield recorded
+
+
+@pytest.mark.parametrize("leading", [6, (2, 3)], ids=str)
+def test_linear_relu_counts_as_eager(leading):
+    for net in each_subset(integer_net(leading, [5, 3])):
+        count, names = flops(one_layer, *net)
+        assert count == flops(plain_mlp, *net)[0] > 0
+        assert names <= {"manualbp.linear_relu", "manualbp.linear_relu_backward"}
+
+
+@pytest.mark.parametrize("biases", ["all", "none", "mixed"])
+def test_mlp_counts_as_eager(biases):
+    for net in each_subset(integer_net(6, [5, 7, 4, 3], biases=biases)):
+        count, names = flops(mbp.mlp, *net)
+        assert count == flops(plain_mlp, *net)[0] > 0
+        assert names <= {"manualbp.mlp", "manualbp.mlp_backward"}
+
+
+def test_mlp_loss_counts_as_eager():
+    target = torch.ones(6, 3).double()
+    for net in each_subset(integer_net(6, [5, 7, 4, 3])):
+        count, names = flops(lambda *net: mbp.mlp_loss(net[0], target, *net[1:]), *net)
+        assert count == flops(plain_mlp, *net)[0] > 0
+        assert names == {"manualbp.mlp_loss"}
+
+
+def test_recomputed_activations_are_counted_again():
+    net = integer_net(6, [5, 7, 4, 3]).recorded()
+    stored, _ = flops(mbp.mlp, *net)
+    assert flops(recomputing_mlp, *net)[0] == stored + PRODUCT * (5 * 7 + 7 * 4)
+
+
+def test_a_step_of_a_model():
+    model, sizes = mbp.MLP([5, 7, 3]), PRODUCT * (5 * 7 + 7 * 3)
+    count, _ = flops(model, torch.ones(6, 5))
+    assert count == 3 * sizes - PRODUCT * 5 * 7  # nobody asks for the input's gradient
+    assert flops(nn.Sequential(*model), torch.ones(6, 5))[0] == count
+
+
+def test_networks_without_units_or_rows_count_nothing():
+    net = integer_net(0, [5, 7, 3])
+    assert flops(mbp.mlp, *net) == (0, {"manualbp.mlp"})
+    assert flops(mbp.mlp, *Net(torch.ones(6, 5), [torch.ones(0, 5)], [None])) == (0, {"manualbp.mlp"})
