@@ -243,7 +243,10 @@ def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
         functions, args = [vmap(f) for f in functions], tuple(torch.stack([arg, -arg]) for arg in args)
     ours, plain = functions
     torch.compiler.reset()
-    if (name, transform) != ("MLPLossFunction", "grad"):  # mse_loss under grad after a graph break: Dynamo fails, loudly
+    if (name, transform) != (
+        "MLPLossFunction",
+        "grad",
+    ):  # mse_loss under grad after a graph break: Dynamo fails, loudly
         assert_close(torch.compile(lambda *args: ours(*args), backend="eager")(*args), plain(*args))
     torch.compiler.reset()
     with pytest.raises(Exception, match=r"torch\.compile cannot capture (LinearReLU|MLP|MLPLoss)Function\.apply: call"):
