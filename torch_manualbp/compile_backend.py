@@ -58,12 +58,12 @@ def manualbp(
     chosen = _check_options(options)
     rest = chosen["rest"]
     chains = find_chains(graph_module.graph)
+    found = f"fused {len(chains)} chain(s):" if chains else "found nothing to fuse"
+    report = "\n".join([f"torch_manualbp: {found}", *map(str, chains)])
     for chain in chains:
         _replace(graph_module.graph, chain, chosen["activations"], eager=rest == "eager")
     graph_module.graph.lint()
     graph_module.recompile()
-    found = f"fused {len(chains)} chain(s):" if chains else "found nothing to fuse"
-    report = "\n".join([f"torch_manualbp: {found}", *map(str, chains)])
     logger.info(report)
     if chosen["verbose"]:
         print(report)
@@ -90,10 +90,12 @@ class Layer:
     """A linear layer in the graph, and the ReLU that follows it, if it does."""
 
     linear: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    relu: fx.Node | None = None
+    relu: fx.Node | None
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """Input, weight and bias: read from the graph, for chains before this one may have been replaced."""
+        return _arguments(self.linear)
 
     @property
     def last(self) -> fx.Node:
@@ -109,7 +111,8 @@ class Chain:
 
     def __str__(self) -> str:
         first, last = self.layers[0], self.layers[-1]
-        widths = [str(_value(first.weight).shape[1]), *(str(_value(layer.weight).shape[0]) for layer in self.layers)]
+        shapes = [_value(layer.arguments[1]).shape for layer in self.layers]
+        widths = [str(shapes[0][1]), *(str(shape[0]) for shape in shapes)]
         op = "linear_relu" if len(self.layers) == 1 else "mlp, ReLU at its end" if last.relu else "mlp"
         lines = [line.strip() for line in (first.linear.stack_trace or "").splitlines() if line.strip()]
         place = next((line for line in reversed(lines) if line.startswith("File ")), "")
@@ -144,9 +147,7 @@ def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None 
     """The layer whose linear part is `node`, if our kernels can compute it; `before`: the layer that feeds it."""
     if node.op != "call_function" or node.target is not F.linear:
         return None
-    names = ("input", "weight", "bias")
-    given: dict[str, Any] = {"bias": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    input, weight, bias = (given[name] for name in names)
+    input, weight, bias = _arguments(node)
     nodes = [input, weight] if bias is None else [input, weight, bias]
     if not all(isinstance(value, fx.Node) and _is_ours(_value(value)) for value in nodes):
         return None
@@ -160,7 +161,13 @@ def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None 
         hidden = (before.linear, before.relu)  # after a ReLU in place, two names of one tensor
         if input not in hidden or weight in hidden or bias in hidden:
             return None
-    return Layer(node, input, weight, bias, _relu_after(node, position))
+    return Layer(node, _relu_after(node, position))
+
+
+def _arguments(linear: fx.Node) -> tuple[Any, Any, Any]:
+    names = ("input", "weight", "bias")
+    given: dict[str, Any] = {"bias": None, **dict(zip(names, linear.args, strict=False)), **linear.kwargs}
+    return given["input"], given["weight"], given["bias"]
 
 
 def _relu_after(linear: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node | None:
@@ -245,7 +252,7 @@ def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:
 def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) -> None:
     """Puts one call in the place of the chain's last node."""
     layers, last = chain.layers, chain.layers[-1]
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    inputs, weights, biases = (list(column) for column in zip(*(layer.arguments for layer in layers), strict=True))
     closed = last.relu is not None
     function: Any
     arguments: tuple[Any, ...]
@@ -256,7 +263,7 @@ def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) ->
     else:
         function, arguments = run_layers, (weights, biases, closed, activations)
     with graph.inserting_before(last.last):
-        fused = graph.call_function(function, (layers[0].input, *arguments))
+        fused = graph.call_function(function, (inputs[0], *arguments))
     fused.meta = dict(last.last.meta)
     last.last.replace_all_uses_with(fused)
     for layer in reversed(layers):
