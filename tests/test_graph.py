@@ -277,6 +277,14 @@ def test_bfloat16_is_left_to_torch_where_it_has_instructions_for_it(has_units, m
     assert (ops_run(compiled, input) == []) == has_units
 
 
+@pytest.mark.parametrize(("sizes", "is_ours"), [([1, 1, 1], False), ([4, 1, 3], False), ([4, 2, 1], True)], ids=str)
+def test_networks_without_a_matrix_product_are_left_to_the_compiler(sizes, is_ours):
+    model, input = mbp.MLP(sizes).double(), torch.randn(5, sizes[0]).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(compiled, model, input), gradients(model, model, input))
+    assert (ops_run(compiled, input) != []) == is_ours
+
+
 def test_other_devices_get_plain_torch():
     model = mbp.MLP([4, 6, 3], device="meta")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
