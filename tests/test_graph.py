@@ -80,7 +80,7 @@ def test_a_model_is_one_graph_with_our_ops_in_it(model):
     for input in (integers(5, 4), integers(5, 4)):
         assert_equal(gradients(compiled, model, input), gradients(model, model, input))
     assert counter.frame_count == 1
-    assert set(ops_in(counter.graphs[0])) == {"manualbp.layers.default"}
+    assert set(ops_in(counter.graphs[0])) == {str(_graph.layers)}
     assert len(ops_in(counter.graphs[0])) == (2 if "Tanh" in repr(model) else 1)
 
 
@@ -290,6 +290,10 @@ def test_other_devices_get_plain_torch():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert compiled(torch.ones(5, 4, device="meta")).shape == (5, 3)
     assert ops_run(compiled, torch.ones(5, 4, device="meta")) == []
+
+
+def test_the_op_names_the_version_so_that_no_other_version_finds_what_was_compiled():
+    assert str(_graph.layers) == f"manualbp.layers.v{mbp.__version__.replace('.', '_')}"
 
 
 @pytest.mark.parametrize("final_relu", [False, True])

@@ -1,5 +1,8 @@
 """What a call of ours becomes in a graph that torch.compile captures: one op, ``manualbp::layers``.
 
+Its overload is named for the version of the library: torch keeps what it compiled on disk under the names of the ops in
+the captured graph, and what this op is lowered to may change from version to version.
+
 Dynamo does not look into it: it is a composite like ``aten::linear``. When the graph is lowered (AOTAutograd), or run
 as it is, the kernel below chooses as an eager call does: our autograd Functions, whose forward and backward are one op
 each of the lowered graph; or plain torch, which every transform sees through. Programs of `torch.export` get plain
@@ -11,18 +14,20 @@ float32, names of benchmarks/workloads.json): tcnn64 1.8, deep 1.8, dlrm_bot 1.3
 and wins: toy 0.74, with 65536 rows 0.19; so such networks are left to it.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_manualbp import reference
+from torch_manualbp import __version__, reference
 from torch_manualbp._function import kernels_apply_in_graph
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
 _library = torch.library.Library("manualbp", "FRAGMENT")  # type: ignore[no-untyped-call]
+_NAME = "layers.v" + re.sub(r"\W", "_", __version__)
 _library.define(  # type: ignore[no-untyped-call]
-    "layers(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store) -> Tensor"
+    f"{_NAME}(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store) -> Tensor"
 )
 
 
@@ -40,6 +45,6 @@ def _layers(
 
 # For vmap torch would look for a batching rule; it is told to look inside instead.
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
-    _library.impl("layers", _layers, _key)  # type: ignore[no-untyped-call]
+    _library.impl(_NAME, _layers, _key)  # type: ignore[no-untyped-call]
 
-layers = torch.ops.manualbp.layers.default
+layers = getattr(torch.ops.manualbp.layers, _NAME.removeprefix("layers."))
