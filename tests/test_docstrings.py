@@ -6,9 +6,9 @@ import inspect
 import pytest
 
 import torch_manualbp as mbp
-from torch_manualbp import conversion, functional, modules, reference
+from torch_manualbp import compile_backend, conversion, functional, modules, reference
 
-MODULES = (functional, modules, conversion, reference)
+MODULES = (functional, modules, conversion, compile_backend, reference)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
