@@ -225,28 +225,23 @@ class Network {
         const auto place = [&](size_t k) { return k + 1 == layers_.size() ? turns : activations.at(*this, k + 1); };
         forward_block(h0, again, place, who);
       }
-      auto [df, mask] = top(first, count, turns);
+      // df_{K-1} and d(beta_{K-1}): with a ReLU on top, the mask in the same pass.
+      const auto [gradient, output] = top(first, count, turns);
+      auto df = gradient;
+      if (output) df = Matrix<const T>::contiguous(turns, count, layers_.back().d_out());
+      if (A* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
+        relu_backward<T>(gradient, output, output ? turns : nullptr, dbeta, accumulate, who);
+      }
       for (size_t k = layers_.size(); k-- > lowest;) {
         const auto& layer = layers_[k];
-        A* const dbeta = sums.beta(slice, k);
-        A* const domega = sums.omega(slice, k);
-        const bool need_dh = k > lowest || grads.input;
-        // df_k = I[h_{k+1} > 0] . dh_{k+1} and d(beta_k) in one pass; without a ReLU on top, only the sums.
-        if (mask) {
-          const bool ours = df.data == turns || df.data == turns + turn;
-          T* out = !domega && !need_dh ? nullptr : ours ? const_cast<T*>(df.data) : turns;
-          relu_backward<T>(df, mask, out, dbeta, accumulate, who);
-          df = Matrix<const T>::contiguous(out, count, layer.d_out());
-        } else if (dbeta) {
-          relu_backward<T>(df, nullptr, nullptr, dbeta, accumulate, who);
-        }
         const auto h = k == 0 ? h0 : Matrix<const T>::contiguous(activations.at(*this, k), count, layer.d_in());
-        if (domega) weight_gradient<T>(df, h, domega, accumulate, who);
-        if (need_dh) {
-          T* dh = k == 0 ? grads.input + first * layer.d_in() : df.data == turns ? turns + turn : turns;
-          input_gradient<T>(df, layer, dh, who);
-          df = Matrix<const T>::contiguous(dh, count, layer.d_in());
-          mask = h.data;
+        if (A* domega = sums.omega(slice, k)) weight_gradient<T>(df, h, domega, accumulate, who);
+        if (k > lowest) {
+          T* below = df.data == turns ? turns + turn : turns;
+          hidden_gradient<T>(df, layer, h.data, below, sums.beta(slice, k - 1), accumulate, who);
+          df = Matrix<const T>::contiguous(below, count, layer.d_in());
+        } else if (grads.input) {
+          input_gradient<T>(df, layer, grads.input + first * layer.d_in(), who);
         }
       }
     };
@@ -305,20 +300,20 @@ class Network {
         };
         forward_block(rows_of(input, first, count), again, place, alone);
       }
-      auto [gradient, mask] = top(first, count, df_rows(layers - 1));
-      if (!mask && first == 0) whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
-      for (size_t k = layers; k-- > lowest;) {
-        if (mask) {
-          T* out = df_rows(k);
-          relu_backward<T>(gradient, mask, out, nullptr, false, alone);
-          gradient = Matrix<const T>::contiguous(out, count, layers_[k].d_out());
-        }
-        if (k == lowest && !grads.input) break;
-        T* dh = k == 0 ? grads.input + first * layers_[0].d_in() : df_rows(k - 1);
-        input_gradient<T>(gradient, layers_[k], dh, alone);
-        gradient = Matrix<const T>::contiguous(dh, count, layers_[k].d_in());
-        mask = k == 0 ? nullptr : rows_of(h_of(k), first, count).data;
+      auto [gradient, output] = top(first, count, df_rows(layers - 1));
+      if (output) {
+        T* out = df_rows(layers - 1);
+        relu_backward<T>(gradient, output, out, nullptr, false, alone);
+        gradient = Matrix<const T>::contiguous(out, count, top_width);
+      } else if (first == 0) {
+        whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
       }
+      for (size_t k = layers - 1; k > lowest; --k) {
+        hidden_gradient<T>(gradient, layers_[k], rows_of(h_of(k), first, count).data, df_rows(k - 1), nullptr, false,
+                           alone);
+        gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, layers_[k].d_in());
+      }
+      if (grads.input) input_gradient<T>(gradient, layers_[0], grads.input + first * layers_[0].d_in(), alone);
     });
 
     if (whole.data) df[layers - 1] = whole;

@@ -40,6 +40,9 @@ struct Tile {
   bool accumulate;  // start from what is in c (a further block of k)
   const A* bias;    // padded to a full tile, or nullptr
   bool relu;
+  const A* mask;  // or nullptr
+  int64_t mask_stride;
+  A* column_sum;  // or nullptr
 };
 
 template <typename A, int MR, int NV, bool kRowsOfA>
@@ -110,6 +113,25 @@ static void tile(const Tile<A>& t) {
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = relu<A>(acc[i][j]);
+    }
+  }
+  if (t.mask) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const vec<A> h = load<A>(t.mask + i * t.mask_stride + j * L);
+        acc[i][j] = h <= A(0) ? vec<A>{} : acc[i][j];
+      }
+    }
+  }
+  if (t.column_sum) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      vec<A> sum = load<A>(t.column_sum + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) sum += acc[i][j];
+      store<A>(t.column_sum + j * L, sum);
     }
   }
 #pragma GCC unroll 16
@@ -343,6 +365,15 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
             t.b_stride = NR;
           }
           t.bias = p.bias && last ? work.bias + j0 : nullptr;
+          const A* mask = nullptr;
+          A* column_sum = nullptr;
+          if constexpr (sizeof(T) == sizeof(A)) {
+            mask = p.mask && last ? p.mask + m0 * p.mask_m + n0 + j0 : nullptr;
+            column_sum = p.column_sum && last ? p.column_sum + n0 + j0 : nullptr;
+          }
+          t.mask = overhangs ? nullptr : mask;
+          t.mask_stride = p.mask_m;
+          t.column_sum = overhangs ? nullptr : column_sum;
           t.c = overhangs ? work.edge : c;
           t.c_stride = overhangs ? NR : p.c_m;
           if (overhangs && t.accumulate) {
@@ -354,7 +385,11 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
           done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel) : tile_rows<A, false>(t, rows, narrow_panel);
           if (overhangs) {
             for (int64_t i = 0; i < done; ++i) {
-              for (int64_t j = 0; j < cols; ++j) c[i * p.c_m + j] = work.edge[i * NR + j];
+              for (int64_t j = 0; j < cols; ++j) {
+                const A value = mask && mask[i * p.mask_m + j] <= A(0) ? A(0) : work.edge[i * NR + j];
+                if (column_sum) column_sum[j] += value;
+                c[i * p.c_m + j] = value;
+              }
             }
           }
         }
@@ -376,6 +411,8 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
   for (int64_t i = 0; i < p.m; ++i) {
     if (p.bias) p.c[i] += beta;
     if (p.relu) p.c[i] = relu_scalar<T>(p.c[i]);
+    if (p.mask && p.mask[i * p.mask_m] <= T(0)) p.c[i] = T(0);
+    if (p.column_sum) p.column_sum[0] += p.c[i];
   }
 }
 
