@@ -174,12 +174,11 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
       for (int64_t kk = 0; kk < k; ++kk) {
         const T* row = panel + kk * b_k;
         A* o = out + kk * NR;
-        int64_t j = 0;
         if (cols == NR) {
-          for (; j < NR; ++j) o[j] = widen(row[j]);
+          widen_run(row, o, NR);
         } else {
-          for (; j < cols; ++j) o[j] = widen(row[j]);
-          for (; j < NR; ++j) o[j] = A(0);
+          widen_run(row, o, cols);
+          for (int64_t j = cols; j < NR; ++j) o[j] = A(0);
         }
       }
       continue;
@@ -199,7 +198,7 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
                 block[j] = load<A>(reinterpret_cast<const A*>(column));
               } else {
                 A widened[L];
-                for (int i = 0; i < L; ++i) widened[i] = widen(column[i]);
+                widen_run(column, widened, L);
                 block[j] = load<A>(widened);
               }
             } else {
@@ -245,7 +244,7 @@ static void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t rows, int64_t k
     const T* row = a + i * a_m;
     accumulator_t<T>* o = out + i * k;
     if (a_k == 1) {
-      for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk]);
+      widen_run(row, o, k);
     } else {
       for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk * a_k]);
     }
@@ -437,8 +436,7 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
                              p.bias_stride, p.relu, false, packed_b},
                             workspace);
         for (int64_t i = 0; i < m; ++i) {
-          T* c = p.c + (m0 + i) * p.c_m + n0;
-          for (int64_t j = 0; j < n; ++j) c[j] = narrow<T>(chunk[i * n + j]);
+          narrow_run(chunk + i * n, p.c + (m0 + i) * p.c_m + n0, n);
         }
       }
     }

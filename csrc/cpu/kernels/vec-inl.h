@@ -143,3 +143,36 @@ MBP_INLINE T narrow(accumulator_t<T> v) {
   narrow_to(v, out);
   return out;
 }
+
+// --- runs of n numbers ------------------------------------------------------------------------------
+// Loops that the compiler vectorises; for float16, eight at a time by the conversion instructions (F16C), without which
+// a step of 32-64-64-64-64-16 in float16 spent 60 % of its time converting.
+template <typename T>
+constexpr int kConverted = 0;  // numbers that `convert` takes at once
+#if MBP_VECTOR_BYTES >= 32
+template <>
+constexpr int kConverted<float16> = 8;
+MBP_INLINE void convert(const float16* in, float* out) {
+  _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+}
+MBP_INLINE void convert(const float* in, float16* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+template <typename T>
+MBP_INLINE void widen_run(const T* in, accumulator_t<T>* out, int64_t n) {
+  int64_t j = 0;
+  if constexpr (kConverted<T> > 0) {
+    for (; j + kConverted<T> <= n; j += kConverted<T>) convert(in + j, out + j);
+  }
+  for (; j < n; ++j) out[j] = widen(in[j]);
+}
+template <typename T>
+MBP_INLINE void narrow_run(const accumulator_t<T>* in, T* out, int64_t n) {
+  int64_t j = 0;
+  if constexpr (kConverted<T> > 0) {
+    for (; j + kConverted<T> <= n; j += kConverted<T>) convert(in + j, out + j);
+  }
+  for (; j < n; ++j) out[j] = narrow<T>(in[j]);
+}
