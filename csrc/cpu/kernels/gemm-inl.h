@@ -161,6 +161,42 @@ MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool narrow_panel) {
   return tile_columns<A, 1, kRowsOfA>(t, narrow_panel), 1;
 }
 
+// `lanes` contiguous columns of k >= kLanes numbers, transposed in registers, a block of kLanes of each at a time; missing
+// columns are zeros. The last block ends at k, and may take again what the one before took. Pointers in groups of three, as in
+// `tile`.
+template <typename T>
+MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lanes, accumulator_t<T>* out) {
+  using A = accumulator_t<T>;
+  constexpr int L = kLanes<A>, kGroups = (L + 2) / 3;
+  const T* p[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) p[g] = b + 3 * g * b_n;
+  for (int64_t left = k;;) {
+    vec<A> block[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) {
+      const T* column = p[j / 3] + (j % 3) * b_n;
+      if (j >= lanes) {
+        block[j] = vec<A>{};
+      } else if constexpr (sizeof(T) == sizeof(A)) {
+        block[j] = load<A>(reinterpret_cast<const A*>(column));
+      } else {
+        A widened[L];
+        widen_run(column, widened, L);
+        block[j] = load<A>(widened);
+      }
+    }
+    transpose<A>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store<A>(out + i * kTileCols<A>, block[i]);
+    if ((left -= L) <= 0) return;
+    const int64_t step = min_i64(left, L);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) p[g] += step;
+    out += step * kTileCols<A>;
+  }
+}
+
 // Panels of kTileCols columns, k-major: out[panel][kk][column]. Columns past n are zeros.
 template <typename T>
 static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out) {
@@ -186,31 +222,12 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
     for (int64_t half = 0; half < NR; half += L) {
       const int64_t lanes = cols - half < 0 ? 0 : cols - half < L ? cols - half : L;
       A* o = out + half;
-      int64_t kk = 0;
-      if (b_k == 1) {  // columns of B are contiguous (a weight): transpose blocks in registers
-        for (; kk + L <= k; kk += L) {
-          vec<A> block[L];
-#pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) {
-            if (j < lanes) {
-              const T* column = panel + (half + j) * b_n + kk;
-              if constexpr (sizeof(T) == sizeof(A)) {
-                block[j] = load<A>(reinterpret_cast<const A*>(column));
-              } else {
-                A widened[L];
-                widen_run(column, widened, L);
-                block[j] = load<A>(widened);
-              }
-            } else {
-              block[j] = vec<A>{};
-            }
-          }
-          transpose<A>(block);
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) store<A>(o + (kk + i) * NR, block[i]);
-        }
+      if (b_k == 1 && k >= L) {  // columns of B are contiguous (a weight)
+        const T* columns = panel + half * b_n;
+        lanes == L ? pack_transposed<T>(columns, b_n, k, L, o) : pack_transposed<T>(columns, b_n, k, lanes, o);
+        continue;
       }
-      for (; kk < k; ++kk) {
+      for (int64_t kk = 0; kk < k; ++kk) {
         int64_t j = 0;
         for (; j < lanes; ++j) o[kk * NR + j] = widen(panel[kk * b_k + (half + j) * b_n]);
         for (; j < L; ++j) o[kk * NR + j] = A(0);
