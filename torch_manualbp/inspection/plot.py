@@ -52,32 +52,32 @@ def _columns(trace: "Trace") -> list[tuple[str, Tensor, Tensor]]:
 def _heat_maps(trace: "Trace") -> "Figure":
     """Rows are examples, columns units; white is zero, so that the units that ReLU switched off are seen."""
     columns, rows = _columns(trace), min(len(trace.output), MOST_ROWS)
-    figure = new_figure(max(2.0 + 1.5 * len(columns), 9.0), 6.4)
+    figure = new_figure(max(2.0 + 1.5 * len(columns), 9.0), 7.0)
     grid = figure.subplots(2, len(columns), squeeze=False)
     ell = r"\ell_i" if trace.losses is not None else "L"
-    for line, (title, colors) in enumerate((("forward pass", "RdBu_r"), ("backward pass", "PiYG_r"))):
-        shown = [(name, (value, gradient)[line][:rows]) for name, value, gradient in columns]
-        largest = max(_largest(numbers) for _, numbers in shown)
-        for axes, (name, numbers) in zip(grid[line], shown, strict=True):
-            image = axes.imshow(
+    for line, (title, colors) in enumerate((("forward pass →", "RdBu_r"), ("← backward pass", "PiYG_r"))):
+        for axes, (name, *both) in zip(grid[line], columns, strict=True):
+            numbers = both[line][:rows]
+            largest = _largest(numbers)
+            axes.imshow(
                 numbers.numpy(), cmap=colors, vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest"
             )
-            axes.set_title(f"${name}$" if line == 0 else rf"$\partial {ell}/\partial {name}$", fontsize=LABEL + 1)
-            axes.tick_params(labelsize=TICK - 2)
+            axes.set_title(f"${name}$" if line == 0 else rf"$\partial {ell}/\partial {name}$", fontsize=LABEL + 2)
             axes.set_xticks([0, numbers.shape[1] - 1] if numbers.shape[1] > 1 else [0])
             axes.set_yticks([0, rows - 1] if axes is grid[line][0] and rows > 1 else [])
-            axes.set_xlabel("unit", fontsize=TICK - 1)
-        grid[line][0].set_ylabel(f"{title}\n{'→' if line == 0 else '←'}  example $i$", fontsize=LABEL)
-        bar = figure.colorbar(image, ax=list(grid[line]), fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=TICK - 1)
-    part = "" if rows == len(trace.output) else f", the first {rows} of {len(trace.output)} examples"
-    figure.suptitle(f"Forward and backward pass, example by example (white is 0{part})", fontsize=TITLE)
+            axes.tick_params(labelsize=TICK)
+            axes.set_xlabel(f"unit\nup to ±{largest:.2g}", fontsize=TICK)
+        grid[line][0].set_ylabel(f"{title}\nexample $i$", fontsize=LABEL)
+    part = "" if rows == len(trace.output) else f"the first {rows} of {len(trace.output)} examples; "
+    figure.suptitle(
+        f"Both passes, example by example\n({part}white is 0, full colour the number below)", fontsize=TITLE
+    )
     return figure
 
 
 def _largest(values: Tensor) -> float:
     finite = values[values.isfinite()].abs()
-    return max(finite.max().item() if len(finite) else 0.0, 1e-300)
+    return finite.max().item() if len(finite) and finite.any() else 1.0
 
 
 def _bars(trace: "Trace") -> "Figure":
@@ -96,6 +96,7 @@ def _bars(trace: "Trace") -> "Figure":
     bottom.set_ylabel(unit, fontsize=LABEL)
     top.set_title(r"Forward pass $\longrightarrow$  ($f_k$ blue, $h_k = a[f_{k-1}]$ green)", fontsize=TITLE)
     bottom.set_title(r"Backward pass $\longleftarrow$", fontsize=TITLE)
+    figure.align_ylabels()
     return figure
 
 
@@ -105,7 +106,7 @@ def _draw_bars(axes: Any, values: list[Tensor], colors: list[str], names: list[s
     positive = [size for size in sizes if size > 0]
     if not scalar and positive and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
-    every = -(-len(names) // 16)
+    every = 1 if len(names) <= 16 else 2 * -(-len(names) // 32)  # even: f_k is named, h_k stands between
     axes.set_xticks(range(0, len(names), every), names[::every], fontsize=LABEL if every == 1 else TICK)
     axes.tick_params(axis="y", labelsize=TICK)
     if len(sizes) <= 16:
