@@ -143,13 +143,13 @@ def test_verify_accepts_a_converged_network(loss, dtype):
     model = mbp.MLP([3, 16, 2], dtype=dtype)
     x, y = torch.randn(3, 3, dtype=dtype), torch.tensor([0, 1, 1])
     y = y if loss == "cross_entropy" else F.one_hot(y, 2).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if loss == "mse" else 20.0)
-    for _ in range(500):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if loss == "mse" else 1.0)
+    for _ in range(1000):
         optimizer.zero_grad()
         assert model.loss_backward(x, y, loss, "mean").isfinite()
         optimizer.step()
     t = mbp.trace(model, x, y, loss)
-    assert t.loss < 1e-3
+    assert t.loss < (1e-10 if loss == "mse" else 1e-3)
     t.verify()
 
 
@@ -256,7 +256,7 @@ def test_print_shows_shapes_and_norms_of_a_batch():
     net = normal_net(6, [3, 5, 2], biases="mixed")
     t = mbp.trace(network(net, [True, True]), net.input, torch.randint(2, (6,)), "cross_entropy", "mean")
     text = str(t)
-    assert "f_0    = Ω_0 h_0" in re.sub(r" {2,}=", "    =", text).replace("       =", "    =")
+    assert "f_0 = Ω_0 h_0" in re.sub(" +", " ", text)
     assert "6 × 5" in text
     assert f"{t.f[0].norm().item():.6g}" in text
     assert "∂ℓ_i/∂h_2 = (softmax[h_2] − onehot[y_i]) / 6" in text
@@ -407,7 +407,7 @@ def test_callable_that_couples_examples_has_no_losses_but_right_gradients():
     assert t.losses is None
     assert mbp.trace(network(net), net.input, net.input, contrast).losses is None  # a target that can be cut, too
     assert t.verify() <= 1e-12
-    assert "∂L/∂f_1   = ∂contrast/∂f_1" in str(t)
+    assert "∂L/∂f_1 = ∂contrast/∂f_1" in re.sub(" +", " ", str(t))
     assert "contrast(f_1, y_i)" in str(t)
     alone = mbp.trace(network(net), net.input[0], None, contrast)
     assert_equal(alone.losses, alone.loss.reshape(1))
@@ -453,6 +453,7 @@ def test_bad_losses(loss, error, message):
     lambda: nn.Sequential(nn.Linear(3, 0), nn.ReLU(), nn.Linear(0, 4)),
 ])  # fmt: skip
 @pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_models(make, batch):
     model = make().double()
     x, y = torch.randn(batch, 3, dtype=DOUBLE), torch.randn(batch, 4, dtype=DOUBLE)
@@ -503,12 +504,9 @@ def test_modes_of_torch_do_not_matter():
 
 
 def test_other_devices_and_dispatch_run_on_torch(monkeypatch):
-    from torch_manualbp.inspection import trace as module
-
     model, x, y = mbp.MLP([3, 5, 2], dtype=DOUBLE), torch.randn(4, 3, dtype=DOUBLE), torch.randn(4, 2, dtype=DOUBLE)
     want = mbp.trace(model, x, y)
     monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "kernels_apply", lambda *_: False)
-    assert module is not None
     assert calls_of(mbp.trace, model, x, y) == []
     got = mbp.trace(model, x, y)
     assert got.verify() <= 1e-12

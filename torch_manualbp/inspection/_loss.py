@@ -99,6 +99,17 @@ class TracedLoss:
             return len(output) if target.is_floating_point() else int((target != LossSpec().ignore_index).sum())
         return output.numel() if isinstance(self.function, str) else len(output)
 
+    def cancellation(self, output: Tensor, target: Any) -> float:
+        """How large, relative to the output, the numbers are that the loss subtracts: what it loses to rounding.
+
+        Squares subtract only the target from the output. Cross-entropies subtract a term from a sum that it dominates,
+        and so do their gradients (p − 1). What a callable does is unknown.
+        """
+        if self.function == "mse":
+            return 0.0
+        mean = isinstance(self.function, str) and self.reduction == "mean"
+        return 1.0 / max(self.terms(output, target), 1) if mean else 1.0
+
     def _named_per_example(self, output: Tensor, target: Tensor) -> Tensor:
         if self.function == "mse":
             losses = (output - target).square().sum(1)

@@ -10,8 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch_manualbp.inspection.trace import Trace
 
-# Measured on networks of up to 50 layers and 256 units, the largest of 300: float64 2e-15, float32 8e-7, float16 2e-3,
-# bfloat16 1.4e-2.
+# Largest difference measured on 75 random networks of 2 to 51 layers and up to 256 units, 32 rows: float64 2.9e-15,
+# float32 1.3e-6, float16 3.6e-3, bfloat16 2.7e-2; to finite differences 1.4e-7.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.08}
 FINITE_TOLERANCE = 1e-5
 
@@ -98,10 +98,7 @@ def _against_autograd(trace: "Trace") -> Iterator[_Check]:
     target = trace.target.double() if exact_loss and trace.target.is_floating_point() else trace.target
     total = trace.traced_loss.total(output, target)
     grad_output = trace.dl_dh[K] if trace.layers[-1].relu else trace.dl_df[K - 1]
-    # Cross-entropies subtract numbers as large as the output, their gradients numbers as large as 1.
-    unit = 0.0
-    if exact_loss and trace.traced_loss.function != "mse":
-        unit = 1.0 if trace.traced_loss.reduction == "sum" else 1.0 / max(trace.traced_loss.terms(output, target), 1)
+    unit = trace.traced_loss.cancellation(output, target) if exact_loss else 0.0
     size = total.abs().double() + unit * output.abs().sum().double()
     yield _Check("loss", trace.loss, total, size)
     if trace.losses is not None:
@@ -146,26 +143,28 @@ def _against_finite_differences(trace: "Trace") -> Iterator[tuple[str, float]]:
         if gradient is None or value.numel() == 0 or len(trace.output) == 0:
             continue
         direction = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-        direction *= value.abs().max().clamp(min=1e-3)
+        direction *= value.abs().amax(-1, keepdim=True).clamp(min=1e-3)  # a step is small for each example or unit
         yield f"dl_d{kind}[{k}]", _slope_difference(trace, kind, k, direction, gradient)
 
 
 def _slope_difference(trace: "Trace", kind: str, k: int, direction: Tensor, gradient: Tensor) -> float:
-    """Relative to Σ |∂L/∂q| |v|, or to what rounding of L alone makes of it; NaN if every step switches a ReLU."""
+    """Relative to Σ |∂L/∂q| |v|, or to what rounding alone makes of L; NaN if every step switches a ReLU."""
     for step in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
-        up, same_up = _loss_at(trace, kind, k, step * direction)
-        down, same_down = _loss_at(trace, kind, k, -step * direction)
-        if same_up and same_down:
-            slope, predicted = (up - down) / (2 * step), float((gradient * direction).sum())
-            noise = 64 * torch.finfo(torch.float64).eps * max(abs(up), abs(down)) / step
-            scale = max(float((gradient * direction).abs().sum()), noise / FINITE_TOLERANCE)
-            return abs(slope - predicted) / scale if scale else abs(slope - predicted)
+        up, down = (_output_at(trace, kind, k, sign * step * direction) for sign in (1, -1))
+        if up is None or down is None:
+            continue
+        loss_up, rounding_up = _loss_and_rounding(trace, up)
+        loss_down, rounding_down = _loss_and_rounding(trace, down)
+        slope, predicted = (loss_up - loss_down) / (2 * step), float((gradient * direction).sum())
+        noise = (rounding_up + rounding_down) / (2 * step)
+        scale = max(float((gradient * direction).abs().sum()), noise / FINITE_TOLERANCE)
+        return abs(slope - predicted) / scale if scale else abs(slope - predicted)
     return float("nan")
 
 
-def _loss_at(trace: "Trace", kind: str, k: int, change: Tensor) -> tuple[float, bool]:
-    """L after `change` was added to f_k, h_k, β_k or Ω_k, and whether all ReLUs are on and off as before."""
-    h, same = trace.h[k], True
+def _output_at(trace: "Trace", kind: str, k: int, change: Tensor) -> Tensor | None:
+    """The output after `change` was added to f_k, h_k, β_k or Ω_k; None if that switches a ReLU."""
+    h = trace.h[k]
     for j in range(k, len(trace.layers)):
         layer, beta, omega = trace.layers[j], trace.layers[j].bias, trace.layers[j].weight
         if j == k:
@@ -174,6 +173,16 @@ def _loss_at(trace: "Trace", kind: str, k: int, change: Tensor) -> tuple[float, 
             omega = omega + change if kind == "omega" else omega
         f = F.linear(h, omega, beta)
         f = f + change if kind == "f" and j == k else f
-        same = same and (not layer.relu or torch.equal(f > 0, trace.f[j] > 0))
+        if layer.relu and not torch.equal(f > 0, trace.f[j] > 0):
+            return None
         h = torch.relu(f) if layer.relu else f
-    return trace.traced_loss.total(h, trace.target).item(), same
+    return h
+
+
+def _loss_and_rounding(trace: "Trace", output: Tensor) -> tuple[float, float]:
+    """L, and how much rounding may change it: its own, that of the output, and that of what the loss subtracts."""
+    loss = trace.traced_loss.total(output, trace.target).item()
+    gradient = trace.traced_loss.gradient(output, trace.target)
+    subtracted = trace.traced_loss.cancellation(output, trace.target) * output.abs().sum().item()
+    rounding = abs(loss) + (gradient * output).abs().sum().item() + subtracted
+    return loss, 8 * torch.finfo(torch.float64).eps * rounding
