@@ -44,7 +44,8 @@ def main() -> None:
     trace = mbp.trace(model, x, y, "cross_entropy", "mean")
     hardest = int(trace.losses.argmax()) if trace.losses is not None else 0
     differences = trace.verify()
-    norms = torch.stack([trace.per_sample_dl_domega(k).flatten(1).norm(dim=1) for k in range(len(trace.f))])
+    norms = torch.cat([trace.per_sample_dl_domega(k).flatten(1) for k in range(len(trace.f))], dim=1).norm(dim=1)
+    share = norms[hardest] / norms.mean()
     stored = sum(h.numel() * h.element_size() for h in trace.h)
     out = [
         str(trace),
@@ -52,8 +53,7 @@ def main() -> None:
         f"a step with the traced gradients and one of torch.optim.SGD: {apart:.1e} apart",
         f"largest difference to autograd: {float(differences):.1e}, "
         f"to finite differences: {max(d for d in differences.finite_differences.values() if d == d):.1e}",
-        f"example {hardest} weighs most: {norms[:, hardest].square().sum().sqrt() / norms.square().sum(0).sqrt().mean():.1f} "
-        "times the mean gradient norm of an example",
+        f"example {hardest} has the largest loss, and {share:.1f} times the mean gradient norm of an example",
         f"memory hungry: the backward pass needs every h_k, {stored / 1024:.1f} KiB for {BATCH} examples",
     ]
     sys.stdout.write("\n".join(out) + "\n")

@@ -1,4 +1,4 @@
-"""The lecture's first chapter: least squares on a line, its partial derivatives, gradient descent, and SGD over batches.
+"""The lecture's first chapter: least squares on a line, its partial derivatives, gradient descent, and SGD.
 
 python examples/least_squares.py --output least_squares.png
 """
@@ -34,7 +34,8 @@ def draw(line: LeastSquares, paths: dict[str, list[Tensor]]) -> Figure:
     left.set_xlabel("$x$", fontsize=14)
     left.set_ylabel("$y$", fontsize=14)
     left.set_title(r"The line $\phi_0 + \phi_1 x$ after training", fontsize=15)
-    right.set_xlabel("step", fontsize=14)
+    right.set_xlabel(f"step (gradient descent sees 30 points in each, SGD {BATCH})", fontsize=14)
+    right.set_ylim(bottom=1e-8)
     right.set_ylabel(r"$L[\phi]$ above its minimum", fontsize=14)
     right.set_yscale("log")
     right.set_title(rf"$\phi \leftarrow \phi - \alpha\,\partial L/\partial\phi$,  $\alpha$ = {ALPHA}", fontsize=15)

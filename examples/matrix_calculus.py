@@ -4,6 +4,7 @@ python examples/matrix_calculus.py --output matrix_calculus.png
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -11,15 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from torch_manualbp.lecture import (
-    chain_rule,
-    jacobian,
-    relu_backward,
-    relu_jacobian,
-    weight_gradient,
-    written_out,
-    written_out_mlp,
-)
+import torch_manualbp.lecture as lec
+from torch_manualbp.lecture import jacobian, weight_gradient
 
 
 def draw(panels: dict[str, Tensor]) -> Figure:
@@ -28,10 +22,9 @@ def draw(panels: dict[str, Tensor]) -> Figure:
     for place, (title, matrix) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), place)
         largest = matrix.abs().max().item()
-        axes.imshow(matrix, cmap="RdBu_r", vmin=-1.4 * largest, vmax=1.4 * largest)
-        for (row, column), value in [
-            ((r, c), matrix[r, c].item()) for r, c in torch.cartesian_prod(*map(torch.arange, matrix.shape))
-        ]:
+        axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1.4 * largest, vmax=1.4 * largest)
+        for row, column in itertools.product(*map(range, matrix.shape)):
+            value = matrix[row, column].item()
             axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=12)
         axes.set_title(title, fontsize=16)
         axes.set_xticks([])
@@ -58,18 +51,18 @@ def main() -> None:
         return torch.relu(f).square().sum()
 
     df_dh, df_dbeta = jacobian(layer, h), jacobian(lambda b: b + omega @ h, beta)
-    da_db, dl_df, dl_da = relu_jacobian(f), jacobian(loss, f), 2 * torch.relu(f)
+    da_db, dl_df, dl_da = lec.relu_jacobian(f), jacobian(loss, f), 2 * torch.relu(f)
     dl_domega = jacobian(lambda o: loss(beta + o @ h), omega)
     theta, psi, phi, x = torch.randn(3, 2), torch.randn(3, 4), torch.randn(4), torch.randn(100)
-    apart = (written_out(x, theta, psi, phi) - written_out_mlp(theta, psi, phi)(x[:, None])[:, 0]).abs().max()
+    apart = (lec.written_out(x, theta, psi, phi) - lec.written_out_mlp(theta, psi, phi)(x[:, None])[:, 0]).abs().max()
     out = [
         f"scalar function of a vector a {tuple(f.shape)}: ∂f/∂a {tuple(dl_df.shape)}",
         f"scalar function of a matrix A {tuple(omega.shape)}: ∂f/∂A {tuple(dl_domega.shape)}",
         f"vector f {tuple(f.shape)} of a vector h {tuple(h.shape)}: ∂f/∂h {tuple(df_dh.shape)}, rows are variables",
         f"∂f/∂h = Ωᵀ: {torch.equal(df_dh, omega.T)}",
         f"∂f/∂β = I: {torch.equal(df_dbeta, torch.eye(3))}",
-        f"∂a/∂b is diagonal, ∂a/∂b ∂ℓ/∂a = I[b > 0] ⊙ ∂ℓ/∂a: {torch.equal(da_db @ dl_da, relu_backward(f, dl_da))}",
-        f"∂ℓ/∂h = ∂f/∂h ∂ℓ/∂f: {torch.allclose(chain_rule(loss, layer, h), jacobian(lambda h: loss(layer(h)), h))}",
+        f"∂a/∂b is diagonal, ∂a/∂b ∂ℓ/∂a = I[b > 0] ⊙ ∂ℓ/∂a: {torch.equal(da_db @ dl_da, lec.relu_backward(f, dl_da))}",
+        f"∂ℓ/∂h = ∂f/∂h ∂ℓ/∂f: {torch.allclose(lec.chain_rule(loss, layer, h), jacobian(lambda h: loss(layer(h)), h))}",
         f"∂ℓ/∂Ω = ∂ℓ/∂f hᵀ: {torch.allclose(dl_domega, weight_gradient(dl_df, h))}",
         "twice the activation, twice the effect of a weight: "
         f"{torch.equal(weight_gradient(dl_df, 2 * h), 2 * weight_gradient(dl_df, h))}",
@@ -81,8 +74,9 @@ def main() -> None:
         r"$\Omega$": omega,
         r"$\partial f/\partial h = \Omega^T$": df_dh,
         r"$\partial f/\partial\beta = I$": df_dbeta,
+        r"$\partial a/\partial b$, a ReLU": da_db,
     }
-    draw({**panels, r"$\partial a/\partial b$, a ReLU": da_db}).savefig(args.output)
+    draw(panels).savefig(args.output)
     sys.stdout.write(f"figure: {args.output}\n")
 
 

@@ -70,9 +70,8 @@ def main() -> None:
         ("autograd", by_autograd()),
         ("finite differences", by_finite_differences()),
     ):
-        out.append(
-            f"equal to {name}: largest difference {max(abs(a - b) for a, b in zip(by_hand, other, strict=True)):.1e}"
-        )
+        apart = max(abs(a - b) for a, b in zip(by_hand, other, strict=True))
+        out.append(f"equal to {name}: largest difference {apart:.1e}")
     sys.stdout.write("\n".join(out) + "\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     trace.plot().savefig(args.output)

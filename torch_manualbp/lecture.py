@@ -52,7 +52,7 @@ class LeastSquares:
     def losses(self, phi: Tensor) -> Tensor:
         """ℓ_i, shape (I,), for the parameters φ = (φ_0, φ_1)."""
         errors: Tensor = phi[0] + phi[1] * self.x - self.y
-        return errors.square()
+        return errors * errors
 
     def loss(self, phi: Tensor) -> Tensor:
         """L[φ] = Σ_i ℓ_i."""
@@ -474,7 +474,8 @@ def gradient_growth(depth: int, width: int, variance: float, *, batch: int = 16,
         raise ValueError(f"gradient_growth: `depth` and `batch` must be positive, got {depth} and {batch}")
     predicted = he_factor(width, variance) ** (depth - 1)
     generator = torch.Generator().manual_seed(seed)
-    model = MLP([width] * (depth + 1), bias=False, dtype=torch.float64)
+    # Made without weights: drawing some to be overwritten would advance torch's own generator.
+    model = MLP([width] * (depth + 1), bias=False, device="meta", dtype=torch.float64).to_empty(device="cpu")
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=math.sqrt(variance), generator=generator)
     x, y = (torch.randn(batch, width, dtype=torch.float64, generator=generator) for _ in range(2))
