@@ -51,8 +51,7 @@ class LeastSquares:
 
     def losses(self, phi: Tensor) -> Tensor:
         """ℓ_i, shape (I,), for the parameters φ = (φ_0, φ_1)."""
-        errors: Tensor = phi[0] + phi[1] * self.x - self.y
-        return errors * errors
+        return (phi[0] + phi[1] * self.x - self.y) ** 2
 
     def loss(self, phi: Tensor) -> Tensor:
         """L[φ] = Σ_i ℓ_i."""
@@ -70,7 +69,8 @@ class LeastSquares:
     def minimum(self) -> Tensor:
         """The φ where ∂L/∂φ = 0, shape (2,); it exists in closed form for a linear model only."""
         columns = torch.stack([torch.ones_like(self.x), self.x], dim=1)
-        return torch.linalg.lstsq(columns, self.y[:, None]).solution[:, 0]
+        phi: Tensor = torch.linalg.lstsq(columns, self.y[:, None]).solution[:, 0]
+        return phi
 
 
 def gradient_descent(phi: Tensor, gradient: Callable[[Tensor], Tensor], alpha: float, steps: int = 1) -> list[Tensor]:
