@@ -1,14 +1,17 @@
 """The examples in docstrings run and print what they say; everything public is documented."""
 
 import doctest
+import importlib
 import inspect
 
 import pytest
 
 import torch_manualbp as mbp
-from torch_manualbp import conversion, functional, modules, reference
+from torch_manualbp import conversion, functional, lecture, modules, reference
+from torch_manualbp.inspection import _layers
 
-MODULES = (functional, modules, conversion, reference)
+trace = importlib.import_module("torch_manualbp.inspection.trace")  # the name is also that of the function
+MODULES = (functional, modules, conversion, reference, trace, _layers, lecture)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

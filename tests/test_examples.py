@@ -19,8 +19,18 @@ def run_example(name, folder, *arguments):
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
 
 
+def run_drawing(name, folder):
+    """Runs an example in `folder`; it must say nothing on stderr and draw build/figure.png."""
+    result = run_example(name, folder, "--output", "build/figure.png")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "figure: build/figure.png" in result.stdout
+    assert (folder / "build" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    return result
+
+
 def numbers(line):
-    return [float(number) for number in re.findall(r"\d+\.\d+(?:e-?\d+)?", line)]
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e[+-]?\d+)?", line)]
 
 
 def row(result, start):
@@ -47,3 +57,48 @@ def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp
     assert row(result, "torch_manualbp.MLP")[:2] == row(result, "nn.Sequential")[:2]
     assert row(result, "largest difference")[0] < 1e-13
     assert (tmp_path / "a" / "b.png").exists()
+
+
+def test_least_squares_finds_the_minimum(tmp_path):
+    result = run_drawing("least_squares.py", tmp_path)
+    assert row(result, "largest difference to autograd")[0] < 1e-12
+    assert row(result, "gradient descent") == row(result, "closed form")
+    assert row(result, "SGD")[2] == pytest.approx(row(result, "closed form")[2], rel=0.01)
+
+
+def test_toy_network_prints_the_lecture_and_agrees_four_ways(tmp_path):
+    result = run_drawing("toy_network.py", tmp_path)
+    names = [line.split("=")[0].strip() for line in result.stdout.splitlines() if line.startswith("  ")]
+    forward = ["x", "y", "f0", "h1", "f1", "h2", "f2", "h3", "f3", "ℓ"]
+    backward = [f"∂ℓ/∂{name}" for name in ("f3", "h3", "f2", "h2", "f1", "h1", "f0")]
+    assert names == [*forward, *backward, *(f"∂ℓ/∂{symbol}{k}" for symbol in "ωβ" for k in range(4))]
+    assert row(result, "equal to the kernels")[0] < 1e-14
+    assert row(result, "equal to autograd")[0] < 1e-14
+    assert row(result, "equal to finite differences")[0] < 1e-8
+
+
+def test_matrix_calculus_holds(tmp_path):
+    result = run_drawing("matrix_calculus.py", tmp_path)
+    assert result.stdout.count("True") == 6
+    assert "False" not in result.stdout
+    assert "∂f/∂h (4, 3), rows are variables" in result.stdout
+
+
+def test_deep_network_is_traced_and_verified(tmp_path):
+    result = run_drawing("deep_network.py", tmp_path)
+    before, after = row(result, "loss of this batch")
+    assert after < before / 2
+    assert row(result, "a step with the traced gradients")[0] < 1e-15
+    autograd, finite = row(result, "largest difference to autograd")
+    assert autograd < 1e-12
+    assert finite < 1e-5
+
+
+def test_initialisation_measures_what_is_predicted(tmp_path):
+    result = run_drawing("initialisation.py", tmp_path)
+    for name, factor in (("Var = 1/2D", 0.5), ("He", 1.0), ("Var = 8/D", 2.0)):
+        line = next(line for line in result.stdout.splitlines() if line.startswith(name))
+        assert float(line[26:34]) == pytest.approx(factor)
+        measured, predicted = (float(text) for text in re.search(r"(\S+) \((\S+)\)$", line).groups())
+        assert predicted == pytest.approx(factor**49, rel=0.05)
+        assert 0.2 < measured / predicted < 5

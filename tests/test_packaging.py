@@ -18,7 +18,7 @@ import torch_manualbp
 from torch_manualbp import _ops
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = {"LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"}
+PUBLIC = {"LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "trace", "unfuse"}
 
 
 def undefined_symbols() -> list[str]:

@@ -3,8 +3,9 @@
 from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
+from torch_manualbp.inspection.trace import trace
 from torch_manualbp.modules import MLP, LinearReLU
 
 __version__ = "0.1.0"
 
-__all__ = ["MLP", "LinearReLU", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"]
+__all__ = ["MLP", "LinearReLU", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "trace", "unfuse"]
