@@ -4,7 +4,20 @@ from torch_manualbp import _ops as _ops  # loads the compiled part first: its ab
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.modules import MLP, LinearReLU
+from torch_manualbp.per_sample import clipped_gradients, per_sample_gradient_norms, per_sample_gradients
 
 __version__ = "0.1.0"
 
-__all__ = ["MLP", "LinearReLU", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"]
+__all__ = [
+    "MLP",
+    "LinearReLU",
+    "__version__",
+    "clipped_gradients",
+    "fuse",
+    "linear_relu",
+    "mlp",
+    "mlp_loss",
+    "per_sample_gradient_norms",
+    "per_sample_gradients",
+    "unfuse",
+]
