@@ -210,11 +210,7 @@ class _Network:
             for layer in layers
         ]
         self.names = [name for learner in self.learners for name in learner if name]
-        shape = (len(input), self.weights[-1].shape[0])
-        classes = loss == "cross_entropy" and not target.is_floating_point()
-        if len(target) != shape[0] if callable(loss) else target.shape != (shape[:1] if classes else shape):
-            wanted = f"{shape[0]} rows" if callable(loss) else f"shape {shape[:1] if classes else shape}"
-            raise ValueError(f"{op}: `target` must have {wanted}, got shape {tuple(target.shape)}")
+        check_example_target(op, loss, target, len(input), self.weights[-1].shape[0])
 
     def tiles(self, batch: int) -> Iterator[slice]:
         """The batch in pieces of so many rows that what is computed of them stays near _TILE_NUMBERS."""
@@ -258,6 +254,18 @@ def _by_hand(input: Tensor) -> Iterator[None]:
     """Nothing is recorded, and everything is computed in the dtype of the parameters, under autocast too."""
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
         yield
+
+
+def check_example_target(op: str, loss: Loss, target: Tensor, batch: int, outputs: int) -> None:
+    """Raises ValueError unless `target` fits `batch` examples; torch would broadcast some that do not."""
+    if callable(loss):
+        if target.dim() == 0 or len(target) != batch:
+            raise ValueError(f"{op}: `target` must have {batch} rows as `input` has, got shape {tuple(target.shape)}")
+        return
+    classes = loss == "cross_entropy" and not target.is_floating_point()
+    wanted = (batch,) if classes else (batch, outputs)
+    if target.shape != wanted:
+        raise ValueError(f"{op}: `target` must have shape {wanted} for {loss!r}, got {tuple(target.shape)}")
 
 
 def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
