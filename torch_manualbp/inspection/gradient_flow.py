@@ -245,11 +245,10 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
     check_example_target("gradient_flow", loss, target, len(rows), layers[-1].weight.shape[0])
     if target.is_floating_point():
         target = target.to(widest_dtype(input.device))
-    flow = Flow(layers, widest_dtype(input.device))
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        measured = flow.measure(rows, lambda output: output_gradient(loss, output, target))
-        ratios = flow.gradient_ratios()
-    return GradientFlow(describe(layers, measured, ratios))
+        flow = Flow(layers, len(rows), widest_dtype(input.device))
+        sums = flow.measure(rows, lambda output: output_gradient(loss, output, target))
+        return GradientFlow(describe(layers, len(rows), sums, flow.gradient_ratios()))
 
 
 def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -265,111 +264,102 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of each layer: the sizes of f_k, h_k and ∂ℓ/∂f_k, and how many units are dead and always on."""
-
-    f: list[float]
-    h: list[float]
-    df: list[float]
-    dead: list[float]
-    always_on: list[float]
-
-
 class Flow:
-    """Both passes of a network over some rows, with all layers side by side in one matrix each for f, h and ∂ℓ/∂f.
+    """Both passes of a network over so many rows, with all layers side by side in one matrix each for f, h and ∂ℓ/∂f.
 
-    Statistics are then taken of all layers in one call: 50 narrow layers would cost more in calls than in work.
+    Statistics are then taken of all layers in one call: 50 narrow layers would cost more in calls than in work. Memory
+    and views are kept from call to call.
     """
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
-        self.relus = [layer.relu for layer in layers]
-        self.weights = [layer.weight.detach().to(dtype) for layer in layers]
-        self.biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
-        ends = list(accumulate(weight.shape[0] for weight in self.weights))
-        self.columns = [slice(start, end) for start, end in pairwise([0, *ends])]
+    def __init__(self, layers: Sequence[Layer], rows: int, dtype: torch.dtype) -> None:
+        self.layers = layers
+        device = layers[0].weight.device
+        self.wide = widest_dtype(device)
+        self.counts = torch.tensor([layer.weight.shape[0] for layer in layers])
+        ends = [0, *accumulate(self.counts.tolist())]
+        owner = torch.repeat_interleave(torch.arange(len(layers)), self.counts)
+        self.owner = owner.to(device)  # which layer a column belongs to
+        self.matrices = [torch.empty(rows, ends[-1], dtype=dtype, device=device) for _ in range(3)]
+        self.scratch = torch.empty_like(self.matrices[0], dtype=self.wide)
+        # Of each layer: f_k, h_{k+1} and ∂ℓ/∂f_k (rows, D_{k+1}).
+        self.f, self.h, self.df = ([matrix[:, start:end] for start, end in pairwise(ends)] for matrix in self.matrices)
 
-    def measure(self, rows: Tensor, output_gradient: Callable[[Tensor], Tensor]) -> Measured:
-        """Runs both passes; `output_gradient` gives ∂ℓ/∂output (B, D_K) for the output."""
-        width = self.columns[-1].stop
-        self.rows = rows.to(self.weights[0].dtype)
-        self.f, self.h, self.df = (self.rows.new_empty(len(rows), width) for _ in range(3))
-        h = self.rows
-        for omega, beta, relu, at in zip(self.weights, self.biases, self.relus, self.columns, strict=True):
-            f, before = self.f[:, at], h
-            h = self.h[:, at]  # h_{k+1}
+    def measure(self, rows: Tensor, output_gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs both passes; `output_gradient` gives ∂ℓ/∂output (rows, D_K) for the output.
+
+        Returns:
+            (7, K), for each layer: sums of squares of f_k, h_k and ∂ℓ/∂f_k, numbers of dead and of always-on units, sum
+            and sum of squares of Ω_k.
+        """
+        f = self.matrices[0]
+        h = self.rows = rows.to(f.dtype)
+        weights = [_as(f.dtype, layer.weight) for layer in self.layers]
+        for k, (omega, (_, _, beta, relu)) in enumerate(zip(weights, self.layers, strict=True)):
             if beta is None:
-                torch.mm(before, omega.t(), out=f)
+                torch.mm(h, omega.t(), out=self.f[k])
             else:
-                torch.addmm(beta, before, omega.t(), out=f)
+                torch.addmm(_as(f.dtype, beta), h, omega.t(), out=self.f[k])
+            h = self.h[k]
             if relu:
-                torch.clamp_min(f, 0, out=h)
+                torch.clamp_min(self.f[k], 0, out=h)
             else:
-                h.copy_(f)
-        self.df[:, self.columns[-1]] = output_gradient(h)
-        for k in reversed(range(len(self.weights))):
-            df = self.df[:, self.columns[k]]
-            if self.relus[k]:  # ∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1}
-                torch.ops.aten.threshold_backward.grad_input(df, self.f[:, self.columns[k]], 0, grad_input=df)
+                h.copy_(self.f[k])
+        self.df[-1].copy_(output_gradient(h))
+        for k in reversed(range(len(weights))):
+            if self.layers[k].relu:  # ∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1}
+                torch.ops.aten.threshold_backward.grad_input(self.df[k], self.f[k], 0, grad_input=self.df[k])
             if k > 0:
-                torch.mm(df, self.weights[k], out=self.df[:, self.columns[k - 1]])
-        return self._statistics()
+                torch.mm(self.df[k], weights[k], out=self.df[k - 1])
+        # Squared in float64: those of small or large float32 numbers under- or overflow. NaN is neither on nor off.
+        columns = [self.scratch.copy_(matrix).square_().sum(0) for matrix in self.matrices]
+        columns += [(f.amax(0) <= 0).to(self.wide), (f.amin(0) > 0).to(self.wide)]
+        sums = torch.zeros(7, len(weights), dtype=self.wide, device=f.device)
+        sums[:5].index_add_(1, self.owner, torch.stack(columns))
+        sums[1] = torch.cat([self.rows.to(self.wide).square().sum().view(1), sums[1, :-1]])  # of h_k, not of h_{k+1}
+        sums[5] = torch.stack([weight.sum() for weight in weights])
+        sums[6] = torch.stack(torch._foreach_norm(weights)).to(self.wide).square()
+        return sums
 
     def gradient_ratios(self) -> list[float]:
         """‖∂L/∂Ω_k‖ / ‖Ω_k‖, L being the mean of ℓ_i: of what `measure` has left here."""
         ratios = []
-        for k, omega in enumerate(self.weights):
-            h = self.h[:, self.columns[k - 1]] if k else self.rows
-            gradient = self.df[:, self.columns[k]].t() @ h / len(h)
-            ratios.append(float(gradient.norm() / omega.norm()))
+        for df, h, layer in zip(self.df, [self.rows, *self.h[:-1]], self.layers, strict=True):
+            gradient = df.t() @ h / len(h)
+            ratios.append(float(gradient.norm() / _as(h.dtype, layer.weight).norm()))
         return ratios
 
-    def _statistics(self) -> Measured:
-        wide, rows = widest_dtype(self.f.device), len(self.rows)
-        counts = torch.tensor([at.stop - at.start for at in self.columns])
-        owner = torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.f.device)  # of each column
 
-        def of_layers(columns: Tensor) -> Tensor:  # (5, ΣD) → (5, K)
-            return columns.new_zeros(len(columns), len(counts)).index_add_(1, owner, columns)
-
-        def squares(matrix: Tensor) -> Tensor:  # in float64: those of small or large float32 numbers under- or overflow
-            norms: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=wide)
-            return norms.square()
-
-        off, on = (self.f <= 0).sum(0), (self.f > 0).sum(0)  # NaN is neither
-        table = of_layers(
-            torch.stack(
-                [squares(self.f), squares(self.h), squares(self.df), (off == rows).to(wide), (on == rows).to(wide)]
-            )
-        ).cpu()
-        sizes = (table[:3] / (rows * counts)).sqrt()
-        input_size = squares(self.rows).mean().div(rows).sqrt().item()
-        f, h, df = sizes.tolist()
-        dead, always_on = (table[3:] / counts).tolist()
-        return Measured(f, [input_size, *h[:-1]], df, dead, always_on)
+def _as(dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """The parameter in this dtype, not recorded. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
+    return parameter.detach() if parameter.dtype is dtype else parameter.detach().to(dtype)
 
 
-def describe(layers: Sequence[Layer], measured: Measured, ratios: Sequence[float | None]) -> tuple[LayerFlow, ...]:
-    """What was measured, beside theory."""
+def describe(layers: Sequence[Layer], rows: int, sums: Tensor, ratios: Sequence[float | None]) -> tuple[LayerFlow, ...]:
+    """What `Flow.measure` returned for so many rows, beside theory."""
+    sums, widths = sums.cpu(), torch.tensor([layer.weight.shape for layer in layers])
+    sizes = sums[:3] / (rows * torch.stack([widths[:, 0], widths[:, 1], widths[:, 0]]))
+    f, h, df = sizes.sqrt().tolist()
+    dead, always_on = (sums[3:5] / widths[:, 0]).tolist()
+    mean, mean_square = sums[5:7] / widths.prod(1)
+    variances = (mean_square - mean.square()).clamp(min=0).tolist()
     found = []
     for k, (name, weight, _, relu) in enumerate(layers):
         d_out, d_in = weight.shape
         kept = 0.5 if k > 0 and layers[k - 1].relu else 1.0  # the share of f_{k−1} that ReLU passes, in theory
-        variance = float(weight.detach().var(correction=0)) if weight.numel() else math.nan
         found.append(
             LayerFlow(
                 name=name,
                 d_in=d_in,
                 d_out=d_out,
-                f=measured.f[k],
-                h=measured.h[k],
-                dead=measured.dead[k] if relu else None,
-                always_on=measured.always_on[k] if relu else None,
-                dl_df=measured.df[k],
-                growth=_ratio(measured.df[k - 1], measured.df[k]) if k > 0 else None,
-                growth_theory=math.sqrt(kept * d_out * variance) if k > 0 else None,
-                forward_growth=_ratio(measured.f[k], measured.f[k - 1]) if k > 0 else None,
-                forward_theory=math.sqrt(kept * d_in * variance) if k > 0 else None,
+                f=f[k],
+                h=h[k],
+                dead=dead[k] if relu else None,
+                always_on=always_on[k] if relu else None,
+                dl_df=df[k],
+                growth=_ratio(df[k - 1], df[k]) if k > 0 else None,
+                growth_theory=math.sqrt(kept * d_out * variances[k]) if k > 0 else None,
+                forward_growth=_ratio(f[k], f[k - 1]) if k > 0 else None,
+                forward_theory=math.sqrt(kept * d_in * variances[k]) if k > 0 else None,
                 update_ratio=ratios[k],
             )
         )

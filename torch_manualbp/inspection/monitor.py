@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp._losses import LossSpec
-from torch_manualbp.inspection._layers import layers_of
+from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import Flow, GradientFlow, describe
 
 if TYPE_CHECKING:
@@ -44,9 +44,6 @@ class GradientFlowMonitor:
         rows: how many rows of the batch are measured at most, evenly spaced. More cost more time, and tell better
             whether a unit is dead. Measuring costs about as much as training on so many rows.
 
-    Attributes:
-        history: the measurements, oldest first.
-
     Raises:
         TypeError: `model` has other modules than Linear and ReLU layers; the message names the first one.
         ValueError: `every` or `rows` is not positive, or layers share a parameter.
@@ -65,21 +62,24 @@ class GradientFlowMonitor:
         ([1, 3, 5], [])
     """
 
-    def __init__(self, model: nn.Module, every: int = 100, *, rows: int = 256) -> None:
+    def __init__(self, model: nn.Module, every: int = 100, *, rows: int = 128) -> None:
         for name, value in (("every", every), ("rows", rows)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"GradientFlowMonitor: `{name}` must be a positive int, got {value!r}")
-        layers_of(model, "GradientFlowMonitor")
-        self.history: list[GradientFlow] = []
+        self._layers = layers_of(model, "GradientFlowMonitor")
+        self._history: list[_Record] = []
         self._model, self._every, self._rows = model, every, rows
         self._steps = 0
-        self._pending: _Weights | None = None  # Ω_k as last measured, until a step has changed them
+        self._flow: Flow | None = None  # kept as long as the shapes stay the same
+        self._shapes: tuple[Any, ...] = ()
+        self._pending: _Record | None = None  # the last one, until a step has changed the weights
         self._writers: list[tuple[Any, str]] = []
         self._handle: Any = None
 
     def __enter__(self) -> "Self":
         if self._handle is not None:
             raise RuntimeError("GradientFlowMonitor: it is active already; use one monitor per `with`")
+        self._layers = layers_of(self._model, "GradientFlowMonitor")
         self._handle = self._model.register_forward_hook(Watcher(self), with_kwargs=True)
         return self
 
@@ -89,11 +89,17 @@ class GradientFlowMonitor:
         self._handle.remove()
         self._handle = None
         self._see_update(last=True)
+        self._flow = None
+
+    @property
+    def history(self) -> list[GradientFlow]:
+        """The measurements, oldest first."""
+        return [record.flow for record in self._history]
 
     @property
     def diagnosis(self) -> list[str]:
         """Of the last measurement: see `GradientFlow.diagnosis`. Empty before the first one."""
-        return self.history[-1].diagnosis if self.history else []
+        return self._history[-1].flow.diagnosis if self._history else []
 
     def write_to(self, writer: Any, prefix: str = "gradient_flow") -> "Self":
         """Sends each measurement to a TensorBoard ``SummaryWriter``, or anything that has its ``add_scalar``.
@@ -116,12 +122,12 @@ class GradientFlowMonitor:
         """
         from torch_manualbp.inspection.flow_plot import plot_history
 
-        if not self.history:
+        if not self._history:
             raise ValueError("GradientFlowMonitor: nothing has been measured yet, so there is nothing to plot")
         return plot_history(self.history)
 
     def __str__(self) -> str:
-        lines = [f"GradientFlowMonitor: {self._steps} steps seen, {len(self.history)} measured"]
+        lines = [f"GradientFlowMonitor: {self._steps} steps seen, {len(self._history)} measured"]
         before: list[str] | None = None
         for flow in self.history:  # a line where the diagnosis changes
             if flow.diagnosis != before:
@@ -134,14 +140,13 @@ class GradientFlowMonitor:
 
     def _count(self) -> bool:
         """One more step: whether it is to be measured."""
-        self._see_update()
+        if self._pending is not None:
+            self._see_update()
         self._steps += 1
         return (self._steps - 1) % self._every == 0
 
     def _forward_done(self, input: Tensor, output: Tensor) -> None:
-        if not (isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()):
-            return
-        if not self._count():
+        if not (isinstance(output, Tensor) and output.requires_grad and self._count()):
             return
         step, stride, waiting = self._steps, self._stride(input), True
         rows = self._sample(input, stride)
@@ -189,54 +194,75 @@ class GradientFlowMonitor:
         if len(rows) == 0:
             return
         self._see_update(last=True)
-        layers = layers_of(self._model, "GradientFlowMonitor")
+        layers = self._layers
         dtype = layers[0].weight.dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            flow = Flow(layers, torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
-            measured = flow.measure(rows, output_gradient)
-            self._pending = _Weights([layer.weight for layer in layers])
-        self.history.append(GradientFlow(describe(layers, measured, [None] * len(layers)), step))
-
-    # ------------------------------------------------------------------------------ what the optimizer did with it
+            shapes = (len(rows), dtype, rows.device)
+            if self._flow is None or self._shapes != shapes:
+                self._flow, self._shapes = Flow(layers, len(rows), dtype), shapes
+            self._pending = _Record(step, layers, len(rows), self._flow.measure(rows, output_gradient))
+        self._history.append(self._pending)
 
     def _see_update(self, last: bool = False) -> None:
         """Completes the last measurement by the step that followed, once one has changed the weights."""
-        if (pending := self._pending) is None or not (last or pending.have_changed()):
+        if (record := self._pending) is None:
             return
-        self._pending, flow = None, self.history[-1]
-        if pending.have_changed():
-            pairs = zip(flow.layers, pending.relative_changes(), strict=True)
-            flow = replace(flow, layers=tuple(replace(layer, update_ratio=ratio) for layer, ratio in pairs))
-            self.history[-1] = flow
+        if record.weights_have_changed():
+            record.measure_update()
+        elif not last:
+            return
+        record.forget_weights()
+        self._pending = None
         for writer, prefix in self._writers:
-            writer.add_scalar(f"{prefix}/gradient_ratio", flow.gradient_ratio, flow.step)
-            for layer in flow.layers:
-                for quantity in ("f", "dl_df", "dead", "always_on", "update_ratio"):
-                    if (value := getattr(layer, quantity)) is not None:
-                        writer.add_scalar(f"{prefix}/{quantity}/{layer.name or 'model'}", value, flow.step)
+            _write(record.flow, writer, prefix)
 
 
-class _Weights:
-    """Weights as they were, beside what becomes of them."""
+class _Record:
+    """One measurement: tensors at first, since to make a `GradientFlow` of them would delay training."""
 
-    def __init__(self, weights: list[Tensor]) -> None:
-        self.now = [weight.detach() for weight in weights]
-        self.then = [weight.clone() for weight in self.now]
-        self.version = self._versions()
+    def __init__(self, step: int, layers: list[Layer], rows: int, sums: Tensor) -> None:
+        self._step, self._layers, self._rows, self._sums = step, layers, rows, sums
+        self._weights = [layer.weight.detach() for layer in layers]
+        self._before = [weight.clone() for weight in self._weights]
+        self._version = self._versions()
+        self._update: Tensor | None = None  # ‖ΔΩ_k‖ (K,)
+        self._flow: GradientFlow | None = None
 
     def _versions(self) -> int:  # torch counts changes in place
-        return sum(weight._version for weight in self.now)
+        return sum([weight._version for weight in self._weights])
 
-    def have_changed(self) -> bool:
-        return self._versions() != self.version
+    def weights_have_changed(self) -> bool:
+        """Since the measurement."""
+        return self._versions() != self._version
 
     @torch.no_grad()
-    def relative_changes(self) -> list[float]:
-        """‖Ω_k − Ω_k then‖ / ‖Ω_k then‖."""
-        norms = torch._foreach_norm([*torch._foreach_sub(self.now, self.then), *self.then])
-        change, size = torch.stack(norms).double().view(2, -1)
-        ratios: list[float] = (change / size).tolist()
-        return ratios
+    def measure_update(self) -> None:
+        """‖ΔΩ_k‖ of the change."""
+        torch._foreach_sub_(self._before, self._weights)
+        self._update, self._flow = torch.stack(torch._foreach_norm(self._before)), None
+
+    def forget_weights(self) -> None:
+        """Gives back the memory of the copy."""
+        self._weights, self._before = [], []
+
+    @property
+    def flow(self) -> GradientFlow:
+        """The measurement in its final form."""
+        if self._flow is None:
+            ratios: list[float | None] = [None] * len(self._layers)
+            if self._update is not None:
+                ratios = (self._update.to(self._sums.dtype) / self._sums[6].sqrt()).tolist()
+            self._flow = GradientFlow(describe(self._layers, self._rows, self._sums, ratios), self._step)
+        return self._flow
+
+
+def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
+    writer.add_scalar(f"{prefix}/gradient_ratio", flow.gradient_ratio, flow.step)
+    for layer in flow.layers:
+        for quantity in ("f", "dl_df", "dead", "always_on", "update_ratio"):
+            if (value := getattr(layer, quantity)) is not None:
+                writer.add_scalar(f"{prefix}/{quantity}/{layer.name or 'model'}", value, flow.step)
 
 
 class Watcher:
