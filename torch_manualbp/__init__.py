@@ -5,6 +5,7 @@ from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.inspection.gradient_flow import gradient_flow
 from torch_manualbp.inspection.monitor import GradientFlowMonitor
+from torch_manualbp.memory import memory
 from torch_manualbp.modules import MLP, LinearReLU
 from torch_manualbp.per_sample import clipped_gradients, per_sample_gradient_norms, per_sample_gradients
 
@@ -19,6 +20,7 @@ __all__ = [
     "fuse",
     "gradient_flow",
     "linear_relu",
+    "memory",
     "mlp",
     "mlp_loss",
     "per_sample_gradient_norms",
