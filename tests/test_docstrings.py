@@ -6,9 +6,10 @@ import inspect
 import pytest
 
 import torch_manualbp as mbp
-from torch_manualbp import conversion, functional, modules, reference
+from torch_manualbp import conversion, functional, modules, per_sample, reference
+from torch_manualbp.inspection import gradient_flow, memory, monitor
 
-MODULES = (functional, modules, conversion, reference)
+MODULES = (functional, modules, conversion, reference, per_sample, gradient_flow, monitor, memory)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

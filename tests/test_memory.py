@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_manualbp as mbp
-from torch_manualbp.memory import MODES
+from torch_manualbp.inspection.memory import MODES
 
 MIB = 2**20
 PEAK_MEMORY = Path(__file__).parent.parent / "benchmarks" / "peak_memory.py"

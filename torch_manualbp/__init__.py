@@ -4,8 +4,8 @@ from torch_manualbp import _ops as _ops  # loads the compiled part first: its ab
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.inspection.gradient_flow import gradient_flow
+from torch_manualbp.inspection.memory import memory
 from torch_manualbp.inspection.monitor import GradientFlowMonitor
-from torch_manualbp.memory import memory
 from torch_manualbp.modules import MLP, LinearReLU
 from torch_manualbp.per_sample import clipped_gradients, per_sample_gradient_norms, per_sample_gradients
 
