@@ -47,3 +47,18 @@ def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp
     assert row(result, "torch_manualbp.MLP")[:2] == row(result, "nn.Sequential")[:2]
     assert row(result, "largest difference")[0] < 1e-13
     assert (tmp_path / "a" / "b.png").exists()
+
+
+def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
+    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for start, word in (
+        ("too small", "vanishing"),
+        ("too large", "exploding"),
+        ("biases too low", "dead"),
+        ("He", "nothing"),
+    ):
+        assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
+    assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
+    assert (tmp_path / "why_it_does_not_train.png").read_bytes().startswith(b"\x89PNG")

@@ -108,9 +108,10 @@ def _line(axes: Any, x: Sequence[Any], y: Sequence[float | None], color: Any, la
 
 
 def _logarithmic(axes: Any) -> None:
-    """A logarithmic scale, if there is anything positive to show on one."""
+    """A logarithmic scale, if positive values differ by more than a factor of 10."""
     values = [float(y) for line in axes.lines for y in line.get_ydata()]
-    if any(0 < value < float("inf") for value in values):
+    positive = [value for value in values if 0 < value < float("inf")]
+    if positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
 

@@ -134,8 +134,9 @@ class GradientFlow:
             text += f", a factor of {ratio ** (1 / steps):.2g} per layer"
         predicted = [layer.growth_theory for layer in self.layers if layer.growth_theory]
         if predicted:
-            mean = math.prod(predicted) ** (1 / len(predicted))
-            text += f" (√(D·Var[Ω]/2) is {mean:.2g} in the mean; 1 would keep it)"
+            # The same ratio of norms in theory: root mean squares, times the roots of the numbers of units.
+            norms = math.prod(predicted) * math.sqrt(self.layers[0].d_out / self.layers[-1].d_out)
+            text += f"; theory predicts {norms ** (1 / steps):.2g} from the weights' variances, and 2/D would keep it"
         return {"exploding" if ratio > EXPLODING else "vanishing": text}
 
     def _explain_dead(self) -> dict[str, str]:
