@@ -92,9 +92,10 @@ def test_the_process_grows_by_what_was_counted(mode):
     env = {"PYTHONPATH": str(Path(mbp.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     measured = int(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     counted = getattr(mbp.memory(mbp.MLP([32, 64, 64, 64, 64, 16]), 100_000), mode).peak
-    # Eager is resident with 1.45 times of what it has allocated: malloc keeps holes between large blocks. A temporary
-    # that mse_loss allocates and never writes is not resident.
-    assert 0.6 * counted <= measured <= 1.6 * counted + 2 * MIB, f"{counted / MIB:.1f}, {measured / MIB:.1f} MiB"
+    # Eager is resident with up to 1.8 times of what it has allocated, from run to run: malloc keeps holes between large
+    # blocks. A temporary that mse_loss allocates and never writes is not resident.
+    most = 2.5 if mode == "eager" else 1.3
+    assert 0.6 * counted <= measured <= most * counted + 2 * MIB, f"{counted / MIB:.1f}, {measured / MIB:.1f} MiB"
 
 
 def test_what_is_kept():

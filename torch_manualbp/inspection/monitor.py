@@ -42,7 +42,7 @@ class GradientFlowMonitor:
             a larger model (``GradientFlowMonitor(model.head)``).
         every: how many forward passes there are from one measurement to the next.
         rows: how many rows of the batch are measured at most, evenly spaced. More cost more time, and tell better
-            whether a unit is dead. Measuring costs about as much as training on so many rows.
+            whether a unit is dead. Measuring costs about as much as training on so many rows, and at least 0.4 ms.
 
     Raises:
         TypeError: `model` has other modules than Linear and ReLU layers; the message names the first one.
