@@ -7,11 +7,14 @@ import inspect
 import pytest
 
 import torch_manualbp as mbp
-from torch_manualbp import conversion, functional, lecture, modules, reference
-from torch_manualbp.inspection import _layers
+from torch_manualbp import conversion, functional, lecture, modules, per_sample, reference
+from torch_manualbp.inspection import _layers, monitor
 
-trace = importlib.import_module("torch_manualbp.inspection.trace")  # the name is also that of the function
-MODULES = (functional, modules, conversion, reference, trace, _layers, lecture)
+# Of those modules the name is also that of a function.
+INSPECTION = [
+    importlib.import_module(f"torch_manualbp.inspection.{name}") for name in ("trace", "gradient_flow", "memory")
+]
+MODULES = (functional, modules, conversion, reference, per_sample, lecture, _layers, monitor, *INSPECTION)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

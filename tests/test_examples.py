@@ -102,3 +102,18 @@ def test_initialisation_measures_what_is_predicted(tmp_path):
         measured, predicted = (float(text) for text in re.search(r"(\S+) \((\S+)\)$", line).groups())
         assert predicted == pytest.approx(factor**49, rel=0.05)
         assert 0.2 < measured / predicted < 5
+
+
+def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
+    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for start, word in (
+        ("too small", "vanishing"),
+        ("too large", "exploding"),
+        ("biases too low", "dead"),
+        ("He", "nothing"),
+    ):
+        assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
+    assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
+    assert (tmp_path / "why_it_does_not_train.png").read_bytes().startswith(b"\x89PNG")

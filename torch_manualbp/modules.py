@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
-from torch_manualbp._losses import loss_spec
+from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.functional import compute_layers, compute_loss, linear_relu, target_is_plain
 
 
@@ -261,6 +261,8 @@ class MLP(FusedForward):
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
+        if self._forward_hooks and torch.is_grad_enabled():
+            self._announce(input, target, spec)
         return compute_loss(input, target, *parameters, spec)
 
     def loss_backward(
@@ -296,6 +298,8 @@ class MLP(FusedForward):
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
+        if self._forward_hooks:
+            self._announce(input, target, spec)
         weights, biases = parameters
         needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
         value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
@@ -317,9 +321,15 @@ class MLP(FusedForward):
 
     def _is_observed(self) -> bool:
         own = self.__dict__
-        return bool(
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        )
+        if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        hooks = own["_forward_hooks"]
+        return bool(hooks) and not all(hasattr(hook, "before_loss") for hook in hooks.values())
+
+    def _announce(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """Tells hooks that have a method for it (see inspection/monitor.py) of a pass that makes no output."""
+        for hook in self._forward_hooks.values():
+            cast(Any, hook).before_loss(input, target, spec)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""
