@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from torch_manualbp import _distributed
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
 from torch_manualbp._losses import loss_spec
@@ -279,6 +280,10 @@ class MLP(FusedForward):
         work for each parameter is most of a step. Fresh gradients lie in one buffer. Where somebody listens to the
         graph (hooks on a parameter, an input that requires a gradient), it goes through the graph after all.
 
+        Raises:
+            RuntimeError: a wrapper such as DistributedDataParallel combines the gradients between processes. It must be
+                called itself; for the fused loss, wrap a module whose forward returns ``mlp.loss(input, target)``.
+
         Example:
             >>> model = MLP([4, 8, 1])
             >>> value = model.loss_backward(torch.randn(5, 4), torch.randn(5, 1))
@@ -286,6 +291,8 @@ class MLP(FusedForward):
             (False, torch.Size([1]))
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+        if _distributed.is_initialized():
+            _distributed.refuse_data_parallel("MLP.loss_backward", self)
         parameters = self._whole(input)
         learners = None
         if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
