@@ -48,6 +48,8 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input weightᵀ + bias)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return F.relu(F.linear(input, self.weight, self.bias))
         return linear_relu(input, self.weight, self.bias)
 
 
@@ -171,10 +173,14 @@ class FusedForward(nn.Sequential):
 
     activations: str
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         """The children in turn, run by run."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for module in self:
+                input = module(input)
+            return input
         if torch.compiler.is_compiling() or global_hooks_exist():
-            return super().forward(input)  # type: ignore[no-untyped-call]
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         for step in self._steps():
             input = step(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
