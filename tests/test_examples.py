@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import torch_manualbp as mbp
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name, folder, *arguments):
+def run_example(name, folder, *arguments, launcher=("-W", "error")):
     env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
 
 
@@ -47,3 +48,20 @@ def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp
     assert row(result, "torch_manualbp.MLP")[:2] == row(result, "nn.Sequential")[:2]
     assert row(result, "largest difference")[0] < 1e-13
     assert (tmp_path / "a" / "b.png").exists()
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")
+def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run_example("distributed_training.py", tmp_path, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    for way in ("ddp ", "fsdp", "tp  ", "pp  "):
+        first_loss, last_loss, difference = row(result, way)
+        assert last_loss < first_loss / 2
+        assert difference < 1e-13
+
+
+def test_distributed_training_says_how_it_is_started(tmp_path):
+    result = run_example("distributed_training.py", tmp_path, launcher=[])
+    assert result.returncode == 2
+    assert "start it with: torchrun --nproc-per-node 2" in result.stderr
