@@ -248,10 +248,9 @@ def ddp_refuses_loss_backward(rank):
     with refused("DistributedDataParallel", model):
         model.module.loss_backward(input, target)
     handle.remove()
-    with model.no_sync(), refused("DistributedDataParallel", model):
-        model.module.loss_backward(input, target)
-    with torch.no_grad(), refused("DistributedDataParallel", model):
-        model.module.loss_backward(input, target)
+    for context in (model.no_sync, torch.no_grad, torch.inference_mode):
+        with context(), refused("DistributedDataParallel", model):
+            model.module.loss_backward(input, target)
     gc.freeze()
     with refused("DistributedDataParallel", model):
         model.module.loss_backward(input, target)
@@ -271,6 +270,11 @@ def loss_backward_without_a_wrapper(rank):
     other = DDP(nn.Linear(2, 2))  # somebody else's
     model, (input, target) = network(), batch()
     assert_same_steps(model, lambda: model.loss_backward(input, target), ["mlp_loss"])
+    model.zero_grad()
+    with torch.inference_mode():
+        model.loss_backward(input, target)
+    assert_gradients(model)
+    model.zero_grad()
     output = model(input)  # its graph holds the same nodes that a reducer would hold
     assert_same_steps(model, lambda: model.loss_backward(input, target), ["mlp_loss"])
     assert output.requires_grad

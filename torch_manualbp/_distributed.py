@@ -60,5 +60,6 @@ def _ddp_listens(parameter: Tensor) -> bool:
 
 def _notes(parameter: Tensor) -> dict[str, Any]:
     """What anybody noted on the node that accumulates into `parameter`."""
-    notes: Any = get_gradient_edge(parameter).node.metadata  # a property, which its stub calls a method
+    with torch.inference_mode(False):  # in that mode there are no nodes
+        notes: Any = get_gradient_edge(parameter).node.metadata  # a property, which its stub calls a method
     return notes  # type: ignore[no-any-return]
