@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import torch_manualbp as mbp
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name, folder, *arguments):
+def run_example(name, folder, *arguments, launcher=("-W", "error")):
     env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
 
 
@@ -117,3 +118,20 @@ def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
         assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
     assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
     assert (tmp_path / "why_it_does_not_train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")
+def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run_example("distributed_training.py", tmp_path, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    for way in ("ddp ", "fsdp", "tp  ", "pp  "):
+        first_loss, last_loss, difference = row(result, way)
+        assert last_loss < first_loss / 2
+        assert difference < 1e-13
+
+
+def test_distributed_training_says_how_it_is_started(tmp_path):
+    result = run_example("distributed_training.py", tmp_path, launcher=[])
+    assert result.returncode == 2
+    assert "start it with: torchrun --nproc-per-node 2" in result.stderr

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from torch_manualbp import _distributed
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, kernels_apply
 from torch_manualbp._losses import LossSpec, loss_spec
@@ -47,6 +48,8 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input weightᵀ + bias)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return F.relu(F.linear(input, self.weight, self.bias))
         return linear_relu(input, self.weight, self.bias)
 
 
@@ -170,10 +173,14 @@ class FusedForward(nn.Sequential):
 
     activations: str
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         """The children in turn, run by run."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for module in self:
+                input = module(input)
+            return input
         if torch.compiler.is_compiling() or global_hooks_exist():
-            return super().forward(input)  # type: ignore[no-untyped-call]
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         for step in self._steps():
             input = step(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
@@ -281,6 +288,10 @@ class MLP(FusedForward):
         work for each parameter is most of a step. Fresh gradients lie in one buffer. Where somebody listens to the
         graph (hooks on a parameter, an input that requires a gradient), it goes through the graph after all.
 
+        Raises:
+            RuntimeError: a wrapper such as DistributedDataParallel combines the gradients between processes. It must be
+                called itself; for the fused loss, wrap a module whose forward returns ``mlp.loss(input, target)``.
+
         Example:
             >>> model = MLP([4, 8, 1])
             >>> value = model.loss_backward(torch.randn(5, 4), torch.randn(5, 1))
@@ -288,6 +299,8 @@ class MLP(FusedForward):
             (False, torch.Size([1]))
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+        if _distributed.is_initialized():
+            _distributed.refuse_data_parallel("MLP.loss_backward", self)
         parameters = self._whole(input)
         learners = None
         if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
