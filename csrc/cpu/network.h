@@ -65,7 +65,9 @@ class Network {
     const Team team(widest_, widest_);
     const auto& workers = team.workers;
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
-    const int64_t rows = is_wide() ? batch_ : std::min(block_rows(2 * widest_), share_rows(workers.threads()));
+    const int64_t rows = !is_wide() ? std::min(block_rows(2 * widest_), share_rows(workers.threads()))
+                         : hidden   ? batch_
+                                    : std::min(batch_, long_rows(2 * widest_hidden_));
     const int64_t turn = hidden ? 0 : rows * widest_hidden_;  // without store, two buffers a thread take turns
     const Buffer<T> memory(2 * turn * (is_wide() ? 1 : workers.threads()));
     const auto block = [&](int64_t first, T* turns, const Workers& who) {
@@ -75,7 +77,10 @@ class Network {
       };
       forward_block(rows_of(input, first, std::min(rows, batch_ - first)), layers_.size(), place, who);
     };
-    if (is_wide()) return block(0, memory.data, workers);
+    if (is_wide()) {
+      for (int64_t first = 0; first < batch_; first += rows) block(first, memory.data, workers);
+      return;
+    }
     workers.run(ceil_div(batch_, rows), multiply_adds(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) block(i * rows, memory.data + 2 * turn * workers.index(), workers.alone());
     });
@@ -393,7 +398,7 @@ class Network {
 
   // The same for rows that go layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks alike.
   int64_t long_rows(int64_t width) const {
-    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / width, kUnitRows);
+    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / std::max<int64_t>(width, 1), kUnitRows);
     const int64_t blocks = std::max<int64_t>(ceil_div(batch_, most), 1);
     return std::max<int64_t>(ceil_div(ceil_div(batch_, blocks), kUnitRows), 1) * kUnitRows;
   }

@@ -68,9 +68,8 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     - in the plain network: every h_k (B, D_k) that the lecture's backward pass needs, and ∂ℓ/∂f_k on the way back
     - in our modes: the h_k if they are stored, and a workspace for the block of rows that is being computed
 
-    Not counted are an optimizer's state and the libraries' own buffers (BLAS). A network of more than a million
-    parameters goes layer by layer, all rows at once: there "recompute" holds two layers' activations in its forward
-    pass. For a few rows, whose weights our ops may leave unpacked, the count is an upper bound.
+    Not counted are an optimizer's state and the libraries' own buffers (BLAS). For a few rows, whose weights our ops may
+    leave unpacked, the count is an upper bound.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not; all four modes are
@@ -192,7 +191,8 @@ class _Cut:
         if kept:
             return self.team + self.packed
         if not (self.tall or self.short):
-            return self.team + 2 * self.batch * self.widest_hidden * self.itemsize
+            rows = min(self.batch, self._long_rows(2 * self.widest_hidden))
+            return self.team + 2 * rows * self.widest_hidden * self.itemsize
         rows = min(self._block_rows(2 * self.widest), max(_up(-(-self.batch // self.threads), 16), 16))
         return self.team + self.packed + 2 * rows * self.widest_hidden * self.itemsize * self.threads
 
@@ -216,7 +216,7 @@ class _Cut:
 
     def _long_rows(self, width: int) -> int:
         """The same for rows that go layer by layer over all threads: up to 32 MiB, blocks alike."""
-        most = max((32 << 20) // self.itemsize // width, 128)
+        most = max((32 << 20) // self.itemsize // max(width, 1), 128)
         blocks = max(-(-self.batch // most), 1)
         return max(_up(-(-self.batch // blocks), 128), 128)
 
