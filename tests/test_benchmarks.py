@@ -220,3 +220,30 @@ def test_scaling_sets_the_threads_of_each_peer_anew(training_step):
     for peer in (two, one, two):
         peer.run()
     assert seen == [2, 1, 2]
+
+
+def test_per_sample_checks_its_peers_and_writes_what_it_measured(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, BENCHMARKS / "per_sample.py", "--rounds", "1", "--rows", "64", "--json", "out/p.json"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for peer in ("per_sample_gradients", "vmap(grad)", "norms", "clipped sum"):
+        assert f"| {peer} " in result.stdout
+    rows = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert {row["workload"] for row in rows} == {"mnist", "rl256"}
+    assert all(row["times"] > 0 for row in rows)
+
+
+def test_per_sample_refuses_wrong_gradients(training_step):
+    import per_sample
+
+    def wrong(model, x, target):
+        return per_sample.means_of(lambda: {name: torch.zeros(1, *p.shape) for name, p in model.named_parameters()})
+
+    with pytest.raises(SystemExit, match=r"wrong: the gradient of 0\.weight is off"):
+        training_step.measure(
+            training_step.Workload("small", [3, 4, 2], 8),
+            ["eager", "wrong"],
+            1,
+            {"eager": per_sample.eager, "wrong": wrong},
+        )

@@ -1,14 +1,23 @@
 """The examples in docstrings run and print what they say; everything public is documented."""
 
 import doctest
+import importlib
 import inspect
 
 import pytest
 
 import torch_manualbp as mbp
-from torch_manualbp import compile_backend, conversion, functional, modules, reference
+from torch_manualbp import compile_backend, conversion, functional, lecture, modules, per_sample, reference
+from torch_manualbp.inspection import _layers, monitor
 
-MODULES = (functional, modules, conversion, compile_backend, reference)
+# Of those modules the name is also that of a function.
+INSPECTION = [
+    importlib.import_module(f"torch_manualbp.inspection.{name}") for name in ("trace", "gradient_flow", "memory")
+]
+MODULES = (
+    *(functional, modules, conversion, compile_backend, reference, per_sample, lecture, _layers, monitor),
+    *INSPECTION,
+)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -7,20 +7,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import torch_manualbp as mbp
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name, folder, *arguments):
+def run_example(name, folder, *arguments, launcher=("-W", "error")):
     env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
-    command = [sys.executable, "-W", "error", EXAMPLES / name, *arguments]
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
 
 
+def run_drawing(name, folder):
+    """Runs an example in `folder`; it must say nothing on stderr and draw build/figure.png."""
+    result = run_example(name, folder, "--output", "build/figure.png")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "figure: build/figure.png" in result.stdout
+    assert (folder / "build" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    return result
+
+
 def numbers(line):
-    return [float(number) for number in re.findall(r"\d+\.\d+(?:e-?\d+)?", line)]
+    return [float(number) for number in re.findall(r"-?\d+\.\d+(?:e[+-]?\d+)?", line)]
 
 
 def row(result, start):
@@ -47,3 +58,80 @@ def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp
     assert row(result, "torch_manualbp.MLP")[:2] == row(result, "nn.Sequential")[:2]
     assert row(result, "largest difference")[0] < 1e-13
     assert (tmp_path / "a" / "b.png").exists()
+
+
+def test_least_squares_finds_the_minimum(tmp_path):
+    result = run_drawing("least_squares.py", tmp_path)
+    assert row(result, "largest difference to autograd")[0] < 1e-12
+    assert row(result, "gradient descent") == row(result, "closed form")
+    assert row(result, "SGD")[2] == pytest.approx(row(result, "closed form")[2], rel=0.01)
+
+
+def test_toy_network_prints_the_lecture_and_agrees_four_ways(tmp_path):
+    result = run_drawing("toy_network.py", tmp_path)
+    names = [line.split("=")[0].strip() for line in result.stdout.splitlines() if line.startswith("  ")]
+    forward = ["x", "y", "f0", "h1", "f1", "h2", "f2", "h3", "f3", "ℓ"]
+    backward = [f"∂ℓ/∂{name}" for name in ("f3", "h3", "f2", "h2", "f1", "h1", "f0")]
+    assert names == [*forward, *backward, *(f"∂ℓ/∂{symbol}{k}" for symbol in "ωβ" for k in range(4))]
+    assert row(result, "equal to the kernels")[0] < 1e-14
+    assert row(result, "equal to autograd")[0] < 1e-14
+    assert row(result, "equal to finite differences")[0] < 1e-8
+
+
+def test_matrix_calculus_holds(tmp_path):
+    result = run_drawing("matrix_calculus.py", tmp_path)
+    assert result.stdout.count("True") == 6
+    assert "False" not in result.stdout
+    assert "∂f/∂h (4, 3), rows are variables" in result.stdout
+
+
+def test_deep_network_is_traced_and_verified(tmp_path):
+    result = run_drawing("deep_network.py", tmp_path)
+    before, after = row(result, "loss of this batch")
+    assert after < before / 2
+    assert row(result, "a step with the traced gradients")[0] < 1e-15
+    autograd, finite = row(result, "largest difference to autograd")
+    assert autograd < 1e-12
+    assert finite < 1e-5
+
+
+def test_initialisation_measures_what_is_predicted(tmp_path):
+    result = run_drawing("initialisation.py", tmp_path)
+    for name, factor in (("Var = 1/2D", 0.5), ("He", 1.0), ("Var = 8/D", 2.0)):
+        line = next(line for line in result.stdout.splitlines() if line.startswith(name))
+        assert float(line[26:34]) == pytest.approx(factor)
+        measured, predicted = (float(text) for text in re.search(r"(\S+) \((\S+)\)$", line).groups())
+        assert predicted == pytest.approx(factor**49, rel=0.05)
+        assert 0.2 < measured / predicted < 5
+
+
+def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
+    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for start, word in (
+        ("too small", "vanishing"),
+        ("too large", "exploding"),
+        ("biases too low", "dead"),
+        ("He", "nothing"),
+    ):
+        assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
+    assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
+    assert (tmp_path / "why_it_does_not_train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")
+def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run_example("distributed_training.py", tmp_path, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    for way in ("ddp ", "fsdp", "tp  ", "pp  "):
+        first_loss, last_loss, difference = row(result, way)
+        assert last_loss < first_loss / 2
+        assert difference < 1e-13
+
+
+def test_distributed_training_says_how_it_is_started(tmp_path):
+    result = run_example("distributed_training.py", tmp_path, launcher=[])
+    assert result.returncode == 2
+    assert "start it with: torchrun --nproc-per-node 2" in result.stderr

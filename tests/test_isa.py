@@ -48,7 +48,12 @@ def probe(path):
         assert_equal(mbp.linear_relu(special, torch.ones(40, 1, dtype=dtype)), torch.relu(special).expand(5, 40))
     for dtype in (torch.bfloat16, torch.float16):
         halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
-        assert_equal(mbp.mlp(halves, [torch.ones(1, 1, dtype=dtype)]), halves)
+        one = torch.ones(1, 1, dtype=dtype)
+        assert_equal(mbp.mlp(halves, [one]), halves)
+        assert_equal(mbp.mlp(one, [halves]), halves.t())
+        bias = torch.zeros(len(halves), dtype=dtype, requires_grad=True)
+        mbp.linear_relu(one, halves, bias).backward(halves.t())
+        assert_equal(bias.grad[:, None], torch.where(halves <= 0, torch.zeros_like(halves), halves))
     torch.save({"isa": _ops.isa(), "values": near_float64()}, path)
 
 

@@ -49,6 +49,15 @@ def test_recompute_equals_store_bit_for_bit(case, dtype):
         assert torch.equal(a, b)
 
 
+def test_wide_layers_go_block_by_block_where_nothing_is_stored():
+    store, recompute, input = both(9000, [16, 1024, 1024, 4], torch.float32)
+    output = store(input)
+    assert torch.equal(recompute(input), output)
+    with torch.no_grad():
+        assert torch.equal(store(input), output)
+        assert torch.equal(store(input[:17]), output[:17])
+
+
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 5, 2], [3, 1, 4, 2]])
 def test_recompute_passes_gradcheck_and_gradgradcheck(sizes):
     _, model, input = both(4, sizes, torch.float64)

@@ -18,7 +18,11 @@ import torch_manualbp
 from torch_manualbp import _ops
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = {"LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"}
+PUBLIC = {
+    *("LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"),
+    *("GradientFlowMonitor", "gradient_flow", "memory", "trace"),
+    *("clipped_gradients", "per_sample_gradient_norms", "per_sample_gradients"),
+}
 
 
 def undefined_symbols() -> list[str]:

@@ -6,6 +6,27 @@ from torch_manualbp import _flops as _flops  # formulas, which torch's counter f
 from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
+from torch_manualbp.inspection.gradient_flow import gradient_flow
+from torch_manualbp.inspection.memory import memory
+from torch_manualbp.inspection.monitor import GradientFlowMonitor
+from torch_manualbp.inspection.trace import trace
 from torch_manualbp.modules import MLP, LinearReLU
+from torch_manualbp.per_sample import clipped_gradients, per_sample_gradient_norms, per_sample_gradients
 
-__all__ = ["MLP", "LinearReLU", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"]
+__all__ = [
+    "MLP",
+    "GradientFlowMonitor",
+    "LinearReLU",
+    "__version__",
+    "clipped_gradients",
+    "fuse",
+    "gradient_flow",
+    "linear_relu",
+    "memory",
+    "mlp",
+    "mlp_loss",
+    "per_sample_gradient_norms",
+    "per_sample_gradients",
+    "trace",
+    "unfuse",
+]

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from torch_manualbp import _distributed
 from torch_manualbp._checks import check_activations
 from torch_manualbp._function import global_hooks_exist, joins_graph, kernels_apply
-from torch_manualbp._losses import loss_spec
+from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.functional import compute_layers, compute_loss, layers_in_graph, linear_relu, target_is_plain
 
 
@@ -47,6 +48,8 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input weightᵀ + bias)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return F.relu(F.linear(input, self.weight, self.bias))
         return linear_relu(input, self.weight, self.bias)
 
 
@@ -179,21 +182,25 @@ class FusedForward(nn.Sequential):
 
     activations: str
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         """The children in turn, run by run."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for module in self:
+                input = module(input)
+            return input
         if torch.compiler.is_compiling():
             return self._capture(input)
         if global_hooks_exist():
-            return super().forward(input)  # type: ignore[no-untyped-call]
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         for step in self._steps():
             input = step(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
 
-    def _capture(self, input: Any) -> Any:
+    def _capture(self, input: Tensor) -> Tensor:
         """Forward as Dynamo traces it: the plan is made anew, for it is the graph that is kept."""
         children = list(self)
         if global_hooks_exist():
-            return super().forward(input)  # type: ignore[no-untyped-call]
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         for step in _Plan(children, _fusable_kinds(children)).steps:
             input = step.capture(input, self.activations) if isinstance(step, _Run) else step(input)
         return input
@@ -281,6 +288,8 @@ class MLP(FusedForward):
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
+        if self._forward_hooks and torch.is_grad_enabled():
+            self._announce(input, target, spec)
         return compute_loss(input, target, *parameters, spec)
 
     def loss_backward(
@@ -299,6 +308,10 @@ class MLP(FusedForward):
         work for each parameter is most of a step. Fresh gradients lie in one buffer. Where somebody listens to the
         graph (hooks on a parameter, an input that requires a gradient), it goes through the graph after all.
 
+        Raises:
+            RuntimeError: a wrapper such as DistributedDataParallel combines the gradients between processes. It must be
+                called itself; for the fused loss, wrap a module whose forward returns ``mlp.loss(input, target)``.
+
         Example:
             >>> model = MLP([4, 8, 1])
             >>> value = model.loss_backward(torch.randn(5, 4), torch.randn(5, 1))
@@ -306,6 +319,8 @@ class MLP(FusedForward):
             (False, torch.Size([1]))
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+        if _distributed.is_initialized():
+            _distributed.refuse_data_parallel("MLP.loss_backward", self)
         parameters = self._whole(input)
         learners = None
         if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
@@ -316,6 +331,8 @@ class MLP(FusedForward):
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
+        if self._forward_hooks:
+            self._announce(input, target, spec)
         weights, biases = parameters
         needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
         value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
@@ -337,9 +354,15 @@ class MLP(FusedForward):
 
     def _is_observed(self) -> bool:
         own = self.__dict__
-        return bool(
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        )
+        if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        hooks = own["_forward_hooks"]
+        return bool(hooks) and not all(hasattr(hook, "before_loss") for hook in hooks.values())
+
+    def _announce(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """Tells hooks that have a method for it (see inspection/monitor.py) of a pass that makes no output."""
+        for hook in self._forward_hooks.values():
+            cast(Any, hook).before_loss(input, target, spec)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""

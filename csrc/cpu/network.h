@@ -65,7 +65,9 @@ class Network {
     const Team team(widest_, widest_);
     const auto& workers = team.workers;
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
-    const int64_t rows = is_wide() ? batch_ : std::min(block_rows(2 * widest_), share_rows(workers.threads()));
+    const int64_t rows = !is_wide() ? std::min(block_rows(2 * widest_), share_rows(workers.threads()))
+                         : hidden   ? batch_
+                                    : std::min(batch_, long_rows(2 * widest_hidden_));
     const int64_t turn = hidden ? 0 : rows * widest_hidden_;  // without store, two buffers a thread take turns
     const Buffer<T> memory(2 * turn * (is_wide() ? 1 : workers.threads()));
     const auto block = [&](int64_t first, T* turns, const Workers& who) {
@@ -75,7 +77,10 @@ class Network {
       };
       forward_block(rows_of(input, first, std::min(rows, batch_ - first)), layers_.size(), place, who);
     };
-    if (is_wide()) return block(0, memory.data, workers);
+    if (is_wide()) {
+      for (int64_t first = 0; first < batch_; first += rows) block(first, memory.data, workers);
+      return;
+    }
     workers.run(ceil_div(batch_, rows), multiply_adds(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) block(i * rows, memory.data + 2 * turn * workers.index(), workers.alone());
     });
@@ -225,28 +230,23 @@ class Network {
         const auto place = [&](size_t k) { return k + 1 == layers_.size() ? turns : activations.at(*this, k + 1); };
         forward_block(h0, again, place, who);
       }
-      auto [df, mask] = top(first, count, turns);
+      // df_{K-1} and d(beta_{K-1}): with a ReLU on top, the mask in the same pass.
+      const auto [gradient, output] = top(first, count, turns);
+      auto df = gradient;
+      if (output) df = Matrix<const T>::contiguous(turns, count, layers_.back().d_out());
+      if (A* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
+        relu_backward<T>(gradient, output, output ? turns : nullptr, dbeta, accumulate, who);
+      }
       for (size_t k = layers_.size(); k-- > lowest;) {
         const auto& layer = layers_[k];
-        A* const dbeta = sums.beta(slice, k);
-        A* const domega = sums.omega(slice, k);
-        const bool need_dh = k > lowest || grads.input;
-        // df_k = I[h_{k+1} > 0] . dh_{k+1} and d(beta_k) in one pass; without a ReLU on top, only the sums.
-        if (mask) {
-          const bool ours = df.data == turns || df.data == turns + turn;
-          T* out = !domega && !need_dh ? nullptr : ours ? const_cast<T*>(df.data) : turns;
-          relu_backward<T>(df, mask, out, dbeta, accumulate, who);
-          df = Matrix<const T>::contiguous(out, count, layer.d_out());
-        } else if (dbeta) {
-          relu_backward<T>(df, nullptr, nullptr, dbeta, accumulate, who);
-        }
         const auto h = k == 0 ? h0 : Matrix<const T>::contiguous(activations.at(*this, k), count, layer.d_in());
-        if (domega) weight_gradient<T>(df, h, domega, accumulate, who);
-        if (need_dh) {
-          T* dh = k == 0 ? grads.input + first * layer.d_in() : df.data == turns ? turns + turn : turns;
-          input_gradient<T>(df, layer, dh, who);
-          df = Matrix<const T>::contiguous(dh, count, layer.d_in());
-          mask = h.data;
+        if (A* domega = sums.omega(slice, k)) weight_gradient<T>(df, h, domega, accumulate, who);
+        if (k > lowest) {
+          T* below = df.data == turns ? turns + turn : turns;
+          hidden_gradient<T>(df, layer, h.data, below, sums.beta(slice, k - 1), accumulate, who);
+          df = Matrix<const T>::contiguous(below, count, layer.d_in());
+        } else if (grads.input) {
+          input_gradient<T>(df, layer, grads.input + first * layer.d_in(), who);
         }
       }
     };
@@ -305,20 +305,20 @@ class Network {
         };
         forward_block(rows_of(input, first, count), again, place, alone);
       }
-      auto [gradient, mask] = top(first, count, df_rows(layers - 1));
-      if (!mask && first == 0) whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
-      for (size_t k = layers; k-- > lowest;) {
-        if (mask) {
-          T* out = df_rows(k);
-          relu_backward<T>(gradient, mask, out, nullptr, false, alone);
-          gradient = Matrix<const T>::contiguous(out, count, layers_[k].d_out());
-        }
-        if (k == lowest && !grads.input) break;
-        T* dh = k == 0 ? grads.input + first * layers_[0].d_in() : df_rows(k - 1);
-        input_gradient<T>(gradient, layers_[k], dh, alone);
-        gradient = Matrix<const T>::contiguous(dh, count, layers_[k].d_in());
-        mask = k == 0 ? nullptr : rows_of(h_of(k), first, count).data;
+      auto [gradient, output] = top(first, count, df_rows(layers - 1));
+      if (output) {
+        T* out = df_rows(layers - 1);
+        relu_backward<T>(gradient, output, out, nullptr, false, alone);
+        gradient = Matrix<const T>::contiguous(out, count, top_width);
+      } else if (first == 0) {
+        whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
       }
+      for (size_t k = layers - 1; k > lowest; --k) {
+        hidden_gradient<T>(gradient, layers_[k], rows_of(h_of(k), first, count).data, df_rows(k - 1), nullptr, false,
+                           alone);
+        gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, layers_[k].d_in());
+      }
+      if (grads.input) input_gradient<T>(gradient, layers_[0], grads.input + first * layers_[0].d_in(), alone);
     });
 
     if (whole.data) df[layers - 1] = whole;
@@ -398,7 +398,7 @@ class Network {
 
   // The same for rows that go layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks alike.
   int64_t long_rows(int64_t width) const {
-    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / width, kUnitRows);
+    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / std::max<int64_t>(width, 1), kUnitRows);
     const int64_t blocks = std::max<int64_t>(ceil_div(batch_, most), 1);
     return std::max<int64_t>(ceil_div(ceil_div(batch_, blocks), kUnitRows), 1) * kUnitRows;
   }

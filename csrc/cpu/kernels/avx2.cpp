@@ -1,6 +1,8 @@
 // Kernels for AVX2 with FMA and F16C (Haswell and later).
 // The same -inl.h files are compiled once per level; isa.cpp chooses at run time.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "params.h"

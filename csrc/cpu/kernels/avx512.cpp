@@ -1,6 +1,8 @@
 // Kernels for AVX-512 F, BW, DQ and VL (Skylake-SP, Zen 4 and later).
 // The same -inl.h files are compiled once per level; isa.cpp chooses at run time.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "params.h"

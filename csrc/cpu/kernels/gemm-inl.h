@@ -40,6 +40,9 @@ struct Tile {
   bool accumulate;  // start from what is in c (a further block of k)
   const A* bias;    // padded to a full tile, or nullptr
   bool relu;
+  const A* mask;  // or nullptr
+  int64_t mask_stride;
+  A* column_sum;  // or nullptr
 };
 
 template <typename A, int MR, int NV, bool kRowsOfA>
@@ -112,6 +115,25 @@ static void tile(const Tile<A>& t) {
       for (int j = 0; j < NV; ++j) acc[i][j] = relu<A>(acc[i][j]);
     }
   }
+  if (t.mask) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        const vec<A> h = load<A>(t.mask + i * t.mask_stride + j * L);
+        acc[i][j] = h <= A(0) ? vec<A>{} : acc[i][j];
+      }
+    }
+  }
+  if (t.column_sum) {
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      vec<A> sum = load<A>(t.column_sum + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) sum += acc[i][j];
+      store<A>(t.column_sum + j * L, sum);
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
@@ -139,6 +161,42 @@ MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool narrow_panel) {
   return tile_columns<A, 1, kRowsOfA>(t, narrow_panel), 1;
 }
 
+// `lanes` contiguous columns of k >= kLanes numbers, transposed in registers, a block of kLanes of each at a time; missing
+// columns are zeros. The last block ends at k, and may take again what the one before took. Pointers in groups of three, as in
+// `tile`.
+template <typename T>
+MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lanes, accumulator_t<T>* out) {
+  using A = accumulator_t<T>;
+  constexpr int L = kLanes<A>, kGroups = (L + 2) / 3;
+  const T* p[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) p[g] = b + 3 * g * b_n;
+  for (int64_t left = k;;) {
+    vec<A> block[L];
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) {
+      const T* column = p[j / 3] + (j % 3) * b_n;
+      if (j >= lanes) {
+        block[j] = vec<A>{};
+      } else if constexpr (sizeof(T) == sizeof(A)) {
+        block[j] = load<A>(reinterpret_cast<const A*>(column));
+      } else {
+        A widened[L];
+        widen_run(column, widened, L);
+        block[j] = load<A>(widened);
+      }
+    }
+    transpose<A>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store<A>(out + i * kTileCols<A>, block[i]);
+    if ((left -= L) <= 0) return;
+    const int64_t step = min_i64(left, L);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) p[g] += step;
+    out += step * kTileCols<A>;
+  }
+}
+
 // Panels of kTileCols columns, k-major: out[panel][kk][column]. Columns past n are zeros.
 template <typename T>
 static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out) {
@@ -152,12 +210,11 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
       for (int64_t kk = 0; kk < k; ++kk) {
         const T* row = panel + kk * b_k;
         A* o = out + kk * NR;
-        int64_t j = 0;
         if (cols == NR) {
-          for (; j < NR; ++j) o[j] = widen(row[j]);
+          widen_run(row, o, NR);
         } else {
-          for (; j < cols; ++j) o[j] = widen(row[j]);
-          for (; j < NR; ++j) o[j] = A(0);
+          widen_run(row, o, cols);
+          for (int64_t j = cols; j < NR; ++j) o[j] = A(0);
         }
       }
       continue;
@@ -165,31 +222,12 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
     for (int64_t half = 0; half < NR; half += L) {
       const int64_t lanes = cols - half < 0 ? 0 : cols - half < L ? cols - half : L;
       A* o = out + half;
-      int64_t kk = 0;
-      if (b_k == 1) {  // columns of B are contiguous (a weight): transpose blocks in registers
-        for (; kk + L <= k; kk += L) {
-          vec<A> block[L];
-#pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) {
-            if (j < lanes) {
-              const T* column = panel + (half + j) * b_n + kk;
-              if constexpr (sizeof(T) == sizeof(A)) {
-                block[j] = load<A>(reinterpret_cast<const A*>(column));
-              } else {
-                A widened[L];
-                for (int i = 0; i < L; ++i) widened[i] = widen(column[i]);
-                block[j] = load<A>(widened);
-              }
-            } else {
-              block[j] = vec<A>{};
-            }
-          }
-          transpose<A>(block);
-#pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) store<A>(o + (kk + i) * NR, block[i]);
-        }
+      if (b_k == 1 && k >= L) {  // columns of B are contiguous (a weight)
+        const T* columns = panel + half * b_n;
+        lanes == L ? pack_transposed<T>(columns, b_n, k, L, o) : pack_transposed<T>(columns, b_n, k, lanes, o);
+        continue;
       }
-      for (; kk < k; ++kk) {
+      for (int64_t kk = 0; kk < k; ++kk) {
         int64_t j = 0;
         for (; j < lanes; ++j) o[kk * NR + j] = widen(panel[kk * b_k + (half + j) * b_n]);
         for (; j < L; ++j) o[kk * NR + j] = A(0);
@@ -223,7 +261,7 @@ static void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t rows, int64_t k
     const T* row = a + i * a_m;
     accumulator_t<T>* o = out + i * k;
     if (a_k == 1) {
-      for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk]);
+      widen_run(row, o, k);
     } else {
       for (int64_t kk = 0; kk < k; ++kk) o[kk] = widen(row[kk * a_k]);
     }
@@ -343,6 +381,15 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
             t.b_stride = NR;
           }
           t.bias = p.bias && last ? work.bias + j0 : nullptr;
+          const A* mask = nullptr;
+          A* column_sum = nullptr;
+          if constexpr (sizeof(T) == sizeof(A)) {
+            mask = p.mask && last ? p.mask + m0 * p.mask_m + n0 + j0 : nullptr;
+            column_sum = p.column_sum && last ? p.column_sum + n0 + j0 : nullptr;
+          }
+          t.mask = overhangs ? nullptr : mask;
+          t.mask_stride = p.mask_m;
+          t.column_sum = overhangs ? nullptr : column_sum;
           t.c = overhangs ? work.edge : c;
           t.c_stride = overhangs ? NR : p.c_m;
           if (overhangs && t.accumulate) {
@@ -354,7 +401,11 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
           done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel) : tile_rows<A, false>(t, rows, narrow_panel);
           if (overhangs) {
             for (int64_t i = 0; i < done; ++i) {
-              for (int64_t j = 0; j < cols; ++j) c[i * p.c_m + j] = work.edge[i * NR + j];
+              for (int64_t j = 0; j < cols; ++j) {
+                const A value = mask && mask[i * p.mask_m + j] <= A(0) ? A(0) : work.edge[i * NR + j];
+                if (column_sum) column_sum[j] += value;
+                c[i * p.c_m + j] = value;
+              }
             }
           }
         }
@@ -376,6 +427,8 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
   for (int64_t i = 0; i < p.m; ++i) {
     if (p.bias) p.c[i] += beta;
     if (p.relu) p.c[i] = relu_scalar<T>(p.c[i]);
+    if (p.mask && p.mask[i * p.mask_m] <= T(0)) p.c[i] = T(0);
+    if (p.column_sum) p.column_sum[0] += p.c[i];
   }
 }
 
@@ -400,8 +453,7 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
                              p.bias_stride, p.relu, false, packed_b},
                             workspace);
         for (int64_t i = 0; i < m; ++i) {
-          T* c = p.c + (m0 + i) * p.c_m + n0;
-          for (int64_t j = 0; j < n; ++j) c[j] = narrow<T>(chunk[i * n + j]);
+          narrow_run(chunk + i * n, p.c + (m0 + i) * p.c_m + n0, n);
         }
       }
     }

@@ -32,7 +32,7 @@ using accumulator_t = typename Accumulator<T>::type;
 
 // C = A B, then optionally + bias and ReLU. One product serves the three of a layer:
 //   forward       f    = h Omega^T + beta   A = h,   B = Omega^T, with bias and ReLU in the same pass
-//   input grad    dh   = df Omega           A = df,  B = Omega
+//   input grad    dh   = df Omega           A = df,  B = Omega, with the mask and the column sums of the layer below
 //   weight grad   dOmega = df^T h           A = df^T, B = h
 // A and B may have any strides (transposed, expanded, overlapping); C's columns are contiguous.
 template <typename T, typename Out>
@@ -49,6 +49,10 @@ struct Gemm {
   bool relu = false;
   bool accumulate = false;                     // C += A B
   const accumulator_t<T>* packed_b = nullptr;  // B as `pack` leaves it, or nullptr: packed on the way
+  // Not for halves: C = I[mask > 0] . C by the rule of ReluBackward, and the column sums of that, row after row.
+  const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
+  int64_t mask_m = 0;
+  accumulator_t<T>* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
 };
 
 // df = I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta).

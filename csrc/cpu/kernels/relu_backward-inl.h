@@ -5,7 +5,21 @@ template <typename T>
 MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T* out, accumulator_t<T>* sum,
                                   int64_t cols) {
   using A = accumulator_t<T>;
-  for (int64_t j = 0; j < cols; ++j) {
+  int64_t j = 0;
+  if constexpr (kConverted<T> > 0) {
+    constexpr int L = kConverted<T>;
+    for (; grad_col == 1 && j + L <= cols; j += L) {
+      A df[L], mask[L];
+      convert(grad + j, df);
+      if (h) {
+        convert(h + j, mask);
+        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i];
+      }
+      if (out) convert(df, out + j);
+      for (int i = 0; sum && i < L; ++i) sum[j + i] += df[i];
+    }
+  }
+  for (; j < cols; ++j) {
     const T g = grad[j * grad_col];
     const bool pass = h ? !(widen(h[j]) <= A(0)) : true;
     const A df = pass ? widen(g) : A(0);

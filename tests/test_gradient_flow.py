@@ -1,0 +1,288 @@
+"""`gradient_flow` measures what autograd computes, agrees with theory, and names what was made to go wrong."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_manualbp as mbp
+from torch_manualbp.inspection.gradient_flow import EXPLODING, VANISHING, GradientFlow, LayerFlow, dead_share_limit
+
+
+def deep(width=64, layers=30, gain=1.0, dtype=torch.float32):
+    """A network whose weights have `gain` times the standard deviation of He's initialisation, and no biases."""
+    model = mbp.MLP([width] * (layers + 1), dtype=dtype)
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / width))
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+def flow_of(model, rows=256, loss="mse"):
+    dtype = model[0].weight.dtype
+    x = torch.randn(rows, model[0].in_features).to(dtype)
+    return mbp.gradient_flow(model, x, torch.randn(rows, model[-1].out_features).to(dtype), loss)
+
+
+def linear(output, target):
+    """A loss whose gradient does not depend on the output, as theory supposes."""
+    return (output * target).sum()
+
+
+def test_numbers_equal_autograd():
+    model = nn.Sequential(
+        nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7), nn.Linear(7, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)
+    ).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 3, dtype=torch.float64)
+    r = mbp.gradient_flow(model, x, y)
+    h, hs, fs = x, [], []
+    for module in model:
+        if isinstance(module, nn.Linear):
+            hs.append(h)
+            fs.append(h := module(h))
+            h.retain_grad()
+        else:
+            h = module(h)
+    ((fs[-1] - y).square().mean(1)).sum().backward()  # Σ ℓ_i
+
+    def size(t):
+        return t.square().mean().sqrt().item()
+
+    relu = (True, False, True, False)
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    for k, layer in enumerate(r.layers):
+        assert (layer.name, layer.d_in, layer.d_out) == (("0", "2", "3", "5")[k], *reversed(linears[k].weight.shape))
+        assert layer.f == pytest.approx(size(fs[k]))
+        assert layer.h == pytest.approx(size(hs[k]))
+        assert layer.dl_df == pytest.approx(size(fs[k].grad))
+        weight = linears[k].weight
+        assert layer.update_ratio == pytest.approx((weight.grad.norm() / 20 / weight.norm()).item())
+        if relu[k]:
+            assert layer.dead == pytest.approx((fs[k] <= 0).all(0).double().mean().item())
+            assert layer.always_on == pytest.approx((fs[k] > 0).all(0).double().mean().item())
+        else:
+            assert layer.dead is layer.always_on is None
+        if k == 0:
+            assert layer.growth is layer.growth_theory is layer.forward_growth is layer.forward_theory is None
+            continue
+        assert layer.growth == pytest.approx(size(fs[k - 1].grad) / size(fs[k].grad))
+        assert layer.forward_growth == pytest.approx(size(fs[k]) / size(fs[k - 1]))
+        half, variance = 0.5 if relu[k - 1] else 1, weight.var(correction=0).item()
+        assert layer.growth_theory == pytest.approx(math.sqrt(half * layer.d_out * variance))
+        assert layer.forward_theory == pytest.approx(math.sqrt(half * layer.d_in * variance))
+    top = size(fs[-1].grad) * math.sqrt(3)
+    assert r.gradient_ratio == pytest.approx(size(fs[0].grad) * math.sqrt(9) / top)
+
+
+@pytest.mark.parametrize(("gain", "diagnosis"), [(0.5, ["vanishing"]), (1, []), (2, ["exploding"])])
+@pytest.mark.parametrize("width", [64, 256])
+def test_thirty_layers(width, gain, diagnosis):
+    r = flow_of(deep(width, 30, gain))
+    assert r.diagnosis == diagnosis
+    for word in ("vanishing", "exploding", "dead"):
+        assert (word in r.diagnosis) == (word in diagnosis)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_he_initialisation_is_healthy_whatever_the_seed(seed):
+    torch.manual_seed(seed)
+    assert flow_of(deep(64)).diagnosis == []
+    assert flow_of(deep(256)).diagnosis == []
+
+
+def test_pytorch_initialisation_vanishes_in_thirty_layers_only():
+    assert "vanishing" in flow_of(mbp.MLP([128] * 31)).diagnosis
+    assert flow_of(mbp.MLP([784, 512, 512, 10]), loss="mse").diagnosis == []
+
+
+@pytest.mark.parametrize("gain", [0.5, 1, 2])
+@pytest.mark.parametrize("width", [256, 512])
+def test_theory_predicts_the_growth_of_each_layer(width, gain):
+    r = flow_of(deep(width, 30, gain), loss=linear)
+    for layer in r.layers[1:]:
+        assert layer.growth_theory == pytest.approx(gain, rel=0.03)
+        assert layer.growth == pytest.approx(layer.growth_theory, rel=0.15)
+        assert layer.forward_theory == pytest.approx(gain, rel=0.03)
+        assert layer.forward_growth == pytest.approx(
+            layer.forward_theory, rel=0.2
+        )  # varies more: f is the same for all
+
+
+@pytest.mark.parametrize("gain", [0.5, 1, 2])
+def test_theory_predicts_the_mean_growth_with_a_real_loss(gain):
+    layers = flow_of(deep(256, 30, gain)).layers[1:]
+    for measured, predicted in (("growth", "growth_theory"), ("forward_growth", "forward_theory")):
+        ratios = [getattr(layer, measured) / getattr(layer, predicted) for layer in layers]
+        assert math.prod(ratios) ** (1 / len(ratios)) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize(("gain", "diagnosis"), [(1e-3, "vanishing"), (30, "exploding")])
+def test_float32_networks_that_under_and_overflow_are_measured_all_the_same(gain, diagnosis):
+    r = flow_of(deep(256, 30, gain))
+    assert r.diagnosis == [diagnosis]
+    assert all(math.isfinite(layer.f) and layer.f > 0 and layer.dl_df > 0 for layer in r.layers)
+
+
+def test_a_layer_whose_units_are_all_off():
+    model = deep(64, 5)
+    nn.init.constant_(model[4].bias, -100.0)
+    r = flow_of(model)
+    assert r.diagnosis == ["dead"]  # not vanishing: the reason for the missing gradient is known
+    assert r.layers[2].dead == 1
+    assert [layer.dl_df for layer in r.layers[:3]] == [0, 0, 0]
+    assert "100% of the units of layer 2 (4)" in r.explanation["dead"]
+
+
+def test_the_limit_of_dead_units():
+    assert dead_share_limit(256) == 0.625
+    assert dead_share_limit(4) == 1
+    model = deep(256, 4)
+    for share, diagnosis in ((0.6, []), (0.65, ["dead"])):
+        with torch.no_grad():
+            model[2].bias[: int(256 * share)] = -100.0
+        assert flow_of(model).diagnosis == diagnosis
+
+
+@pytest.mark.parametrize(
+    ("ratio", "diagnosis"),
+    [(VANISHING / 1.1, ["vanishing"]), (VANISHING * 1.1, []), (EXPLODING / 1.1, []), (EXPLODING * 1.1, ["exploding"])],
+)
+def test_the_limits_of_the_gradient_ratio(ratio, diagnosis):
+    one = LayerFlow("0", 4, 4, 1.0, 1.0, 0.0, 0.0, ratio, None, None, None, None, 0.1)
+    assert (
+        GradientFlow((one, LayerFlow("2", 4, 4, 1.0, 1.0, None, None, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1))).diagnosis
+        == diagnosis
+    )
+
+
+def test_a_narrow_output_is_no_exploding_gradient():
+    """Norms are compared: ∂ℓ/∂f of one output is √512 times larger than that of 512 units with the same norm."""
+    model = mbp.MLP([512, 512, 1])
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    assert flow_of(model).gradient_ratio == pytest.approx(1, rel=0.3)
+
+
+def test_nan_and_inf_are_found():
+    model = deep(16, 3)
+    x, y = torch.randn(10, 16), torch.randn(10, 16)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.inf
+    r = mbp.gradient_flow(model, x, y)
+    assert "exploding" in r.diagnosis
+    assert "layer 1 (2)" in r.explanation["exploding"]
+
+
+def test_no_gradient_at_all_is_no_finding():
+    model = deep(16, 3)
+    x = torch.randn(10, 16)
+    r = mbp.gradient_flow(model, x, model(x).detach().double())
+    assert math.isnan(r.gradient_ratio) or r.diagnosis == []
+    r = mbp.gradient_flow(model, x, torch.full((10,), -100), "cross_entropy")
+    assert math.isnan(r.gradient_ratio)
+    assert r.diagnosis == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        mbp.LinearReLU(5, 3),
+        mbp.MLP([5, 3], bias=False),
+        mbp.fuse(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU())),
+        mbp.MLP([5, 8, 3], dtype=torch.bfloat16),
+        mbp.MLP([5, 8, 3]).requires_grad_(False),
+    ],
+    ids=["LinearReLU", "one layer", "fused", "bfloat16", "frozen"],
+)
+def test_kinds_of_models(model):
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(7, 5).to(dtype)
+    for loss, y in (("mse", torch.randn(7, 3).to(dtype)), ("cross_entropy", torch.randint(3, (7,)))):
+        r = mbp.gradient_flow(model, x, y, loss)
+        assert all(math.isfinite(layer.f) and math.isfinite(layer.dl_df) for layer in r.layers)
+        assert str(r)
+
+
+def test_more_dimensions_are_more_examples():
+    model = mbp.MLP([5, 8, 3])
+    x, y = torch.randn(4, 6, 5), torch.randn(4, 6, 3)
+    assert mbp.gradient_flow(model, x, y) == mbp.gradient_flow(model, x.reshape(24, 5), y.reshape(24, 3))
+    classes = torch.randint(3, (4, 6))
+    r = mbp.gradient_flow(model, x, classes, "cross_entropy")
+    assert r == mbp.gradient_flow(model, x.reshape(24, 5), classes.flatten(), "cross_entropy")
+
+
+def test_nothing_else_is_touched():
+    model, x, y = mbp.MLP([5, 8, 3]), torch.randn(4, 5, requires_grad=True), torch.randn(4, 3)
+    state, before = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    mbp.gradient_flow(model, x, y)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in (x, *model.parameters()))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_table_and_dict():
+    r = flow_of(deep(64, 30, 0.5))
+    lines = str(r).splitlines()
+    assert len(lines) == 1 + 1 + 30 + 1
+    assert "a factor of 0.5 per layer; theory predicts 0.5 from" in lines[-1]
+    assert len({len(line) for line in lines[1:-1]}) == 1  # aligned
+    assert lines[-1].startswith("vanishing: the gradient of the first layer is")
+    assert str(flow_of(deep(64, 3))).endswith("nothing found")
+    d = json.loads(json.dumps(r.to_dict()))
+    assert d["diagnosis"] == ["vanishing"]
+    assert d["layers"][3]["growth"] == r.layers[3].growth
+    assert d["step"] is None
+
+
+def test_plot_shows_every_layer():
+    figure = flow_of(deep(64, 12, 0.5)).plot()
+    sizes, growth, shares = figure.axes
+    assert "vanishing" in figure.get_suptitle()
+    assert [len(line.get_xdata()) for line in sizes.lines] == [12, 12]
+    assert sizes.get_yscale() == "log"
+    assert [len(line.get_xdata()) for line in growth.lines[:4]] == [11] * 4
+    assert len(shares.patches) == 22
+    flow_of(mbp.MLP([3, 2])).plot().canvas.draw()  # one layer without ReLU: nothing to show in two of the panels
+
+
+def test_matplotlib_is_imported_only_to_plot():
+    code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_matplotlib_missing_is_a_clear_error(monkeypatch):
+    r = flow_of(mbp.MLP([3, 2]))
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="figures need matplotlib"):
+        r.plot()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m, x, y: (m, x[0], y), ValueError, r"`input` must have shape \(…, 5\)"),
+        (lambda m, x, y: (m, x[:0], y[:0]), ValueError, "hold examples"),
+        (lambda m, x, y: (m, x[:, :4], y), ValueError, r"\(…, 5\)"),
+        (lambda m, x, y: (m, x, y[:, :2]), ValueError, r"`target` must have shape \(4, 3\)"),
+        (lambda m, x, y: (m, x, y, "hinge"), ValueError, "`loss` must be one of"),
+        (lambda m, x, y: (nn.Sequential(m, nn.Tanh()), x, y), TypeError, "Tanh"),
+        (lambda m, x, y: (m, [1], y), TypeError, "`input` must be a Tensor"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        mbp.gradient_flow(*change(mbp.MLP([5, 8, 3]), torch.randn(4, 5), torch.randn(4, 3)))
+
+
+def test_cross_entropy_of_mnist_size():
+    model, x = mbp.MLP([784, 512, 512, 10]), torch.randn(64, 784)
+    r = mbp.gradient_flow(model, x, torch.randint(10, (64,)), "cross_entropy")
+    top = (F.softmax(model(x), 1) - F.one_hot(torch.randint(10, (64,)), 10)).square().mean().sqrt()
+    assert r.layers[-1].dl_df == pytest.approx(top.item(), rel=0.05)

@@ -1,0 +1,111 @@
+"""The one place that finds the layers of a model: which weight, which bias, and whether a ReLU follows.
+
+Anything that is not exactly a Linear, a ReLU or a Sequential of them is refused by name, because a number that is
+computed from the weights alone would not be the model's number then.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from torch_manualbp.modules import FusedForward, LinearReLU
+
+_MISSING = object()
+
+
+class Layer(NamedTuple):
+    """One layer k: f_k = β_k + Ω_k h_k, and h_{k+1} = a[f_k] if `relu`."""
+
+    name: str
+    """Of the module in the model, as ``named_modules`` has it: "0" or "head.2"; "" if it is the model itself."""
+    weight: Tensor
+    """Ω_k (D_{k+1}, D_k), the parameter itself."""
+    bias: Tensor | None
+    """β_k (D_{k+1},), the parameter itself, or None."""
+    relu: bool
+    """Whether a ReLU follows."""
+
+    def parameter_name(self, kind: str) -> str:
+        """Of its "weight" or "bias" in the model, as ``named_parameters`` has it."""
+        return f"{self.name}.{kind}" if self.name else kind
+
+
+def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
+    """The layers of a network in the order in which they are computed.
+
+    Args:
+        model: an `MLP`, a `LinearReLU`, an ``nn.Linear``, or an ``nn.Sequential`` (fused or not, nested or not) whose
+            children are such layers and ``nn.ReLU``. Hooks on `model` itself are outside of the network and not looked
+            at.
+        op: the caller, for error messages.
+
+    Returns:
+        A `Layer` (name, weight, bias, relu) for each linear layer; its tensors are the model's own parameters.
+
+    Raises:
+        TypeError: `model` is not a module, or holds a child whose computation is not known: another module, a subclass
+            with its own forward, a layer that is parametrized or watched by hooks.
+        ValueError: there is no linear layer, a ReLU comes before the first one, or two layers share a parameter.
+
+    Example:
+        >>> from torch_manualbp import MLP
+        >>> [(layer.name, tuple(layer.weight.shape), layer.relu) for layer in layers_of(MLP([4, 8, 1]))]
+        [('0', (8, 4), True), ('2', (1, 8), False)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: `model` must be an nn.Module, got {type(model).__name__}")
+    layers: list[Layer] = []
+    owners: dict[int, str] = {}
+    for name, module in _leaves(op, model, "", outermost=True):
+        if type(module) is nn.ReLU:
+            if not layers:
+                raise ValueError(f"{op}: {_child(name, module)} comes before the first linear layer")
+            layers[-1] = layers[-1]._replace(relu=True)
+            continue
+        weight, bias = _parameters(op, name, module)
+        for parameter in (weight, bias):
+            if parameter is not None and (other := owners.setdefault(id(parameter), name)) != name:
+                raise ValueError(f"{op}: {_child(name, module)} shares a parameter with child {other!r}")
+        layers.append(Layer(name, weight, bias, type(module) is LinearReLU))
+    if not layers:
+        raise ValueError(f"{op}: `model` ({type(model).__name__}) has no linear layer")
+    return layers
+
+
+def _leaves(op: str, module: nn.Module, name: str, outermost: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The Linear, LinearReLU and ReLU modules inside `module` with their names, in the order of the computation."""
+    known = type(module) in (nn.Linear, nn.ReLU, LinearReLU)
+    sequential = type(module).forward in (nn.Sequential.forward, FusedForward.forward)
+    if not (known or sequential) or "forward" in module.__dict__:
+        raise TypeError(
+            f"{op}: {_child(name, module)} is not supported: expected nn.Linear, nn.ReLU, LinearReLU or an "
+            "nn.Sequential of them (apply other modules to the input, or to the output in the loss)"
+        )
+    if not outermost and _has_hooks(module):
+        raise TypeError(f"{op}: {_child(name, module)} has hooks, which may change what it computes: remove them first")
+    if known:
+        yield name, module
+    else:
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from _leaves(op, child, f"{name}.{key}" if name else key)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    own = module.__dict__
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(own.get(kind) for kind in kinds)
+
+
+def _parameters(op: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Ω and β, where they are the module's own parameters: nothing else would be the model's gradient."""
+    weight, bias = (module._parameters.get(kind, _MISSING) for kind in ("weight", "bias"))
+    if type(weight) not in (Parameter, Tensor) or not (bias is None or type(bias) in (Parameter, Tensor)):
+        raise TypeError(f"{op}: {_child(name, module)} does not compute with plain parameters `weight` and `bias`")
+    return cast(Tensor, weight), cast("Tensor | None", bias)
+
+
+def _child(name: str, module: nn.Module) -> str:
+    return f"child {name!r} ({type(module).__name__})" if name else f"`model` ({type(module).__name__})"

@@ -1,0 +1,383 @@
+"""`gradient_flow`: why does this network not train? One call measures the signal and the gradient layer by layer.
+
+The lecture ends with the question what the chain rule's factors do when they are multiplied: what if most of them are
+above 2, or below 0.5? Here is what theory says (He et al., 2015), from the lecture's equations. Let Ω_k (D_{k+1}, D_k)
+have independent entries with mean 0 and variance Var[Ω_k], biases 0, and f_{k−1} a symmetric distribution. Then
+
+    f_k = β_k + Ω_k h_k,  h_k = a[f_{k−1}]        E[f_k²] = D_k Var[Ω_k] E[h_k²] = D_k Var[Ω_k] / 2 · E[f_{k−1}²]
+    ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ Ω_kᵀ ∂ℓ/∂f_k   E[(∂ℓ/∂f_{k−1})²] = D_{k+1} Var[Ω_k] / 2 · E[(∂ℓ/∂f_k)²]
+
+as half of the f_{k−1} are positive. So through layer k the root mean square of f grows by √(D_k Var[Ω_k]/2) on the way
+forward, and that of ∂ℓ/∂f by √(D_{k+1} Var[Ω_k]/2) on the way back. Both are 1 in a network of constant width whose
+weights have the variance 2/D; 30 layers of 0.5 leave 10⁻⁹.
+
+Left to others: training loops (monitor.py), figures (flow_plot.py), the model's layers (_layers.py).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_manualbp._checks import LOSSES, check_choice, check_tensor
+from torch_manualbp.inspection._layers import Layer, layers_of
+from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The gradient that reaches the first layer is so many times smaller or larger than that of the last: with one learning
+# rate, one of them stands still or the other diverges. 30 layers of 256 units with He's variance stay within a factor
+# of 10; PyTorch's own initialisation (a factor of 0.41 per layer) crosses the line at 9 layers.
+VANISHING = 1e-3
+EXPLODING = 1e3
+
+
+def dead_share_limit(units: int) -> float:
+    """The share of dead units above which a layer is called dead: four standard deviations above a half.
+
+    If all examples were alike to a healthy layer, as they nearly are deep in a random network, each of its units would
+    be dead with probability ½.
+    """
+    return min(1.0, 0.5 + 2 / math.sqrt(max(units, 1)))
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """What was measured at layer k. "Size" is the root mean square over examples and units."""
+
+    name: str
+    """The module, as ``named_modules`` has it."""
+    d_in: int
+    """D_k"""
+    d_out: int
+    """D_{k+1}"""
+    f: float
+    """Size of f_k = β_k + Ω_k h_k."""
+    h: float
+    """Size of h_k, what enters the layer."""
+    dead: float | None
+    """Share of units that ReLU blocks for every example (f_k ≤ 0): they pass no gradient. None without a ReLU."""
+    always_on: float | None
+    """Share of units that ReLU passes for every example (f_k > 0): they are linear. None without a ReLU."""
+    dl_df: float
+    """Size of ∂ℓ/∂f_k."""
+    growth: float | None
+    """Size of ∂ℓ/∂f_{k−1} / size of ∂ℓ/∂f_k: how the gradient grows on its way back through layer k. None for k = 0."""
+    growth_theory: float | None
+    """√(D_{k+1} Var[Ω_k] / 2), what theory predicts for `growth`; without the ½ if no ReLU precedes the layer."""
+    forward_growth: float | None
+    """Size of f_k / size of f_{k−1}. None for k = 0."""
+    forward_theory: float | None
+    """√(D_k Var[Ω_k] / 2), what theory predicts for `forward_growth`; without the ½ if no ReLU precedes the layer."""
+    update_ratio: float | None
+    """From `gradient_flow`: ‖∂L/∂Ω_k‖ / ‖Ω_k‖ with L the mean of ℓ_i; times the learning rate it is the relative size
+    of a step of plain SGD. From `GradientFlowMonitor`: ‖ΔΩ_k‖ / ‖Ω_k‖ of the step that was taken; None if none was."""
+
+
+@dataclass(frozen=True)
+class GradientFlow:
+    """The layers of a network from the input to the output, as `gradient_flow` or a monitor measured them."""
+
+    layers: tuple[LayerFlow, ...]
+    step: int | None = None
+    """Which forward pass of training it was, counted from 1, if a monitor measured it."""
+
+    @property
+    def gradient_ratio(self) -> float:
+        """‖∂ℓ/∂f_0‖ / ‖∂ℓ/∂f_{K−1}‖: what is left of the gradient at the first layer.
+
+        Of norms, not root mean squares, so that a layer with few outputs is not mistaken for a large gradient: with
+        He's variance 2/D_k this ratio stays near 1 whatever the widths are. NaN if no gradient enters the network.
+        """
+        first, last = self.layers[0], self.layers[-1]
+        top = last.dl_df * math.sqrt(last.d_out)
+        return first.dl_df * math.sqrt(first.d_out) / top if top else math.nan
+
+    @property
+    def explanation(self) -> dict[str, str]:
+        """Each finding of `diagnosis`, in plain words and with the numbers behind it."""
+        return {**self._explain_gradient(), **self._explain_dead()}
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """Findings, of "vanishing", "exploding" and "dead"; empty for a healthy network.
+
+        - "vanishing": the gradient of the first layer is less than 10⁻³ of that of the last (`gradient_ratio`), and no
+          layer is dead altogether, which would be the reason.
+        - "exploding": it is more than 10³ times that of the last, or something is NaN or infinite.
+        - "dead": in some layer, more units are dead than 4 standard deviations above a half: ½ + 2/√D or more, that is
+          62.5 % of 256 units, 75 % of 64. Half of them is what chance gives where all examples look alike.
+        """
+        return list(self.explanation)
+
+    def _explain_gradient(self) -> dict[str, str]:
+        broken = [
+            f"{quantity} of layer {k} ({layer.name or 'the model'})"
+            for quantity in ("f", "dl_df")
+            for k, layer in enumerate(self.layers)
+            if not math.isfinite(getattr(layer, quantity))
+        ]
+        if broken:
+            return {"exploding": f"NaN or Inf in {broken[0]}" + (f" and {len(broken) - 1} more" if broken[1:] else "")}
+        ratio, steps = self.gradient_ratio, len(self.layers) - 1
+        # A layer that underflowed to exactly 0 looks dead, but is vanishing's doing.
+        cut = any(layer.dead == 1 and layer.f > 0 for layer in self.layers)
+        if not (ratio > EXPLODING or (ratio < VANISHING and not cut)):
+            return {}
+        text = f"the gradient of the first layer is {ratio:.1e} times that of the last"
+        if ratio > 0:
+            text += f", a factor of {ratio ** (1 / steps):.2g} per layer"
+        predicted = [layer.growth_theory for layer in self.layers if layer.growth_theory]
+        if predicted:
+            # The same ratio of norms in theory: root mean squares, times the roots of the numbers of units.
+            norms = math.prod(predicted) * math.sqrt(self.layers[0].d_out / self.layers[-1].d_out)
+            text += f"; theory predicts {norms ** (1 / steps):.2g} from the weights' variances, and 2/D would keep it"
+        return {"exploding" if ratio > EXPLODING else "vanishing": text}
+
+    def _explain_dead(self) -> dict[str, str]:
+        found = [
+            (k, layer)
+            for k, layer in enumerate(self.layers)
+            if layer.dead is not None and layer.d_out and layer.dead >= dead_share_limit(layer.d_out)
+        ]
+        if not found:
+            return {}
+        k, worst = max(found, key=lambda item: item[1].dead or 0.0)
+        text = f"{worst.dead:.0%} of the units of layer {k} ({worst.name or 'the model'}) are off for every example"
+        others = f", and too many in {len(found) - 1} more layers" if len(found) > 1 else ""
+        return {"dead": text + others}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON or a table: step, diagnosis, explanation, gradient_ratio, layers."""
+        return {
+            "step": self.step,
+            "diagnosis": self.diagnosis,
+            "explanation": self.explanation,
+            "gradient_ratio": self.gradient_ratio,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def plot(self) -> "Figure":
+        """Sizes of f_k and ∂ℓ/∂f_k, growth factors beside theory, and shares of dead and always-on units, by layer.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from torch_manualbp.inspection.flow_plot import plot_flow
+
+        return plot_flow(self)
+
+    def __str__(self) -> str:
+        header = (
+            "k", "layer", "D_k → D_k+1", "|f_k|", "|h_k|", "dead", "always on", "|∂ℓ/∂f_k|", "growth", "theory",
+            "forward", "theory", "update/weight",
+        )  # fmt: skip
+        rows = [header]
+        for k, layer in enumerate(self.layers):
+            rows.append((
+                str(k), layer.name, f"{layer.d_in} → {layer.d_out}", _size(layer.f), _size(layer.h),
+                _share(layer.dead), _share(layer.always_on), _size(layer.dl_df), _factor(layer.growth),
+                _factor(layer.growth_theory), _factor(layer.forward_growth), _factor(layer.forward_theory),
+                _size(layer.update_ratio),
+            ))  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        title = "Gradient flow" + (f" at step {self.step}" if self.step is not None else "")
+        findings = [f"{word}: {text}" for word, text in self.explanation.items()] or ["nothing found"]
+        return "\n".join([f"{title} (|·| is the root mean square over examples and units)", *lines, *findings])
+
+
+def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = "mse") -> GradientFlow:
+    """Measures how the signal f_k and the gradient ∂ℓ/∂f_k grow or shrink from layer to layer, and says what is wrong.
+
+    The growth factor of layer k is the root mean square of ∂ℓ/∂f_{k−1} divided by that of ∂ℓ/∂f_k, over all examples
+    and units: one factor of the lecture's chain rule. As ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ Ω_kᵀ ∂ℓ/∂f_k sums D_{k+1}
+    terms and half of the f_{k−1} are positive, theory predicts √(D_{k+1} Var[Ω_k] / 2) for it (He et al., 2015). On the
+    way forward f_k sums D_k terms: the root mean square of f_k, divided by that of f_{k−1}, is √(D_k Var[Ω_k] / 2).
+    Theory takes ∂ℓ/∂f_k to be independent of Ω_k and f_{k−1}. Right below a loss that grows with the output ("mse" of
+    large outputs) it is not, and the last few layers measure up to 1.8 times of what is predicted.
+
+    See `LayerFlow` for each number, and `GradientFlow.diagnosis` for the findings and their thresholds.
+
+    Computed in float64 whatever the dtype of the model is, so that a network that overflows can be measured too. No
+    hooks are set, no ``.grad`` is touched, and no random number is drawn.
+
+    Args:
+        model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
+        input: h_0 (…, D_0). More examples make the shares of dead and always-on units more certain.
+        target: (…, D_K), or (B,) class indices for "cross_entropy".
+        loss: ℓ_i, as in `per_sample_gradients`: "mse", "cross_entropy", "bce_with_logits", or a function of one
+            example's output and target.
+
+    Returns:
+        A `GradientFlow`, to be printed; ``.layers``, ``.diagnosis``, ``.explanation``, ``.plot()``, ``.to_dict()``.
+
+    Raises:
+        TypeError: `model` has other modules, or an argument is no tensor.
+        ValueError: unknown `loss`, an `input` or `target` that does not fit, no examples, or layers that share a
+            parameter.
+
+    Example:
+        >>> from torch_manualbp import MLP
+        >>> _ = torch.manual_seed(0)
+        >>> model = MLP([64] * 31)
+        >>> r = gradient_flow(model, torch.randn(100, 64), torch.randn(100, 64))
+        >>> r.diagnosis  # PyTorch's initialisation, 30 layers: √(D · Var[Ω]/2) = √(1/6)
+        ['vanishing']
+        >>> round(r.layers[1].growth_theory, 2)
+        0.41
+        >>> for layer in model[::2]:
+        ...     _ = nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        >>> gradient_flow(model, torch.randn(100, 64), torch.randn(100, 64)).diagnosis
+        []
+    """
+    layers = layers_of(model, "gradient_flow")
+    check_tensor("gradient_flow", "input", input)
+    check_tensor("gradient_flow", "target", target)
+    if not callable(loss):
+        check_choice("gradient_flow", "loss", loss, LOSSES)
+    rows = as_rows("gradient_flow", input, layers)
+    target = target.flatten(0, input.dim() - 2) if target.dim() >= input.dim() - 1 else target
+    check_example_target("gradient_flow", loss, target, len(rows), layers[-1].weight.shape[0])
+    if target.is_floating_point():
+        target = target.to(widest_dtype(input.device))
+    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        flow = Flow(layers, len(rows), widest_dtype(input.device))
+        sums = flow.measure(rows, lambda output: output_gradient(loss, output, target))
+        return GradientFlow(describe(layers, len(rows), sums, flow.gradient_ratios()))
+
+
+def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """The examples of an input (…, D_0) as rows (B, D_0)."""
+    d_in = layers[0].weight.shape[1]
+    if input.dim() < 2 or input.shape[-1] != d_in or input.shape[:-1].numel() == 0:
+        raise ValueError(f"{op}: `input` must have shape (…, {d_in}) and hold examples, got {tuple(input.shape)}")
+    return input.detach().flatten(0, -2)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """In which statistics are made: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Flow:
+    """Both passes of a network over so many rows, with all layers side by side in one matrix each for f, h and ∂ℓ/∂f.
+
+    Statistics are then taken of all layers in one call: 50 narrow layers would cost more in calls than in work. Memory
+    and views are kept from call to call.
+    """
+
+    def __init__(self, layers: Sequence[Layer], rows: int, dtype: torch.dtype) -> None:
+        self.layers = layers
+        device = layers[0].weight.device
+        self.wide = widest_dtype(device)
+        self.counts = torch.tensor([layer.weight.shape[0] for layer in layers])
+        ends = [0, *accumulate(self.counts.tolist())]
+        owner = torch.repeat_interleave(torch.arange(len(layers)), self.counts)
+        self.owner = owner.to(device)  # which layer a column belongs to
+        self.matrices = [torch.empty(rows, ends[-1], dtype=dtype, device=device) for _ in range(3)]
+        self.scratch = torch.empty_like(self.matrices[0], dtype=self.wide)
+        # Of each layer: f_k, h_{k+1} and ∂ℓ/∂f_k (rows, D_{k+1}).
+        self.f, self.h, self.df = ([matrix[:, start:end] for start, end in pairwise(ends)] for matrix in self.matrices)
+
+    def measure(self, rows: Tensor, output_gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs both passes; `output_gradient` gives ∂ℓ/∂output (rows, D_K) for the output.
+
+        Returns:
+            (7, K), for each layer: sums of squares of f_k, h_k and ∂ℓ/∂f_k, numbers of dead and of always-on units, sum
+            and sum of squares of Ω_k.
+        """
+        f = self.matrices[0]
+        h = self.rows = rows.to(f.dtype)
+        weights = [_as(f.dtype, layer.weight) for layer in self.layers]
+        for k, (omega, (_, _, beta, relu)) in enumerate(zip(weights, self.layers, strict=True)):
+            if beta is None:
+                torch.mm(h, omega.t(), out=self.f[k])
+            else:
+                torch.addmm(_as(f.dtype, beta), h, omega.t(), out=self.f[k])
+            h = self.h[k]
+            if relu:
+                torch.clamp_min(self.f[k], 0, out=h)
+            else:
+                h.copy_(self.f[k])
+        self.df[-1].copy_(output_gradient(h))
+        for k in reversed(range(len(weights))):
+            if self.layers[k].relu:  # ∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1}
+                torch.ops.aten.threshold_backward.grad_input(self.df[k], self.f[k], 0, grad_input=self.df[k])
+            if k > 0:
+                torch.mm(self.df[k], weights[k], out=self.df[k - 1])
+        # Squared in float64: those of small or large float32 numbers under- or overflow. NaN is neither on nor off.
+        columns = [self.scratch.copy_(matrix).square_().sum(0) for matrix in self.matrices]
+        columns += [(f.amax(0) <= 0).to(self.wide), (f.amin(0) > 0).to(self.wide)]
+        sums = torch.zeros(7, len(weights), dtype=self.wide, device=f.device)
+        sums[:5].index_add_(1, self.owner, torch.stack(columns))
+        sums[1] = torch.cat([self.rows.to(self.wide).square().sum().view(1), sums[1, :-1]])  # of h_k, not of h_{k+1}
+        sums[5] = torch.stack([weight.sum() for weight in weights])
+        sums[6] = torch.stack(torch._foreach_norm(weights)).to(self.wide).square()
+        return sums
+
+    def gradient_ratios(self) -> list[float]:
+        """‖∂L/∂Ω_k‖ / ‖Ω_k‖, L being the mean of ℓ_i: of what `measure` has left here."""
+        ratios = []
+        for df, h, layer in zip(self.df, [self.rows, *self.h[:-1]], self.layers, strict=True):
+            gradient = df.t() @ h / len(h)
+            ratios.append(float(gradient.norm() / _as(h.dtype, layer.weight).norm()))
+        return ratios
+
+
+def _as(dtype: torch.dtype, parameter: Tensor) -> Tensor:
+    """The parameter in this dtype, not recorded. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
+    return parameter.detach() if parameter.dtype is dtype else parameter.detach().to(dtype)
+
+
+def describe(layers: Sequence[Layer], rows: int, sums: Tensor, ratios: Sequence[float | None]) -> tuple[LayerFlow, ...]:
+    """What `Flow.measure` returned for so many rows, beside theory."""
+    sums, widths = sums.cpu(), torch.tensor([layer.weight.shape for layer in layers])
+    sizes = sums[:3] / (rows * torch.stack([widths[:, 0], widths[:, 1], widths[:, 0]]))
+    f, h, df = sizes.sqrt().tolist()
+    dead, always_on = (sums[3:5] / widths[:, 0]).tolist()
+    mean, mean_square = sums[5:7] / widths.prod(1)
+    variances = (mean_square - mean.square()).clamp(min=0).tolist()
+    found = []
+    for k, (name, weight, _, relu) in enumerate(layers):
+        d_out, d_in = weight.shape
+        kept = 0.5 if k > 0 and layers[k - 1].relu else 1.0  # the share of f_{k−1} that ReLU passes, in theory
+        found.append(
+            LayerFlow(
+                name=name,
+                d_in=d_in,
+                d_out=d_out,
+                f=f[k],
+                h=h[k],
+                dead=dead[k] if relu else None,
+                always_on=always_on[k] if relu else None,
+                dl_df=df[k],
+                growth=_ratio(df[k - 1], df[k]) if k > 0 else None,
+                growth_theory=math.sqrt(kept * d_out * variances[k]) if k > 0 else None,
+                forward_growth=_ratio(f[k], f[k - 1]) if k > 0 else None,
+                forward_theory=math.sqrt(kept * d_in * variances[k]) if k > 0 else None,
+                update_ratio=ratios[k],
+            )
+        )
+    return tuple(found)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
+
+
+def _factor(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

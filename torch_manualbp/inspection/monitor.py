@@ -1,0 +1,288 @@
+"""`GradientFlowMonitor`: `gradient_flow` for a training loop, every so many steps, without changing what it computes.
+
+It watches the model's own forward pass by one hook on the model, and asks the output for the gradient that training
+sends back. From the input, that gradient and the weights of this moment it computes both passes again, on a part of the
+rows: so a fused network, which calls no layer, is seen like a plain one, and nothing of the graph is kept. `MLP.loss`
+and `MLP.loss_backward` have no output to ask; they announce what they are about to compute (modules.py).
+
+Left to others: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_manualbp._losses import LossSpec
+from torch_manualbp.inspection._layers import Layer, layers_of
+from torch_manualbp.inspection.gradient_flow import Flow, GradientFlow, describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from typing_extensions import Self
+
+
+class GradientFlowMonitor:
+    """Measures the gradient flow of a network while it trains: ``with GradientFlowMonitor(model) as monitor: …``.
+
+    Every `every`-th forward pass that records gradients is measured when its backward pass arrives; the first one is,
+    too. Each measurement is a `GradientFlow` in ``history``, with the ``step`` (forward passes counted from 1) and, as
+    ``update_ratio``, the relative size ‖ΔΩ_k‖ / ‖Ω_k‖ of the parameter step that followed. ∂ℓ/∂f_k is here the gradient
+    of the loss as the training loop wrote it: a mean over the batch makes all of them smaller by 1/B, no ratio changes.
+
+    Training computes the same numbers bit for bit with and without it: no parameter, gradient or random number is
+    touched, and no part of the graph is kept. Runs under ``torch.compile`` are not seen.
+
+    Args:
+        model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not; it may be a part of
+            a larger model (``GradientFlowMonitor(model.head)``).
+        every: how many forward passes there are from one measurement to the next.
+        rows: how many rows of the batch are measured at most, evenly spaced. More cost more time, and tell better
+            whether a unit is dead. Measuring costs about as much as training on so many rows, and at least 0.4 ms.
+
+    Raises:
+        TypeError: `model` has other modules than Linear and ReLU layers; the message names the first one.
+        ValueError: `every` or `rows` is not positive, or layers share a parameter.
+        RuntimeError: a monitor is entered while it is active.
+
+    Example:
+        >>> from torch_manualbp import MLP
+        >>> model = MLP([8, 32, 32, 1])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with GradientFlowMonitor(model, every=2) as monitor:
+        ...     for _ in range(5):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(64, 8)).square().mean().backward()
+        ...         optimizer.step()
+        >>> [flow.step for flow in monitor.history], monitor.diagnosis
+        ([1, 3, 5], [])
+    """
+
+    def __init__(self, model: nn.Module, every: int = 100, *, rows: int = 128) -> None:
+        for name, value in (("every", every), ("rows", rows)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"GradientFlowMonitor: `{name}` must be a positive int, got {value!r}")
+        self._layers = layers_of(model, "GradientFlowMonitor")
+        self._history: list[_Record] = []
+        self._model, self._every, self._rows = model, every, rows
+        self._steps = 0
+        self._flow: Flow | None = None  # kept as long as the shapes stay the same
+        self._shapes: tuple[Any, ...] = ()
+        self._pending: _Record | None = None  # the last one, until a step has changed the weights
+        self._writers: list[tuple[Any, str]] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> "Self":
+        if self._handle is not None:
+            raise RuntimeError("GradientFlowMonitor: it is active already; use one monitor per `with`")
+        self._layers = layers_of(self._model, "GradientFlowMonitor")
+        self._handle = self._model.register_forward_hook(Watcher(self), with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+        self._handle = None
+        self._see_update(last=True)
+        self._flow = None
+
+    @property
+    def history(self) -> list[GradientFlow]:
+        """The measurements, oldest first."""
+        return [record.flow for record in self._history]
+
+    @property
+    def diagnosis(self) -> list[str]:
+        """Of the last measurement: see `GradientFlow.diagnosis`. Empty before the first one."""
+        return self._history[-1].flow.diagnosis if self._history else []
+
+    def write_to(self, writer: Any, prefix: str = "gradient_flow") -> "Self":
+        """Sends each measurement to a TensorBoard ``SummaryWriter``, or anything that has its ``add_scalar``.
+
+        The tags are ``prefix/quantity/layer`` for ``f``, ``dl_df``, ``dead``, ``always_on`` and ``update_ratio``, and
+        ``prefix/gradient_ratio``.
+
+        Returns:
+            The monitor itself, so that it can follow the constructor.
+        """
+        self._writers.append((writer, prefix))
+        return self
+
+    def plot(self) -> "Figure":
+        """Sizes of ∂ℓ/∂f_k, shares of dead units and sizes of the updates, each layer over the steps.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: nothing has been measured yet.
+        """
+        from torch_manualbp.inspection.flow_plot import plot_history
+
+        if not self._history:
+            raise ValueError("GradientFlowMonitor: nothing has been measured yet, so there is nothing to plot")
+        return plot_history(self.history)
+
+    def __str__(self) -> str:
+        lines = [f"GradientFlowMonitor: {self._steps} steps seen, {len(self._history)} measured"]
+        before: list[str] | None = None
+        for flow in self.history:  # a line where the diagnosis changes
+            if flow.diagnosis != before:
+                findings = "; ".join(f"{word}: {text}" for word, text in flow.explanation.items())
+                lines.append(f"from step {flow.step}: {findings or 'nothing found'}")
+                before = flow.diagnosis
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------------------- what the watcher reports
+
+    def _count(self) -> bool:
+        """One more step: whether it is to be measured."""
+        if self._pending is not None:
+            self._see_update()
+        self._steps += 1
+        return (self._steps - 1) % self._every == 0
+
+    def _forward_done(self, input: Tensor, output: Tensor) -> None:
+        if not (isinstance(output, Tensor) and output.requires_grad and self._count()):
+            return
+        step, stride, waiting = self._steps, self._stride(input), True
+        rows = self._sample(input, stride)
+
+        def gradient_arrived(gradient: Tensor) -> None:
+            nonlocal rows, waiting
+            if waiting:  # a second backward pass through the same graph is no other step
+                waiting = False
+                self._measure(step, rows, lambda _: self._sample(gradient, stride).to(rows.dtype))
+                rows = rows[:0]
+
+        output.register_hook(gradient_arrived)  # type: ignore[no-untyped-call]
+
+    def _loss_begins(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        if not self._count():
+            return
+        stride = self._stride(input)
+        target_rows = self._sample(target.reshape(-1, 1) if spec.name == "cross_entropy" else target, stride)
+        terms = target.numel() if spec.name != "cross_entropy" else int((target != spec.ignore_index).sum())
+        scale = 1 / max(terms, 1) if spec.reduction == "mean" else 1.0
+
+        def gradient(output: Tensor) -> Tensor:
+            total = replace(spec, reduction="sum")
+            with torch.enable_grad():
+                leaf = output.detach().requires_grad_()
+                if spec.name == "cross_entropy":
+                    loss = total.of(leaf, target_rows.squeeze(1))
+                else:
+                    loss = total.of(leaf, target_rows.to(leaf.dtype))
+                (rows,) = torch.autograd.grad(loss, leaf)
+            return rows * scale
+
+        self._measure(self._steps, self._sample(input, stride), gradient)
+
+    def _stride(self, input: Tensor) -> int:
+        return max(-(-input.shape[:-1].numel() // self._rows), 1)
+
+    def _sample(self, tensor: Tensor, stride: int) -> Tensor:
+        """Rows of (…, D), evenly spaced."""
+        matrix = tensor.detach()
+        matrix = matrix.flatten(0, -2) if matrix.dim() > 1 else matrix.unsqueeze(0)
+        return matrix[::stride]
+
+    def _measure(self, step: int, rows: Tensor, output_gradient: Callable[[Tensor], Tensor]) -> None:
+        if len(rows) == 0:
+            return
+        self._see_update(last=True)
+        layers = self._layers
+        dtype = layers[0].weight.dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            shapes = (len(rows), dtype, rows.device)
+            if self._flow is None or self._shapes != shapes:
+                self._flow, self._shapes = Flow(layers, len(rows), dtype), shapes
+            self._pending = _Record(step, layers, len(rows), self._flow.measure(rows, output_gradient))
+        self._history.append(self._pending)
+
+    def _see_update(self, last: bool = False) -> None:
+        """Completes the last measurement by the step that followed, once one has changed the weights."""
+        if (record := self._pending) is None:
+            return
+        if record.weights_have_changed():
+            record.measure_update()
+        elif not last:
+            return
+        record.forget_weights()
+        self._pending = None
+        for writer, prefix in self._writers:
+            _write(record.flow, writer, prefix)
+
+
+class _Record:
+    """One measurement: tensors at first, since to make a `GradientFlow` of them would delay training."""
+
+    def __init__(self, step: int, layers: list[Layer], rows: int, sums: Tensor) -> None:
+        self._step, self._layers, self._rows, self._sums = step, layers, rows, sums
+        self._weights = [layer.weight.detach() for layer in layers]
+        self._before = [weight.clone() for weight in self._weights]
+        self._version = self._versions()
+        self._update: Tensor | None = None  # ‖ΔΩ_k‖ (K,)
+        self._flow: GradientFlow | None = None
+
+    def _versions(self) -> int:  # torch counts changes in place
+        return sum([weight._version for weight in self._weights])
+
+    def weights_have_changed(self) -> bool:
+        """Since the measurement."""
+        return self._versions() != self._version
+
+    @torch.no_grad()
+    def measure_update(self) -> None:
+        """‖ΔΩ_k‖ of the change."""
+        torch._foreach_sub_(self._before, self._weights)
+        self._update, self._flow = torch.stack(torch._foreach_norm(self._before)), None
+
+    def forget_weights(self) -> None:
+        """Gives back the memory of the copy."""
+        self._weights, self._before = [], []
+
+    @property
+    def flow(self) -> GradientFlow:
+        """The measurement in its final form."""
+        if self._flow is None:
+            ratios: list[float | None] = [None] * len(self._layers)
+            if self._update is not None:
+                ratios = (self._update.to(self._sums.dtype) / self._sums[6].sqrt()).tolist()
+            self._flow = GradientFlow(describe(self._layers, self._rows, self._sums, ratios), self._step)
+        return self._flow
+
+
+def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
+    writer.add_scalar(f"{prefix}/gradient_ratio", flow.gradient_ratio, flow.step)
+    for layer in flow.layers:
+        for quantity in ("f", "dl_df", "dead", "always_on", "update_ratio"):
+            if (value := getattr(layer, quantity)) is not None:
+                writer.add_scalar(f"{prefix}/{quantity}/{layer.name or 'model'}", value, flow.step)
+
+
+class Watcher:
+    """The forward hook of a monitor. A copied or unpickled model gets one that watches nothing."""
+
+    def __init__(self, monitor: GradientFlowMonitor | None = None) -> None:
+        self._monitor = None if monitor is None else weakref.ref(monitor)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a forward pass."""
+        if not torch.compiler.is_compiling() and (monitor := self._active()) is not None:
+            monitor._forward_done(args[0] if args else kwargs["input"], output)
+
+    def before_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """Before a pass that computes loss and gradients at once; its sign in `MLP` that it lets such passes be."""
+        if (monitor := self._active()) is not None:
+            monitor._loss_begins(input, target, spec)
+
+    def _active(self) -> GradientFlowMonitor | None:
+        return None if self._monitor is None else self._monitor()
+
+    def __reduce__(self) -> Any:
+        return (Watcher, ())

@@ -1,0 +1,318 @@
+"""`trace`: every quantity of the lecture's forward and backward pass of a network, from the kernels that train it.
+
+Leaves to others: the model's layers (_layers.py), the loss (_loss.py), the comparison with autograd and finite
+differences (_verify.py), tables (_table.py) and figures (plot.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_manualbp import _ops, reference
+from torch_manualbp._checks import check_tensor
+from torch_manualbp._function import kernels_apply, torch_is_faster
+from torch_manualbp.autograd import _split
+from torch_manualbp.inspection import _table, _verify, plot
+from torch_manualbp.inspection._layers import Layer, layers_of
+from torch_manualbp.inspection._loss import LossFunction, TracedLoss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace:
+    """What a network's two passes compute, as `trace` returns it: a snapshot that later training does not change.
+
+    K layers, B examples; layer k maps D_k to D_{k+1} features. Each tuple is indexed as the lecture counts.
+
+    Attributes:
+        f: f_k = β_k + Ω_k h_k, shape (B, D_{k+1}), for k = 0 … K−1.
+        h: h_0 (the input) and h_{k+1} = a[f_k], shape (B, D_k), for k = 0 … K−1; also h_K if the network ends with a
+            ReLU. (h_{k+1} is f_k where two linear layers follow each other.)
+        output: f_{K−1}, or h_K if the network ends with a ReLU; shape (B, D_K).
+        target: the target.
+        loss: L, a scalar.
+        losses: ℓ_i, shape (B,), with Σ_i ℓ_i = L; None if a callable's scalar is no sum over the examples.
+        dl_df: ∂L/∂f_k, shape (B, D_{k+1}). Row i is ∂ℓ_i/∂f_k, since f_k of example i reaches L through ℓ_i only.
+        dl_dh: ∂ℓ_i/∂h_k in the same way, shape (B, D_k), for each h_k; dl_dh[0] is the gradient of the input.
+        dl_dbeta: ∂L/∂β_k, shape (D_{k+1},), summed over the batch; None where a layer has no bias.
+        dl_domega: ∂L/∂Ω_k, shape (D_{k+1}, D_k), summed over the batch.
+        layers: name, weight Ω_k, bias β_k and whether a ReLU follows, for each layer.
+    """
+
+    layers: tuple[Layer, ...]
+    f: tuple[Tensor, ...]
+    h: tuple[Tensor, ...]
+    output: Tensor
+    target: Any
+    loss: Tensor
+    losses: Tensor | None
+    dl_df: tuple[Tensor, ...]
+    dl_dh: tuple[Tensor, ...]
+    dl_dbeta: tuple[Tensor | None, ...]
+    dl_domega: tuple[Tensor, ...]
+    traced_loss: TracedLoss
+
+    def per_sample_dl_dbeta(self, k: int) -> Tensor:
+        """∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k, shape (B, D_{k+1}); their sum over i is ``dl_dbeta[k]``.
+
+        Raises:
+            ValueError: layer k has no bias.
+            IndexError: there is no layer k.
+        """
+        if self.dl_dbeta[k] is None:
+            raise ValueError(f"per_sample_dl_dbeta: layer {k} has no bias")
+        return self.dl_df[k].clone()
+
+    def per_sample_dl_domega(self, k: int) -> Tensor:
+        """∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ, shape (B, D_{k+1}, D_k); their sum over i is ``dl_domega[k]``.
+
+        Raises:
+            IndexError: there is no layer k.
+        """
+        k = range(len(self.f))[k]  # so that -1 means the last layer in h, too
+        return self.dl_df[k][:, :, None] * self.h[k][:, None, :]
+
+    def verify(self, tolerance: float | None = None) -> _verify.Differences:
+        """Compares every quantity with float64 autograd on plain torch ops and, in float64, with finite differences.
+
+        A difference is relative to the largest sum of absolute values that were added up to make the quantity: an
+        element that cancels to almost nothing keeps the error of its terms. Where a float32 pre-activation is within
+        rounding of zero, autograd is told on which side the trace saw it. Finite differences are central, along one
+        random direction per quantity, end to end through the loss; a quantity that cannot move without switching a
+        ReLU (a pre-activation is exactly zero) has no derivative to compare with and gets NaN.
+
+        Args:
+            tolerance: largest difference to autograd; default 1e-12 (float64), 1e-5 (float32), 0.01 (float16), 0.08
+                (bfloat16). For finite differences it is 1e-5.
+
+        Returns:
+            The largest difference of each quantity, "f[0]", "dl_domega[2]", …: a dict whose ``float()`` is the largest
+            of all and which compares like it, and in ``.finite_differences`` those to finite differences.
+
+        Raises:
+            AssertionError: a difference is above the tolerance. The message names the quantities.
+
+        Example:
+            >>> from torch_manualbp import MLP
+            >>> model = MLP([2, 3, 1], dtype=torch.float64)
+            >>> x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+            >>> trace(model, x, y).verify() <= 1e-12
+            True
+        """
+        return _verify.verify(self, tolerance)
+
+    def plot(self) -> "Figure":
+        """Both passes as a figure: heat maps where the network is small enough to show every unit, else bars.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return plot.draw_trace(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All quantities as numbers in lists, with what they are called: what ``json.dumps`` takes."""
+        return {
+            "layers": [
+                {"name": layer.name, "weight": layer.weight.tolist(), "bias": _listed(layer.bias), "relu": layer.relu}
+                for layer in self.layers
+            ],
+            "loss_function": self.traced_loss.name,
+            "reduction": self.traced_loss.reduction,
+            "target": _listed(self.target),
+            "loss": self.loss.item(),
+            **{
+                name: _listed(getattr(self, name))
+                for name in ("output", "losses", "f", "h", "dl_df", "dl_dh", "dl_dbeta", "dl_domega")
+            },
+        }
+
+    def __str__(self) -> str:
+        """The two passes as the lecture writes them."""
+        return _table.text(self)
+
+    def _repr_html_(self) -> str:
+        return _table.html(self)
+
+    def __repr__(self) -> str:
+        groups = [(d, len(list(same))) for d, same in groupby([self.h[0].shape[1], *(f.shape[1] for f in self.f)])]
+        widths = "–".join(f"{d}×{count}" if count > 1 else str(d) for d, count in groups)
+        return (
+            f"Trace({widths}, batch {len(self.output)}, {str(self.output.dtype).removeprefix('torch.')}, "
+            f"{self.traced_loss.name} = {self.loss.item():.6g})"
+        )
+
+
+def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "mse", reduction: str = "sum") -> Trace:
+    """All intermediate quantities of one forward and one backward pass, computed by the kernels that train the model.
+
+    The lecture's two passes: f_k = β_k + Ω_k h_k and h_{k+1} = a[f_k] up to the losses ℓ_i; then ∂ℓ_i/∂f_k and
+    ∂ℓ_i/∂h_k = Ω_kᵀ ∂ℓ_i/∂f_k in reverse order; then ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k and ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ. On a CPU
+    they are the numbers of `MLP` in training, bit for bit. The model is not changed: no hooks, no ``.grad``.
+
+    L = Σ_i ℓ_i is the loss of the whole batch. With reduction "sum", ℓ_i = Σ_d (f_id − y_id)² for "mse"; with "mean"
+    each ℓ_i is divided by what ``torch.nn.functional`` divides by (B·D_K for "mse" and "bce_with_logits", the number of
+    examples for "cross_entropy"), so that L equals torch's loss with this reduction and Σ_i ℓ_i = L still holds.
+
+    Args:
+        model: an `MLP`, a `LinearReLU`, an ``nn.Linear``, or an ``nn.Sequential`` (fused or not, nested or not) of
+            these and ``nn.ReLU``.
+        input: x, shape (B, D_0), or (D_0,) for one example; the dtype and device of the model.
+        target: y. For "mse" and "bce_with_logits" it has the shape of the output; for "cross_entropy" it holds class
+            indices (B,), or class probabilities (B, D_K). With an input (D_0,) it lacks the first dimension. For a
+            callable, anything that it takes.
+        loss: "mse", "cross_entropy", "bce_with_logits", or a callable(output, target) that returns a value per
+            example, shape (B,), or a scalar. A scalar is L as it is, whatever `reduction` says; ``losses`` are then
+            its values on each example alone if they add up to L or have L as their mean (divided by B, in that case),
+            and None otherwise. Gradients are always those of the callable on the whole batch.
+        reduction: "sum" or "mean".
+
+    Returns:
+        A `Trace`. ``print`` shows it as a table; see there for its attributes and for `verify` and `plot`.
+
+    Raises:
+        TypeError: `input` is not a tensor; `model` is not a module or holds a child that is not supported (the message
+            names it); `loss` is neither a string nor a callable, or returns no tensor.
+        ValueError: an unknown `loss` or `reduction`; an input that has not one or two dimensions; a target or a
+            callable's value of the wrong shape; layers that share parameters.
+        RuntimeError: shapes, dtypes or devices do not fit (the class that ``F.linear`` raises).
+
+    Example:
+        >>> from torch_manualbp import MLP
+        >>> model = MLP([1, 1, 1])
+        >>> for parameter, value in zip(model.parameters(), (2.0, 1.0, 3.0, -1.0)):
+        ...     _ = nn.init.constant_(parameter, value)  # ω_0, β_0, ω_1, β_1
+        >>> t = trace(model, torch.tensor([[0.5]]), torch.tensor([[4.0]]))
+        >>> [t.f[0].item(), t.h[1].item(), t.f[1].item(), t.loss.item()]
+        [2.0, 2.0, 5.0, 1.0]
+        >>> [t.dl_df[1].item(), t.dl_dh[1].item(), t.dl_df[0].item(), t.dl_domega[0].item()]  # 2(f_1 − y), …
+        [2.0, 6.0, 6.0, 3.0]
+    """
+    check_tensor("trace", "input", input)
+    traced_loss = TracedLoss(loss, reduction)
+    layers = layers_of(model, "trace")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"trace: `input` must have the shape (B, D_0) or (D_0,), got {tuple(input.shape)}")
+    if input.dim() == 1:
+        input, target = input[None], target[None] if isinstance(target, Tensor) else target
+    with torch.inference_mode(False), torch.no_grad():
+        layers = [
+            layer._replace(weight=layer.weight.clone(), bias=None if layer.bias is None else layer.bias.clone())
+            for layer in layers
+        ]
+        target = target.detach().clone() if isinstance(target, Tensor) else target
+        x, weights = input.detach().clone(), [layer.weight for layer in layers]
+        kernels = kernels_apply(x, weights) and not torch_is_faster(x, weights)  # else training runs on torch, too
+        f, h = _forward(x, layers, kernels)
+        output = h[-1] if layers[-1].relu else f[-1]
+        traced_loss.check_target(output, target)
+        total = traced_loss.total(output, target)
+        losses = traced_loss.per_example(output, target, total)
+        dl_df, dl_dh = _backward(traced_loss.gradient(output, target), h, layers, kernels)
+        dl_dbeta, dl_domega = _parameter_gradients(dl_df, h, layers, kernels)
+    return Trace(
+        layers=tuple(layers),
+        f=tuple(f),
+        h=tuple(h),
+        output=output,
+        target=target,
+        loss=total,
+        losses=losses,
+        dl_df=tuple(dl_df),
+        dl_dh=tuple(dl_dh),
+        dl_dbeta=tuple(dl_dbeta),
+        dl_domega=tuple(dl_domega),
+        traced_loss=traced_loss,
+    )
+
+
+def _forward(input: Tensor, layers: Sequence[Layer], kernels: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """f_0 … f_{K−1}, and h_0 … h_{K−1} (and h_K after a closing ReLU).
+
+    Each run of layers is one call of the op that trains it, which stores h_k. It never stores f_k: each comes from the
+    same op on that one layer, which sums in the same order, so that h_{k+1} = a[f_k] holds to the bit.
+    """
+    h: list[Tensor] = [input]
+    f: list[Tensor] = []
+    for run in _runs(layers):
+        first, weights, biases = len(f), [layer.weight for layer in run], [layer.bias for layer in run]
+        output, inner = _run_forward(h[first], weights, biases, run[-1].relu, kernels)
+        h += [*inner, output]
+        for k, layer in enumerate(run, first):
+            f.append(_run_forward(h[k], [layer.weight], [layer.bias], False, kernels)[0] if layer.relu else output)
+    return f, h if layers[-1].relu else h[:-1]
+
+
+def _run_forward(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, kernels: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The output of a run, and its h_1 … h_{K−1}."""
+    if not kernels:
+        output, h = reference.mlp_forward(input, weights, biases, final_relu)
+        return output, h[1:]
+    output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
+    return output, _split(hidden, input, weights)
+
+
+def _backward(
+    grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer], kernels: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1} and ∂ℓ/∂h_k = Ω_kᵀ ∂ℓ/∂f_k, from the last layer to the first.
+
+    One call a layer, of the op that trains the network: it computes the same bits as one call for the whole network.
+    """
+    dl_df: list[Tensor] = []
+    dl_dh = [grad_output] if layers[-1].relu else []
+    dh = grad_output
+    for k, layer in reversed(list(enumerate(layers))):
+        df = reference.relu_mask(h[k + 1], dh) if layer.relu else dh
+        if kernels:
+            (dh,) = _ops.mlp_backward(df, h[k], [layer.weight], [], df.new_empty(0), None, [True, False, False])
+        else:
+            dh = df @ layer.weight
+        dl_df.insert(0, df)
+        dl_dh.insert(0, dh)
+    return dl_df, dl_dh
+
+
+def _parameter_gradients(
+    dl_df: Sequence[Tensor], h: Sequence[Tensor], layers: Sequence[Layer], kernels: bool
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """∂ℓ/∂β_k and ∂ℓ/∂Ω_k: one call for a run of layers, as in training, which may cut the batch as it likes."""
+    dbeta: list[Tensor | None] = []
+    domega: list[Tensor] = []
+    for run in _runs(layers):
+        first, K = len(domega), len(run)
+        inputs, df, weights = h[first : first + K], dl_df[first + K - 1], [layer.weight for layer in run]
+        if kernels:
+            hidden = torch.cat([df.new_empty(0), *(h_k.reshape(-1) for h_k in inputs[1:])])
+            grads = _ops.mlp_backward(df, inputs[0], weights, [], hidden, None, [False] + [True] * (2 * K))
+            dweights, dbiases = grads[:K], grads[K:]
+        else:
+            _, dweights, dbiases = reference.mlp_backward(df, inputs, weights)
+        domega += dweights
+        dbeta += [None if layer.bias is None else db for layer, db in zip(run, dbiases, strict=True)]
+    return dbeta, domega
+
+
+def _runs(layers: Sequence[Layer]) -> Iterator[Sequence[Layer]]:
+    """The layers that one call computes: a run goes on while each layer is followed by a ReLU."""
+    first = 0
+    for k, layer in enumerate(layers):
+        if not layer.relu or k == len(layers) - 1:
+            yield layers[first : k + 1]
+            first = k + 1
+
+
+def _listed(value: Any) -> Any:
+    """Tensors as lists, in whatever they are; what is no tensor and no sequence of them as text."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_listed(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
