@@ -1,14 +1,55 @@
-"""Every test starts from the same random seed, with one thread, and with our kernels for all dtypes."""
+"""Every test starts from the same random seed, with one thread, and with our kernels for all dtypes.
+
+`--device=cuda -m cuda` runs the numerical modules on a GPU; `--device=emulated -m cuda` runs them on the CPU through the
+CUDA entries, with the CUDA kernels emulated (emulation.py).
+"""
 
 import pytest
 import torch
 from hypothesis import settings
 
-from torch_manualbp import _function
+from emulation import emulated_ops
+from torch_manualbp import _function, _ops
 
 # The same examples in every run; how long one takes says nothing about it being right.
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
+
+
+# Modules whose tests hold on every device: what torch makes without being told a device is on the one under test.
+NUMERICAL = {"test_dtypes", "test_functional", "test_layouts", "test_losses", "test_properties", "test_special_values"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="where the kernels run")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if config.getoption("device") != "cpu" and item.module.__name__ in NUMERICAL:
+            item.add_marker("cuda")
+        elif item.module.__name__ == "test_cuda" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The CUDA entries and kernels, emulated, in the place of the CPU's."""
+    for name, op in emulated_ops().items():
+        monkeypatch.setattr(_ops, name, op)
+
+
+@pytest.fixture(autouse=True)
+def _device_under_test(request):
+    device = request.config.getoption("device")
+    if device == "emulated" and request.node.get_closest_marker("cuda"):
+        request.getfixturevalue("emulated")
+    if device != "cuda" or not request.node.get_closest_marker("cuda"):
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

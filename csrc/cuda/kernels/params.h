@@ -1,0 +1,83 @@
+// Parameter structs of the CUDA kernels: all that a kernel ever sees. Plain C++, for kernels, launches and entries.
+// Size letters as everywhere (csrc/README.md); strides are in elements; pointers are device memory.
+#pragma once
+
+#include "../../cpu/kernels/params.h"  // the storage types and their accumulators
+
+namespace manualbp::cuda {
+
+// f <- a[f + beta], in place.
+template <typename T>
+struct BiasRelu {
+  int64_t rows, cols;
+  T* f;           // (rows, cols), contiguous
+  const T* bias;  // (cols), contiguous; nullptr: none
+};
+
+// df = I[h > 0] . dh and, in the same pass, d(beta) = column sums of df.
+template <typename T>
+struct ReluBackward {
+  int64_t rows, cols;
+  const T* grad;  // dh (rows, cols), any strides
+  int64_t grad_row, grad_col;
+  const T* h;  // (rows, cols) contiguous; nullptr: no ReLU, only the sums
+  T* out;      // df (rows, cols) contiguous, may be grad itself; nullptr: only the sums
+  T* sum;      // d(beta) (cols); nullptr: only df
+  int64_t slices;
+  accumulator_t<T>* partial;  // (slices, cols), where there are several slices
+};
+
+// out = the sum of the slices of partial.
+template <typename T>
+struct Reduce {
+  int64_t slices, stride, cols;
+  const accumulator_t<T>* partial;  // (slices, stride), of which the first cols columns count
+  T* out;                           // (cols)
+};
+
+// total (+)= term in the accumulator type; at the last term, out = total.
+template <typename T>
+struct Accumulate {
+  int64_t size;
+  const T* term;
+  accumulator_t<T>* total;
+  bool first;
+  T* out;  // nullptr: not the last term
+};
+
+// A loss of f (rows, cols): each block leaves its part of the value in `sums`, and f becomes df if asked for.
+template <typename T>
+struct Loss {
+  int64_t rows, cols;
+  T* f;                    // (rows, cols), contiguous
+  const T* target;         // (rows, cols), contiguous; or nullptr
+  const int64_t* classes;  // (rows), class_stride apart; or nullptr
+  int64_t class_stride;
+  int64_t ignore_index;
+  double label_smoothing;
+  double scale;                       // of the gradient
+  const unsigned long long* counted;  // its divisor, the number of rows that are not ignored; nullptr: none
+  bool gradient;
+  double* sums;  // (blocks)
+};
+
+// counted += the number of classes that are not ignore_index.
+struct CountClasses {
+  int64_t rows, cols;
+  const int64_t* classes;
+  int64_t class_stride;
+  int64_t ignore_index;
+  unsigned long long* counted;
+};
+
+// out = the sum of sums, times scale, divided by *counted unless nullptr.
+template <typename T>
+struct LossTotal {
+  int64_t size;
+  const double* sums;
+  double scale;
+  const unsigned long long* counted;
+  T* out;
+};
+
+}  // namespace manualbp::cuda
