@@ -1,4 +1,4 @@
-"""Builds torch_manualbp/_C.abi3.so and, where it can, _C_cuda.abi3.so: stable-ABI C++, no Python headers, no GPU needed.
+"""Builds torch_manualbp/_C.abi3.so and, where it can, _C_cuda.abi3.so: stable-ABI C++, no Python headers, no GPU.
 
 CUDA kernels are compiled where a toolkit fits the installed torch. FORCE_CUDA=1 makes a misfit an error, FORCE_CUDA=0
 leaves them out; TORCH_CUDA_ARCH_LIST says for which GPUs. Everything else about the package is in pyproject.toml.

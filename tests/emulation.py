@@ -3,6 +3,7 @@
 What is built is kept in `build/emulation` as long as no source changes.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -47,19 +48,30 @@ def compiled(source: Path, *flags: str, root: Path = ROOT) -> Path:
 
 
 @functools.cache
-def emulated_ops() -> dict[str, torch._ops.OpOverload]:
-    """The CUDA entries as ops on CPU tensors: name to op."""
+def _library() -> Path:
     folder = Path(torch.__file__).parent
     flags = ("-DTORCH_TARGET_VERSION=0x020A000000000000", "-DTORCH_STABLE_ONLY", f"-isystem{folder / 'include'}")
     links = (f"-L{folder / 'lib'}", "-ltorch", "-ltorch_cpu")
-    library = compiled(ROOT / "tests" / "csrc" / "emulated_ops.cpp", "-O1", "-shared", "-fPIC", *flags, *links)
+    return compiled(ROOT / "tests" / "csrc" / "emulated_ops.cpp", "-O1", "-shared", "-fPIC", *flags, *links)
+
+
+@functools.cache
+def emulated_ops() -> dict[str, torch._ops.OpOverload]:
+    """The CUDA entries as ops on CPU tensors: name to op."""
     definitions = torch.library.Library("manualbp_emulated", "FRAGMENT")
     for name in OPS:
         definitions.define(str(getattr(_ops, name)._schema).removeprefix("manualbp::"))
         definitions.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _kept.append(definitions)
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(_library()))
     return {name: getattr(torch.ops.manualbp_emulated, name).default for name in OPS}
+
+
+def launches() -> list[str]:
+    """The kernels that the emulated entries have launched since the last call of this."""
+    names = ctypes.CDLL(str(_library())).manualbp_emulated_launches
+    names.restype = ctypes.c_char_p
+    return names().decode().split()
 
 
 _kept: list[torch.library.Library] = []  # a Library takes its definitions with it

@@ -35,4 +35,15 @@ void count_classes(const CountClasses& p, Stream stream);
 template <typename T>
 void loss_total(const LossTotal<T>& p, Stream stream);
 
+// The narrow kernels, for float32, float16 and bfloat16.
+template <typename T>
+constexpr bool kHasNarrow = sizeof(T) < 8;
+// Blocks of a launch: rows of NarrowBackward::dbeta.
+template <typename T>
+int64_t narrow_blocks(int64_t rows);
+template <typename T>
+void narrow_forward(const NarrowForward<T>& p, Stream stream);
+template <typename T>
+void narrow_backward(const NarrowBackward<T>& p, Stream stream);
+
 }  // namespace manualbp::cuda

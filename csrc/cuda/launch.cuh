@@ -21,6 +21,7 @@ void launch(const char* name, void (*kernel)(Params), const Grid& grid, Stream s
             " x ", grid.y, " blocks is beyond the limits of CUDA");
   const dim3 blocks{unsigned(grid.x), unsigned(grid.y), 1};
 #if defined(MBP_EMULATED)
+  emulation::launches().push_back(name);
   emulation::run(kernel, blocks, grid.block, size_t(grid.shared_bytes), params);
 #else
   constexpr int64_t kWithoutAsking = 48 << 10;
@@ -30,8 +31,9 @@ void launch(const char* name, void (*kernel)(Params), const Grid& grid, Stream s
   if (grid.shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)));
   }
-  kernel<<<blocks, grid.block, size_t(grid.shared_bytes), static_cast<cudaStream_t>(stream)> > >(params);
-  check(cudaGetLastError());
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, grid.block, arguments,
+                         size_t(grid.shared_bytes), static_cast<cudaStream_t>(stream)));
 #endif
 }
 

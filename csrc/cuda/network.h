@@ -4,9 +4,14 @@
 // Where no activation may outlive the call (recompute, mlp_loss), the batch goes in blocks of rows through all layers,
 // forward and backward; the gradients of the blocks are added in the accumulator type, in order. Nothing waits for the
 // device, and all memory is torch's, so that a call can be captured in a CUDA graph.
+//
+// Narrow networks can go through all layers in one kernel (kernels/narrow.cuh), if MANUALBP_CUDA_NARROW=1: it has not
+// run on a GPU yet.
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "../checks.h"
 #include "tensor.h"
@@ -73,6 +78,11 @@ inline Gradients allocate_gradients(const char* op, const OnDevice& device, cons
   return grads;
 }
 
+inline bool narrow_is_wanted() {
+  const char* value = std::getenv("MANUALBP_CUDA_NARROW");
+  return value && std::strcmp(value, "1") == 0;
+}
+
 template <typename T>
 class Network {
   using A = accumulator_t<T>;
@@ -92,6 +102,7 @@ class Network {
       widest_ = std::max(widest_, w.size(0));
       if (k + 1 < weights.size()) hidden_width_ += w.size(0);
     }
+    narrow_ = narrow_applies();
   }
 
   // Elements of h_1 ... h_{K-1}, stored one after another.
@@ -100,6 +111,7 @@ class Network {
   // input (B, D_0), output (B, D_K); hidden: where h_1 ... h_{K-1} are stored, or nullptr.
   void forward(const Tensor& input, const Tensor* hidden, const Tensor& output) const {
     if (hidden) return forward_block(input, activations_in(*hidden, batch_), output);
+    if (narrow_) return forward_narrow(input, {}, output);
     const int64_t block = block_rows(2 * widest_);
     const Tensor turns[2] = {flat(block * widest_), flat(block * widest_)};
     for_each_block(block, [&](int64_t first, int64_t rows) {
@@ -192,10 +204,52 @@ class Network {
 
   // h: where h_1 ... h_{K-1} go; f: where the output goes, or nothing if only they are wanted.
   void forward_block(const Tensor& input, const std::vector<Tensor>& h, const std::optional<Tensor>& f) const {
+    if (narrow_) return forward_narrow(input, h, f);
     for (size_t k = 0; k < layers_.size(); ++k) {
       const bool last = k + 1 == layers_.size();
       if (last && !f) break;
       forward_layer(k == 0 ? input : h[k - 1], layers_[k], !last || final_relu_, last ? *f : h[k]);
+    }
+  }
+
+  bool narrow_applies() const {
+    if (!kHasNarrow<T> || layers_.size() > kNarrowLayers || widest_ > kNarrowWidth || !narrow_is_wanted()) return false;
+    return std::all_of(layers_.begin(), layers_.end(),
+                       [](const Layer& layer) { return layer.omega.numel() > 0 && layer.omega.is_contiguous(); });
+  }
+
+  NarrowNetwork<T> narrow_network(int64_t rows) const {
+    NarrowNetwork<T> net{};
+    net.rows = rows;
+    net.layers = int(layers_.size());
+    net.widths[0] = int(layers_[0].omega.size(1));
+    for (size_t k = 0; k < layers_.size(); ++k) {
+      net.widths[k + 1] = int(layers_[k].d_out());
+      net.omega[k] = const_data<T>(layers_[k].omega);
+    }
+    return net;
+  }
+
+  // Rows of contiguous columns: of a copy where they are not.
+  static Tensor with_whole_rows(const Tensor& t) {
+    return t.stride(1) == 1 || t.size(1) == 1 ? t : torch::stable::contiguous(t);
+  }
+
+  // h: matrices in one flat tensor, one after another; none if they are not wanted.
+  void forward_narrow(const Tensor& input, const std::vector<Tensor>& h, const std::optional<Tensor>& f) const {
+    if constexpr (kHasNarrow<T>) {
+      const Tensor rows = with_whole_rows(input);
+      NarrowForward<T> p{};
+      p.net = narrow_network(rows.size(0));
+      for (size_t k = 0; k < layers_.size(); ++k) {
+        p.beta[k] = layers_[k].beta ? const_data<T>(*layers_[k].beta) : nullptr;
+      }
+      p.final_relu = final_relu_;
+      p.input = const_data<T>(rows);
+      p.input_row = rows.stride(0);
+      p.hidden = h.empty() ? nullptr : data<T>(h[0]);
+      p.output = f ? data<T>(*f) : nullptr;
+      narrow_forward(p, device_.stream());
     }
   }
 
@@ -225,7 +279,12 @@ class Network {
    public:
     Blocks(const Network& net, int64_t block, const Gradients& grads)
         : net_(net), grads_(grads), terms_(grads), several_(block < net.batch_) {
-      for (Tensor& turn : turns_) turn = net.flat(block * net.widest_);
+      if (grads.lowest() == net.layers_.size()) return;
+      if (net.narrow_) {
+        turns_[0] = net.flat(block * outputs_above(grads.lowest()));
+      } else {
+        for (Tensor& turn : turns_) turn = net.flat(block * net.widest_);
+      }
       for (size_t k = 0; several_ && k < net.layers_.size(); ++k) {
         if (grads.omega[k].defined()) add(grads.omega[k], terms_.omega[k]);
         if (grads.beta[k].defined()) add(grads.beta[k], terms_.beta[k]);
@@ -234,6 +293,22 @@ class Network {
 
     // dh: the gradient of the output of these rows, which begin at row `first` of the batch.
     void backward(int64_t first, const Tensor& input, const std::vector<Tensor>& h, Tensor dh, const Tensor* output) {
+      if (net_.narrow_) {
+        backward_narrow(first, input, h, dh, output);
+      } else {
+        backward_layers(first, input, h, dh, output);
+      }
+      const bool last = first + input.size(0) == net_.batch_;
+      for (const Sum& sum : sums_) {
+        accumulate<T>({sum.term.numel(), const_data<T>(sum.term), data<A>(sum.total), first == 0,
+                       last ? data<T>(sum.out) : nullptr},
+                      net_.device_.stream());
+      }
+    }
+
+   private:
+    void backward_layers(int64_t first, const Tensor& input, const std::vector<Tensor>& h, Tensor dh,
+                         const Tensor* output) {
       const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
       const int64_t rows = input.size(0);
       size_t turn = 0;
@@ -257,15 +332,49 @@ class Network {
           net_.mask(dh, &h[k - 1], &dh, terms_.beta[k - 1]);
         }
       }
-      const bool last = first + rows == net_.batch_;
-      for (const Sum& sum : sums_) {
-        accumulate<T>({sum.term.numel(), const_data<T>(sum.term), data<A>(sum.total), first == 0,
-                       last ? data<T>(sum.out) : nullptr},
-                      net_.device_.stream());
+    }
+
+    // The sum of D_{k+1} over the layers k from `lowest` on: so many numbers of df a row.
+    int64_t outputs_above(size_t lowest) const {
+      int64_t width = 0;
+      for (size_t k = lowest; k < net_.layers_.size(); ++k) width += net_.layers_[k].d_out();
+      return width;
+    }
+
+    // All df and dh in one kernel; the gradients of the weights by the library.
+    void backward_narrow(int64_t first, const Tensor& input, const std::vector<Tensor>& h, const Tensor& dh,
+                         const Tensor* output) {
+      if constexpr (kHasNarrow<T>) {
+        const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
+        const int64_t rows = input.size(0), width = outputs_above(lowest), blocks = narrow_blocks<T>(rows);
+        const Tensor top = with_whole_rows(dh), df = turns_[0];
+        const Tensor dbeta = net_.device_.empty({blocks * width}, kDtype<A>());
+        NarrowBackward<T> p{};
+        p.net = net_.narrow_network(rows);
+        p.lowest = int(lowest);
+        p.grad_output = const_data<T>(top);
+        p.grad_row = top.stride(0);
+        p.hidden = h.empty() ? nullptr : const_data<T>(h[0]);
+        p.output = output ? const_data<T>(*output) : nullptr;
+        p.df = data<T>(df);
+        if (grads_.input.defined()) p.grad_input = data<T>(rows_of(grads_.input, first, rows));
+        p.dbeta = data<A>(dbeta);
+        p.dbeta_row = width;
+        narrow_backward(p, net_.device_.stream());
+        int64_t above = 0;
+        for (size_t k = lowest; k < layers; ++k) {
+          const int64_t d_out = net_.layers_[k].d_out();
+          const bool unmasked = k + 1 == layers && !output;
+          const Tensor df_k = unmasked ? top : matrix_in(df, rows, d_out, rows * above);
+          if (terms_.omega[k].defined()) multiply(transposed(df_k), k == 0 ? input : h[k - 1], terms_.omega[k]);
+          if (terms_.beta[k].defined()) {
+            reduce<T>({blocks, width, d_out, data<A>(dbeta) + above, data<T>(terms_.beta[k])}, net_.device_.stream());
+          }
+          above += d_out;
+        }
       }
     }
 
-   private:
     struct Sum {
       Tensor out, term, total;
     };
@@ -286,7 +395,7 @@ class Network {
   const OnDevice& device_;
   std::vector<Layer> layers_;
   int64_t batch_, widest_, hidden_width_ = 0;
-  bool final_relu_;
+  bool final_relu_, narrow_ = false;
 };
 
 }  // namespace manualbp::cuda

@@ -99,6 +99,7 @@ struct Fiber {
 #endif
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
+  unsigned barriers = 0;  // so far
 #endif
 };
 
@@ -186,11 +187,13 @@ class Block {
 
   MBP_NO_TSAN void barrier() {
 #if defined(__SANITIZE_THREAD__)
-    __tsan_release(&barrier_token_);
+    // Two tokens in turn: who goes on first may be at the next barrier before others have left this one.
+    char* const token = &barrier_tokens_[running_->barriers++ % 2];
+    __tsan_release(token);
 #endif
     suspend(State::at_barrier);
 #if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&barrier_token_);
+    __tsan_acquire(token);
 #endif
   }
 
@@ -200,15 +203,16 @@ class Block {
     Fiber& fiber = *running_;
     Warp& warp = warps_[fiber.warp];
     auto& slots = warp.slots[fiber.parity];
+    [[maybe_unused]] void* const token = &slots[0][0];
     volatile uint32_t* slot = slots[fiber.lane];
     for (unsigned w = 0; w < words; ++w) slot[w] = mine[w];
     fiber.parity ^= 1;
 #if defined(__SANITIZE_THREAD__)
-    if (memory) __tsan_release(&warp);
+    if (memory) __tsan_release(token);
 #endif
     suspend(State::at_exchange);
 #if defined(__SANITIZE_THREAD__)
-    if (memory) __tsan_acquire(&warp);
+    if (memory) __tsan_acquire(token);
 #endif
     return slots;
   }
@@ -340,10 +344,16 @@ class Block {
   size_t main_stack_size_ = 0;
 #endif
 #if defined(__SANITIZE_THREAD__)
-  char barrier_token_ = 0;
+  char barrier_tokens_[2] = {};
   void* tsan_main_ = nullptr;
 #endif
 };
+
+// The names of the kernels launched so far.
+inline std::vector<std::string>& launches() {
+  static std::vector<std::string> names;
+  return names;
+}
 
 inline Block& here() { return *Block::current(); }
 
@@ -390,6 +400,16 @@ Value exchanged(Value value, unsigned source) {
   std::memcpy(&value, words, sizeof(Value));
   return value;
 }
+
+// What each lane of the warp holds in its registers, for an instruction of the whole warp.
+class WarpWords {
+ public:
+  MBP_NO_TSAN WarpWords(const uint32_t* mine, unsigned words) : slots_(here().exchange(mine, words, false)) {}
+  MBP_NO_TSAN uint32_t at(int lane, int word) const { return slots_[lane][word]; }
+
+ private:
+  const uint32_t (*slots_)[Warp::kWords];
+};
 
 inline float float_of_bits(uint32_t bits) {
   float value;

@@ -113,8 +113,8 @@ void test_special(double value) {
 template <typename T>
 void test_all(bool thorough) {
   for (const auto kind : {LossKind::mse, LossKind::bce_with_logits, LossKind::cross_entropy}) {
-    for (const int64_t cols : thorough ? Sizes{1, 3, 10, 33, 70} : Sizes{33}) {
-      for (const int64_t rows : thorough ? Sizes{1, 9, 40} : Sizes{9}) test<T>(kind, rows, cols, 0, rows == 9);
+    for (const int64_t cols : thorough ? Sizes{1, 10, 33} : Sizes{33}) {
+      for (const int64_t rows : thorough ? Sizes{1, 20} : Sizes{9}) test<T>(kind, rows, cols, 0, rows != 1);
     }
     test<T>(kind, 0, 5);
     test<T>(kind, 6, 5, 0, true, false);

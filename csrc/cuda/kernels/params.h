@@ -80,4 +80,41 @@ struct LossTotal {
   T* out;
 };
 
+// The narrow kernels take a whole network, of at most so many layers and so wide.
+constexpr int kNarrowLayers = 64, kNarrowWidth = 128;
+
+// Layer k maps widths[k] to widths[k + 1] features.
+template <typename T>
+struct NarrowNetwork {
+  int64_t rows;
+  int layers;
+  int widths[kNarrowLayers + 1];
+  const T* omega[kNarrowLayers];  // (D_out, D_in), contiguous
+};
+
+template <typename T>
+struct NarrowForward {
+  NarrowNetwork<T> net;
+  const T* beta[kNarrowLayers];  // (D_out), contiguous; nullptr: none
+  bool final_relu;
+  const T* input;  // (rows, D_0), rows input_row apart
+  int64_t input_row;
+  T* hidden;  // h_1 ... h_{K-1}, one after another, each (rows, D_k); nullptr: not wanted
+  T* output;  // (rows, D_K), contiguous; nullptr: not wanted, and the last layer is not computed
+};
+
+template <typename T>
+struct NarrowBackward {
+  NarrowNetwork<T> net;
+  int lowest;            // layers below it have nothing to learn
+  const T* grad_output;  // (rows, D_K), rows grad_row apart
+  int64_t grad_row;
+  const T* hidden;              // as NarrowForward leaves it
+  const T* output;              // (rows, D_K) contiguous, if a ReLU ended the network; else nullptr
+  T* df;                        // df_lowest ... df_{K-1}, one after another, each (rows, D_{k+1})
+  T* grad_input;                // (rows, D_0), contiguous; nullptr: not wanted
+  accumulator_t<T>* dbeta;      // (blocks, sum of D_{k+1} from lowest on): column sums of each block; nullptr
+  int64_t dbeta_row;            // that sum
+};
+
 }  // namespace manualbp::cuda
