@@ -21,11 +21,14 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {"LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "unfuse"}
 
 
-def undefined_symbols() -> list[str]:
+BINARIES = [binary for binary in (_ops.BINARY, _ops.CUDA_BINARY) if binary.exists()]
+
+
+def undefined_symbols(binary: Path) -> list[str]:
     """The names that the binary takes from other libraries."""
     if not shutil.which("nm"):
         pytest.skip("nm (binutils) is not installed")
-    command = ["nm", "--dynamic", "--undefined-only", str(_ops.BINARY)]
+    command = ["nm", "--dynamic", "--undefined-only", str(binary)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
 
@@ -58,13 +61,15 @@ def test_type_information_is_shipped() -> None:
     assert _ops.BINARY.with_name("py.typed").exists()
 
 
-def test_binary_uses_only_the_stable_interface_of_torch() -> None:
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
+def test_binary_uses_only_the_stable_interface_of_torch(binary: Path) -> None:
     # at::, c10::, torch:: as C++ symbols: functions, methods, virtual tables, type information
-    assert [name for name in undefined_symbols() if re.match(r"_ZT?[A-Z]?N?K?(2at|3c10|5torch)", name)] == []
+    assert [name for name in undefined_symbols(binary) if re.match(r"_ZT?[A-Z]?N?K?(2at|3c10|5torch)", name)] == []
 
 
-def test_binary_does_not_know_python() -> None:
-    assert [name for name in undefined_symbols() if re.match(r"_?Py[A-Z_]", name)] == []
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
+def test_binary_does_not_know_python(binary: Path) -> None:
+    assert [name for name in undefined_symbols(binary) if re.match(r"_?Py[A-Z_]", name)] == []
 
 
 def test_missing_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None:

@@ -45,5 +45,7 @@ template <typename T>
 void narrow_forward(const NarrowForward<T>& p, Stream stream);
 template <typename T>
 void narrow_backward(const NarrowBackward<T>& p, Stream stream);
+template <typename T>
+void narrow_biases(const NarrowBiases<T>& p, Stream stream);
 
 }  // namespace manualbp::cuda

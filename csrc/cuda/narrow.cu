@@ -38,10 +38,19 @@ void narrow_backward(const NarrowBackward<T>& p, Stream stream) {
          {narrow_blocks<T>(p.net.rows), 1, dim3(kNarrowThreads), shared_bytes(p.net)}, stream, p);
 }
 
-#define INSTANTIATE(T)                                           \
-  template int64_t narrow_blocks<T>(int64_t);                    \
-  template void narrow_forward(const NarrowForward<T>&, Stream); \
-  template void narrow_backward(const NarrowBackward<T>&, Stream);
+template <typename T>
+void narrow_biases(const NarrowBiases<T>& p, Stream stream) {
+  launch("narrow_biases", &narrow_biases_kernel<T>,
+         {ceil_div(p.ends[p.layers - 1], kReduceLanes), 1, dim3(kReduceLanes, kReduceRows),
+          int64_t(sizeof(accumulator_t<T>)) * kReduceLanes * kReduceRows},
+         stream, p);
+}
+
+#define INSTANTIATE(T)                                             \
+  template int64_t narrow_blocks<T>(int64_t);                      \
+  template void narrow_forward(const NarrowForward<T>&, Stream);   \
+  template void narrow_backward(const NarrowBackward<T>&, Stream); \
+  template void narrow_biases(const NarrowBiases<T>&, Stream);
 INSTANTIATE(float)
 INSTANTIATE(::manualbp::bfloat16)
 INSTANTIATE(::manualbp::float16)

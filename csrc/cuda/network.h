@@ -361,17 +361,20 @@ class Network {
         p.dbeta = data<A>(dbeta);
         p.dbeta_row = width;
         narrow_backward(p, net_.device_.stream());
+        NarrowBiases<T> biases{};
+        biases.slices = blocks;
+        biases.partial = data<A>(dbeta);
         int64_t above = 0;
         for (size_t k = lowest; k < layers; ++k) {
           const int64_t d_out = net_.layers_[k].d_out();
           const bool unmasked = k + 1 == layers && !output;
           const Tensor df_k = unmasked ? top : matrix_in(df, rows, d_out, rows * above);
           if (terms_.omega[k].defined()) multiply(transposed(df_k), k == 0 ? input : h[k - 1], terms_.omega[k]);
-          if (terms_.beta[k].defined()) {
-            reduce<T>({blocks, width, d_out, data<A>(dbeta) + above, data<T>(terms_.beta[k])}, net_.device_.stream());
-          }
           above += d_out;
+          biases.ends[biases.layers] = int(above);
+          biases.out[biases.layers++] = terms_.beta[k].defined() ? data<T>(terms_.beta[k]) : nullptr;
         }
+        narrow_biases(biases, net_.device_.stream());
       }
     }
 

@@ -53,7 +53,7 @@ void relu_backward(const ReluBackward<T>& p, Stream stream) {
   } else {
     launch_relu_backward<T, 1>(p, stream);
   }
-  if (p.sum && p.slices > 1) reduce<T>({p.slices, p.cols, p.cols, p.partial, p.sum}, stream);
+  if (p.sum && p.slices > 1) reduce<T>({p.slices, p.cols, p.partial, p.sum}, stream);
 }
 
 template <typename T>

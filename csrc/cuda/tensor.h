@@ -1,6 +1,8 @@
 // Tensors at the boundary, on a device: views, allocation and products through torch. No CUDA header is needed here.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
+
 #include "../cpu/tensor.h"
 #include "kernels.h"
 
@@ -22,17 +24,10 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : device_(device_of(t)) {
 #if !defined(MBP_EMULATED)
-    MBP_TORCH(aoti_torch_create_cuda_guard(device_.index, &guard_));
+    guard_.emplace(device_.index);
     MBP_TORCH(aoti_torch_get_current_cuda_stream(device_.index, &stream_));
 #endif
   }
-  ~OnDevice() {
-#if !defined(MBP_EMULATED)
-    aoti_torch_delete_cuda_guard(guard_);
-#endif
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
 
   Stream stream() const { return stream_; }
 
@@ -49,9 +44,7 @@ class OnDevice {
  private:
   Device device_;
   Stream stream_ = nullptr;
-#if !defined(MBP_EMULATED)
-  CUDAGuardHandle guard_ = nullptr;
-#endif
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 template <typename T>

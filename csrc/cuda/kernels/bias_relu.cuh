@@ -4,7 +4,9 @@
 // the last one, so that any width and any alignment runs at the speed of memory. A thread visits vectors a fixed
 // distance apart and keeps the column of each by addition: a 64-bit division for each would cost more than the rest.
 //
-// sm_80 and sm_90: at most 40 registers (ptxas), no shared memory, so that a multiprocessor is full: 2048 threads.
+// sm_80 and sm_90: 32 registers for halves, up to 40 for float32 and float64 (ptxas), no shared memory. A multiprocessor
+// holds 8 or 6 blocks of 256 threads, 100 or 75 % of its threads, each with 16 bytes under way: 24 KB, where 16 KB hide
+// a latency of 600 ns at 3.35 TB/s over 132 multiprocessors.
 #pragma once
 
 #include "device.cuh"

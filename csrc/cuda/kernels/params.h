@@ -30,8 +30,8 @@ struct ReluBackward {
 // out = the sum of the slices of partial.
 template <typename T>
 struct Reduce {
-  int64_t slices, stride, cols;
-  const accumulator_t<T>* partial;  // (slices, stride), of which the first cols columns count
+  int64_t slices, cols;
+  const accumulator_t<T>* partial;  // (slices, cols)
   T* out;                           // (cols)
 };
 
@@ -115,6 +115,16 @@ struct NarrowBackward {
   T* grad_input;                // (rows, D_0), contiguous; nullptr: not wanted
   accumulator_t<T>* dbeta;      // (blocks, sum of D_{k+1} from lowest on): column sums of each block; nullptr
   int64_t dbeta_row;            // that sum
+};
+
+// The bias gradients of all layers from the column sums that narrow_backward leaves: Reduce, cut into several outputs.
+template <typename T>
+struct NarrowBiases {
+  int64_t slices;
+  int layers;
+  int ends[kNarrowLayers];  // layer k has the columns ends[k - 1] ... ends[k] - 1
+  const accumulator_t<T>* partial;  // (slices, ends[layers - 1])
+  T* out[kNarrowLayers];            // each (D_out); nullptr: not wanted
 };
 
 }  // namespace manualbp::cuda
