@@ -33,9 +33,9 @@ def compiled(source: Path, *flags: str, root: Path = ROOT) -> Path:
     if not shutil.which(CXX):
         pytest.skip(f"no C++ compiler: {CXX}")
     command = [CXX, "-std=c++17", "-g1", *WARNINGS, str(source), *flags]
-    digest = hashlib.sha256(" ".join(command).encode())
+    digest = hashlib.sha256(" ".join([CXX, *WARNINGS, *flags]).encode())
     for path in sources(root):
-        digest.update(path.read_bytes())
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{source.stem}-{digest.hexdigest()[:16]}"

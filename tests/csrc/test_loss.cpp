@@ -153,8 +153,8 @@ int main() {
     });
 #if !defined(__SANITIZE_THREAD__)
     cuda::test_out_of_bounds();
-    cuda::test<float>(cuda::LossKind::mse, 30000, 10, 0, true);  // more elements than threads
-    cuda::test<double>(cuda::LossKind::cross_entropy, 9000, 3, 0.1, true);
+    cuda::test<float>(cuda::LossKind::mse, 14000, 10, 0, true);  // more elements than threads
+    cuda::test<double>(cuda::LossKind::cross_entropy, 4300, 3, 0.1, true);
 #endif
   });
 }
