@@ -51,8 +51,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"not for --device={device}"))
         elif device != "cpu" and item.module.__name__ in NUMERICAL:
             item.add_marker("cuda")
-        elif item.module.__name__ == "test_cuda" and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from helpers import (
 )
 from torch_manualbp._function import kernels_apply
 
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
 pytestmark = pytest.mark.cuda
 LOSSES = ("mse", "cross_entropy", "bce_with_logits")
 

@@ -5,6 +5,7 @@ Cheap checks only: nothing is built and nothing is downloaded here.
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import torch_manualbp
 from torch_manualbp import _ops
@@ -92,6 +94,39 @@ def test_foreign_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None
     foreign.write_bytes(b"not a shared object")
     with pytest.raises(ImportError, match=r"_C\.abi3\.so cannot be loaded.*pip install"):
         _ops._load(foreign)
+
+
+def test_cuda_binary_is_loaded_only_where_torch_has_cuda(tmp_path: Path) -> None:
+    package = tmp_path / "torch_manualbp"
+    shutil.copytree(_ops.BINARY.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "_C_cuda.abi3.so").write_bytes(b"not a shared object")
+    command = [sys.executable, "-m", "torch_manualbp.info"]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    if torch.version.cuda:
+        assert re.search(r"ImportError: .*_C_cuda\.abi3\.so cannot be loaded.*pip install", result.stderr)
+    else:
+        assert "compiled, but this torch has no CUDA" in result.stdout
+
+
+@pytest.mark.skipif(not _ops.has_cuda_kernels, reason="the CUDA kernels are not compiled in")
+def test_cuda_binary_registers_every_op() -> None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss")
+    assert all(has_kernel(f"manualbp::{name}", "CUDA") for name in ops)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a toolkit may fit this torch")
+@pytest.mark.parametrize(
+    ("force", "message"),
+    [("1", r"FORCE_CUDA=1, .* is built without CUDA"), ("yes", r"FORCE_CUDA must be 0 or 1, got 'yes'")],
+)
+def test_a_forced_cuda_build_that_cannot_be_says_why(force: str, message: str) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "--version"]
+    environment = {**os.environ, "FORCE_CUDA": force}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr)
 
 
 def test_backend_is_content_with_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
