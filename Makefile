@@ -1,5 +1,5 @@
 # The commands of the project; `make help` lists them. They work on a machine with Python >= 3.10, a C++17 compiler
-# and make, and change nothing outside of $(VENV), build/, dist/ and the compiled torch_manualbp/_C.abi3.so.
+# and make, and change nothing outside of $(VENV), build/, dist/ and the compiled torch_manualbp/_C*.abi3.so.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ BINARY := torch_manualbp/_C.abi3.so
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test lint format bench bench-quick wheel clean FORCE
+.PHONY: help demo test test-cuda lint format bench bench-quick wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,10 @@ demo: $(VENV)/.ready  ## set up, build, and train the example
 test: $(VENV)/.ready  ## set up, build, and run the whole test suite
 	@echo "==> testing"
 	@$(RUN) python -m pytest $(ARGS)
+
+test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a build with CUDA; a toolkit that fits it)
+	@echo "==> testing on the GPU"
+	@$(RUN) python -m pytest --device=cuda -m cuda $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy
 	@echo "==> linting"
@@ -73,7 +77,7 @@ wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 
 clean:  ## remove all that was made here
 	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
-	@rm -rf build dist *.egg-info $(BINARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info torch_manualbp/_C*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # venv puts pip there last, so that an interrupted set-up starts again.

@@ -5,6 +5,7 @@ Cheap checks only: nothing is built and nothing is downloaded here.
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import torch_manualbp
 from torch_manualbp import _ops
@@ -25,11 +27,14 @@ PUBLIC = {
 }
 
 
-def undefined_symbols() -> list[str]:
+BINARIES = [binary for binary in (_ops.BINARY, _ops.CUDA_BINARY) if binary.exists()]
+
+
+def undefined_symbols(binary: Path) -> list[str]:
     """The names that the binary takes from other libraries."""
     if not shutil.which("nm"):
         pytest.skip("nm (binutils) is not installed")
-    command = ["nm", "--dynamic", "--undefined-only", str(_ops.BINARY)]
+    command = ["nm", "--dynamic", "--undefined-only", str(binary)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
 
@@ -62,13 +67,15 @@ def test_type_information_is_shipped() -> None:
     assert _ops.BINARY.with_name("py.typed").exists()
 
 
-def test_binary_uses_only_the_stable_interface_of_torch() -> None:
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
+def test_binary_uses_only_the_stable_interface_of_torch(binary: Path) -> None:
     # at::, c10::, torch:: as C++ symbols: functions, methods, virtual tables, type information
-    assert [name for name in undefined_symbols() if re.match(r"_ZT?[A-Z]?N?K?(2at|3c10|5torch)", name)] == []
+    assert [name for name in undefined_symbols(binary) if re.match(r"_ZT?[A-Z]?N?K?(2at|3c10|5torch)", name)] == []
 
 
-def test_binary_does_not_know_python() -> None:
-    assert [name for name in undefined_symbols() if re.match(r"_?Py[A-Z_]", name)] == []
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
+def test_binary_does_not_know_python(binary: Path) -> None:
+    assert [name for name in undefined_symbols(binary) if re.match(r"_?Py[A-Z_]", name)] == []
 
 
 def test_missing_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None:
@@ -91,6 +98,39 @@ def test_foreign_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None
     foreign.write_bytes(b"not a shared object")
     with pytest.raises(ImportError, match=r"_C\.abi3\.so cannot be loaded.*pip install"):
         _ops._load(foreign)
+
+
+def test_cuda_binary_is_loaded_only_where_torch_has_cuda(tmp_path: Path) -> None:
+    package = tmp_path / "torch_manualbp"
+    shutil.copytree(_ops.BINARY.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "_C_cuda.abi3.so").write_bytes(b"not a shared object")
+    command = [sys.executable, "-m", "torch_manualbp.info"]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    if torch.version.cuda:
+        assert re.search(r"ImportError: .*_C_cuda\.abi3\.so cannot be loaded.*pip install", result.stderr)
+    else:
+        assert "compiled, but this torch has no CUDA" in result.stdout
+
+
+@pytest.mark.skipif(not _ops.has_cuda_kernels, reason="the CUDA kernels are not compiled in")
+def test_cuda_binary_registers_every_op() -> None:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss")
+    assert all(has_kernel(f"manualbp::{name}", "CUDA") for name in ops)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a toolkit may fit this torch")
+@pytest.mark.parametrize(
+    ("force", "message"),
+    [("1", r"FORCE_CUDA=1, .* is built without CUDA"), ("yes", r"FORCE_CUDA must be 0 or 1, got 'yes'")],
+)
+def test_a_forced_cuda_build_that_cannot_be_says_why(force: str, message: str) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "--version"]
+    environment = {**os.environ, "FORCE_CUDA": force}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr)
 
 
 def test_backend_is_content_with_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from torch_manualbp import _ops
+
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
 _tracing_state: Callable[[], object] = getattr(torch._C, "_get_tracing_state", lambda: None)
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -32,7 +34,7 @@ def torch_is_faster(input: Tensor, weights: Sequence[Tensor]) -> bool:
     on Zen 4, eager's time / ours: 64–64–64 with 32 rows 1.6 (0.4 million multiply-adds), 784–128–64–32–64–128–784 with
     32 rows 1.4 (6 million), 300×5 with 32 rows 0.87 (12 million), 1024×3 with 32 rows 0.58, with 1 row 0.28.
     """
-    if input.dtype is not torch.bfloat16 or not _has_bfloat16_units:
+    if input.dtype is not torch.bfloat16 or not _has_bfloat16_units or not input.is_cpu:
         return False
     parameters = sum([weight.numel() for weight in weights])
     rows = input.numel() // max(input.shape[-1], 1) if input.dim() else 1
@@ -51,7 +53,7 @@ def kernels_apply(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
         not torch.compiler.is_compiling()
         and (kind is Tensor or kind is Parameter)
         and not _transforms_active()
-        and input.is_cpu
+        and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
         and _tracing_state() is None
         and _is_ordinary(input, weights)
     )
@@ -86,7 +88,7 @@ def _is_ordinary(input: Tensor, weights: Iterable[Tensor]) -> bool:
         input.layout is torch.strided
         and not input.is_nested
         and getattr(forward_ad, "_current_level", 0) < 0
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and all(weight.layout is torch.strided for weight in weights)
     )
 

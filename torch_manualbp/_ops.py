@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 BINARY = Path(__file__).with_name("_C.abi3.so")
+CUDA_BINARY = BINARY.with_name("_C_cuda.abi3.so")
 
 
 def _is_truncated(binary: Path) -> bool:
@@ -45,6 +46,10 @@ def _load(binary: Path) -> None:
 
 
 _load(BINARY)
+# A CPU-only torch lacks the libraries that the CUDA kernels need.
+has_cuda_kernels = CUDA_BINARY.exists() and torch.version.cuda is not None
+if has_cuda_kernels:
+    _load(CUDA_BINARY)
 
 linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
@@ -68,7 +73,7 @@ def _fake(name: str) -> Callable[[_F], _F]:
 
 
 def _check_devices(op: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:
-    """An op reaches a device other than the CPU only with arguments on several: say which one is elsewhere."""
+    """Without kernels for a device, an op reaches it only with arguments on several: say which one is elsewhere."""
     first: tuple[str, torch.device] | None = None
     for name, value in tensors.items():
         items = [(name, value)] if isinstance(value, Tensor) else [
@@ -151,5 +156,5 @@ def _reject_mixed_devices(op: str) -> Callable[..., Any]:
     return kernel
 
 
-for _op in ("linear_relu", "mlp"):
+for _op in () if has_cuda_kernels else ("linear_relu", "mlp"):
     torch.library.impl(f"manualbp::{_op}", "CUDA")(_reject_mixed_devices(_op))

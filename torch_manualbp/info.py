@@ -23,9 +23,15 @@ def info() -> dict[str, str]:
         "MANUALBP_ISA": os.environ.get("MANUALBP_ISA", "not set"),
         "threads": str(torch.get_num_threads()),
         "extension": _ops.BINARY.name,
-        "CUDA kernels": "not compiled",
+        "CUDA kernels": _cuda_kernels(),
         "torch CUDA": torch.version.cuda or "none",
     }
+
+
+def _cuda_kernels() -> str:
+    if _ops.has_cuda_kernels:
+        return _ops.CUDA_BINARY.name
+    return "compiled, but this torch has no CUDA" if _ops.CUDA_BINARY.exists() else "not compiled"
 
 
 def _cpu_name() -> str:

@@ -7,22 +7,9 @@
 
 namespace manualbp {
 
-namespace {
-
-void check(const char* op, const Tensor& input, const Tensor& weight) {
-  MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
-  MBP_CHECK(weight.dim() == 2, op, ": `weight` must be (out_features, in_features), got shape ", shape_of(weight));
-  check_dtype(op, {"weight"}, weight, input);
-  const int64_t features = input.size(input.dim() - 1);
-  MBP_CHECK(weight.size(1) == features, op, ": `weight` has ", weight.size(1), " columns but `input` has ", features,
-            " features (weight: ", shape_of(weight), ", input: ", shape_of(input), ")");
-}
-
-}  // namespace
-
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
   const char* op = "linear_relu";
-  check(op, input, weight);
+  check_layer(op, input, weight);
   if (bias) check_bias(op, {"bias"}, *bias, {"weight"}, weight, input);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
@@ -39,7 +26,7 @@ Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
 std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output,
                                          std::vector<bool> needs) {
   const char* op = "linear_relu_backward";
-  check(op, input, weight);
+  check_layer(op, input, weight);
   check_same_shape(op, {"grad_output"}, grad_output, with_last_size(input, weight.size(0)), input);
   check_same_shape(op, {"output"}, output, with_last_size(input, weight.size(0)), input);
   MBP_CHECK(output.is_contiguous(), op, ": `output` must be contiguous");

@@ -1,39 +1,10 @@
-// What the entries share: argument checks, the network that their arguments describe, and the gradients asked for.
+// What the entries share: the network that their arguments describe, and the gradients asked for.
 #pragma once
 
+#include "../checks.h"
 #include "network.h"
 
 namespace manualbp {
-
-// Checks input (..., D_0), weights[k] (D_{k+1}, D_k) and biases[k] (D_{k+1}) or none.
-inline void check_network(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                          const std::vector<std::optional<Tensor>>& biases) {
-  MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
-  MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
-  int64_t features = input.size(input.dim() - 1);
-  for (size_t k = 0; k < weights.size(); ++k) {
-    const Tensor& weight = weights[k];
-    const Name name{"weights", int64_t(k)};
-    MBP_CHECK(weight.dim() == 2, op, ": `", name, "` must be (out_features, in_features), got shape ",
-              shape_of(weight));
-    check_dtype(op, name, weight, input);
-    if (k == 0) {
-      MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `input` has ",
-                features, " features (", name, ": ", shape_of(weight), ", input: ", shape_of(input), ")");
-    } else {
-      const Name previous{"weights", int64_t(k) - 1};
-      MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `", previous,
-                "` has ", features, " rows (", name, ": ", shape_of(weight), ", ", previous, ": ",
-                shape_of(weights[k - 1]), ")");
-    }
-    features = weight.size(0);
-  }
-  MBP_CHECK(biases.size() == weights.size(), op, ": `biases` must have one item per weight (", weights.size(),
-            "), got ", biases.size());
-  for (size_t k = 0; k < weights.size(); ++k) {
-    if (biases[k]) check_bias(op, {"biases", int64_t(k)}, *biases[k], {"weights", int64_t(k)}, weights[k], input);
-  }
-}
 
 // The network that weights and biases describe, for `batch` rows.
 template <typename T>

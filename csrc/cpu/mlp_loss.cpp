@@ -29,24 +29,9 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
   const char* op = "mlp_loss";
   check_network(op, input, weights, biases);
+  check_loss(op, input, target, weights.back().size(0), loss, label_smoothing);
   const bool is_class = loss == "cross_entropy";
-  MBP_CHECK(is_class || loss == "mse" || loss == "bce_with_logits", op,
-            ": `loss` must be mse, cross_entropy or bce_with_logits, got ", loss);
-  MBP_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": `label_smoothing` must be between 0 and 1, got ",
-            label_smoothing);
-  auto sizes = with_last_size(input, weights.back().size(0));
-  const int64_t cols = sizes.back();
-  if (is_class) {
-    MBP_CHECK(input.dim() <= 2, op, ": cross_entropy takes an `input` of at most two dimensions, got ",
-              shape_of(input));
-    MBP_CHECK(dtype_of(target) == aoti_torch_dtype_int64(), op,
-              ": `target` of cross_entropy must hold class indices (int64), got ", dtype_name(dtype_of(target)));
-    sizes.pop_back();
-  } else {
-    check_dtype(op, {"target"}, target, input);
-  }
-  MBP_CHECK(same_shape(target, sizes), op, ": `target` must have shape ", shape_text(sizes), ", got ",
-            shape_of(target));
+  const int64_t cols = weights.back().size(0);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep_input, keep_target;

@@ -1,0 +1,51 @@
+// The CUDA kernels as the entries call them: each function launches on a stream and returns at once. Empty work
+// launches nothing. A launch that CUDA refuses throws. Defined, with grid and block sizes, in the .cu file of each.
+#pragma once
+
+#include "kernels/params.h"
+
+namespace manualbp::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+void bias_relu(const BiasRelu<T>& p, Stream stream);
+
+// Slices of rows in which the column sums of a (rows, cols) matrix are made: the caller allocates `partial` for them.
+template <typename T>
+int64_t relu_backward_slices(int64_t rows, int64_t cols);
+template <typename T>
+void relu_backward(const ReluBackward<T>& p, Stream stream);
+
+template <typename T>
+void reduce(const Reduce<T>& p, Stream stream);
+
+template <typename T>
+void accumulate(const Accumulate<T>& p, Stream stream);
+
+enum class LossKind { mse, bce_with_logits, cross_entropy };
+
+// How many items of `sums` the loss of a (rows, cols) matrix fills.
+int64_t loss_blocks(LossKind kind, int64_t rows, int64_t cols);
+template <typename T>
+void loss(LossKind kind, const Loss<T>& p, Stream stream);
+void count_classes(const CountClasses& p, Stream stream);
+template <typename T>
+void loss_total(const LossTotal<T>& p, Stream stream);
+
+// The narrow kernels, for float32, float16 and bfloat16.
+template <typename T>
+constexpr bool kHasNarrow = sizeof(T) < 8;
+// Blocks of a launch: rows of NarrowBackward::dbeta.
+template <typename T>
+int64_t narrow_blocks(int64_t rows);
+template <typename T>
+void narrow_forward(const NarrowForward<T>& p, Stream stream);
+template <typename T>
+void narrow_backward(const NarrowBackward<T>& p, Stream stream);
+template <typename T>
+void narrow_biases(const NarrowBiases<T>& p, Stream stream);
+
+}  // namespace manualbp::cuda

@@ -1,0 +1,60 @@
+// bias_relu against the same arithmetic in double: every type, odd shapes, every alignment, special values.
+
+#include "cuda_test.h"
+
+#include "../../csrc/cuda/bias_relu.cu"
+
+namespace manualbp::cuda {
+
+template <typename T>
+void test(int64_t rows, int64_t cols, int64_t skip, int64_t bias_skip, bool with_bias) {
+  begin_case("bias_relu", kTypeName<T>, rows, "x", cols, "skip", skip, bias_skip, with_bias ? "bias" : "no bias");
+  Random random;
+  Buffer<T> f(rows * cols, skip), bias(cols, bias_skip);
+  for (int64_t i = 0; i < f.size(); ++i) f.set(i, random.uniform());
+  for (int64_t j = 0; j < cols; ++j) bias.set(j, random.uniform());
+  if (f.size() > 4) {
+    f.set(0, NAN);
+    f.set(1, -INFINITY);
+    f.set(2, INFINITY);
+    f.set(3, -bias.at(3 % cols));  // exactly zero
+    f.set(4, -0.0);
+  }
+  const auto before = f.values();
+  bias_relu<T>({rows, cols, f.data(), with_bias ? bias.data() : nullptr}, nullptr);
+  for (int64_t i = 0; i < f.size(); ++i) {
+    const double sum = before[size_t(i)] + (with_bias ? bias.at(i % cols) : 0.0);
+    const double want = sum < 0 ? 0.0 : sum;
+    expect("f", i, f.at(i), want, std::fabs(want) * (kRounding<T> + 2 * kSumRounding<T>));
+  }
+}
+
+template <typename T>
+void test_all(bool thorough) {
+  for (const int64_t cols : thorough ? Sizes{1, 2, 3, 7, 8, 16, 33, 64, 100} : Sizes{3, 16}) {
+    for (const int64_t rows : thorough ? Sizes{0, 1, 5, 37} : Sizes{37}) {
+      for (const bool with_bias : {true, false}) test<T>(rows, cols, 0, 0, with_bias);
+    }
+    for (int64_t skip = 1; skip < kVectorWidth<T>; ++skip) test<T>(5, cols, skip, 0, true);
+    test<T>(6, cols, 0, 1, true);
+  }
+  test<T>(3, 0, 0, 0, true);
+}
+
+}  // namespace manualbp::cuda
+
+int main() {
+  using namespace manualbp;
+  return cuda::run_tests([] {
+    cuda::for_each_schedule([](bool thorough) {
+      cuda::test_all<float>(thorough);
+      cuda::test_all<double>(thorough);
+      cuda::test_all<float16>(thorough);
+      cuda::test_all<bfloat16>(thorough);
+    });
+#if !defined(__SANITIZE_THREAD__)
+    cuda::test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
+    cuda::test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
+#endif
+  });
+}

@@ -1,0 +1,138 @@
+"""The CUDA kernels, run on the CPU by emulation: against a float64 oracle, for stray accesses, and for data races.
+
+Each program in tests/csrc tests one kernel (its first lines say how). It is built twice: with AddressSanitizer and
+UBSan, where threads take turns in several orders, and with ThreadSanitizer, which reports conflicting accesses that no
+barrier orders. What such tests are worth is shown on kernels broken on purpose.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from emulation import CXX, ROOT, compiled
+
+PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_narrow")
+SANITIZERS = {
+    "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "races": ("-fsanitize=thread",),
+}
+
+
+Result = subprocess.CompletedProcess[str]
+
+
+def run(source: Path, sanitizer: str, optimise: str = "-O1", root: Path = ROOT) -> Result:
+    """Builds and runs a program."""
+    program = compiled(source, optimise, *SANITIZERS[sanitizer], root=root)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], capture_output=True, text=True, env=environment)
+
+
+def works(sanitizer: str) -> bool:
+    """Whether a program that does nothing can be built and run with it."""
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "nothing.cpp"
+    if not shutil.which(CXX):
+        return False
+    if not source.exists():
+        source.write_text("int main() { return 0; }\n")
+    program = folder / f"nothing-{sanitizer}"
+    command = [CXX, *SANITIZERS[sanitizer], str(source), "-o", str(program)]
+    built = program.exists() or subprocess.run(command, capture_output=True).returncode == 0
+    return built and subprocess.run([program], capture_output=True).returncode == 0
+
+
+# kernel file, program, sanitizer, what is there, what it is replaced with, what must be reported
+BROKEN = {
+    "no barrier between the steps of a sum: wrong in some order of the threads": (
+        "relu_backward.cuh", "test_relu_backward", "memory", "    __syncthreads();\n", "", "FAILED: relu_backward",
+    ),
+    "no barrier between the steps of a sum: a data race": (
+        "relu_backward.cuh", "test_relu_backward", "races", "    __syncthreads();\n", "", "data race",
+    ),
+    "one row too many": (
+        "relu_backward.cuh", "test_relu_backward", "memory", "row < last; row +=", "row <= last; row +=",
+        "heap-buffer-overflow",
+    ),
+    "vectors from an address that is not aligned": (
+        "bias_relu.cuh", "test_bias_relu", "memory", "misaligned == 0 ? 0", "misaligned != 7 ? 0", "misaligned address",
+    ),
+    "ReLU that loses NaN": (
+        "device.cuh", "test_bias_relu", "memory", "return x < A(0) ? A(0) : x;", "return x > A(0) ? x : A(0);",
+        "expected nan",
+    ),
+    "a gradient that passes where the activation is zero": (
+        "relu_backward.cuh", "test_relu_backward", "memory", "<= A(0)", "< A(0)", "FAILED: relu_backward",
+    ),
+    "no barrier before the tile is replaced: a data race": (
+        "narrow.cuh", "test_narrow", "races", "      __syncthreads();  // nobody reads the tile any more\n", "", "data race",
+    ),
+    "halves of a fragment in the wrong registers": (
+        "narrow.cuh", "test_narrow", "memory", "{pair(w), pair(w + 8)}", "{pair(w + 8), pair(w)}", "FAILED: narrow",
+    ),
+    "padding that is not cleared": (
+        "narrow.cuh", "test_narrow", "memory", "col < d_out ? narrow<T>(f) : T{}", "narrow<T>(f)", "FAILED: narrow",
+    ),
+    "a barrier that half of the block skips": (
+        "device.cuh", "test_loss", "memory", "    __syncthreads();\n    if (t < half)", "    if (t < half) __syncthreads();\n    if (t < half)",
+        "only a part of the block reached a barrier",
+    ),
+}  # fmt: skip
+
+
+def run_broken(name: str, root: Path) -> Result:
+    """Builds and runs a program on a copy of the sources in which one thing was broken."""
+    file, program, sanitizer, there, instead, _ = BROKEN[name]
+    for folder in ("csrc", "tests/csrc"):
+        shutil.copytree(ROOT / folder, root / folder)
+    kernel = root / "csrc" / "cuda" / "kernels" / file
+    text = kernel.read_text()
+    assert there in text, f"{file} no longer contains {there!r}"
+    kernel.write_text(text.replace(there, instead, 1))
+    return run(root / "tests" / "csrc" / f"{program}.cpp", sanitizer, "-O0", root)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[Result]]]:
+    """All programs, built and run side by side: (program, sanitizer) or ("broken", name) to what came of it."""
+    usable = [sanitizer for sanitizer in SANITIZERS if works(sanitizer)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {
+            (program, sanitizer): pool.submit(run, ROOT / "tests" / "csrc" / f"{program}.cpp", sanitizer)
+            for program in PROGRAMS
+            for sanitizer in usable
+        }
+        for number, (name, case) in enumerate(BROKEN.items()):
+            if case[2] in usable:
+                root = tmp_path_factory.getbasetemp() / f"broken{number}"
+                futures["broken", name] = pool.submit(run_broken, name, root)
+        yield futures
+
+
+def result_of(results: dict[tuple[str, str], Future[Result]], *key: str) -> Result:
+    """What came of a program; skips where its sanitizer does not work."""
+    if key not in results:
+        pytest.skip("the compiler or its sanitizer does not work here")
+    return results[key].result()
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kernel(program: str, sanitizer: str, results: dict[tuple[str, str], Future[Result]]) -> None:
+    result = result_of(results, program, sanitizer)
+    assert re.fullmatch(r"\d+ cases passed\n", result.stdout), result.stdout + result.stderr[-4000:]
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_kernel_is_caught(name: str, results: dict[tuple[str, str], Future[Result]]) -> None:
+    result = result_of(results, "broken", name)
+    assert result.returncode != 0
+    assert BROKEN[name][-1] in result.stdout + result.stderr, result.stdout + result.stderr[-4000:]
