@@ -43,6 +43,13 @@ def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="where the kernels run")
 
 
+def pytest_configure(config):
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device=cuda: torch {torch.__version__} finds no GPU")
+    if config.getoption("device") == "cuda" and not _ops.has_cuda_kernels:
+        raise pytest.UsageError("--device=cuda: the CUDA kernels are not compiled in (docs/cuda.md)")
+
+
 def pytest_collection_modifyitems(config, items):
     device = config.getoption("device")
     for item in items:

@@ -17,7 +17,7 @@ import pytest
 
 from emulation import CXX, ROOT, compiled
 
-PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_narrow")
+PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_accumulate", "test_narrow")
 SANITIZERS = {
     "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "races": ("-fsanitize=thread",),

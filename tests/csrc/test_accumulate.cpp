@@ -1,0 +1,49 @@
+// accumulate against double: sums of terms in the accumulator type, rounded once at the end.
+
+#include "cuda_test.h"
+
+#include "../../csrc/cuda/accumulate.cu"
+
+namespace manualbp::cuda {
+
+template <typename T>
+void test(int64_t size, int terms) {
+  begin_case("accumulate", kTypeName<T>, size, "terms", terms);
+  Random random;
+  Buffer<accumulator_t<T>> total(size);
+  Buffer<T> out(size);
+  std::vector<double> want(static_cast<size_t>(size), 0.0);
+  for (int i = 0; i < terms; ++i) {
+    Buffer<T> term(size);
+    for (int64_t j = 0; j < size; ++j) {
+      term.set(j, random.uniform());
+      want[size_t(j)] += term.at(j);
+    }
+    accumulate<T>({size, term.data(), total.data(), i == 0, i + 1 == terms ? out.data() : nullptr}, nullptr);
+  }
+  for (int64_t j = 0; j < size; ++j) {
+    expect("out", j, out.at(j), want[size_t(j)],
+           std::fabs(want[size_t(j)]) * kRounding<T> + terms * terms * kSumRounding<T>);
+  }
+}
+
+template <typename T>
+void test_all(bool thorough) {
+  for (const int64_t size : thorough ? Sizes{0, 1, 255, 257, 1000} : Sizes{257}) {
+    for (const int terms : {1, 3}) test<T>(size, terms);
+  }
+}
+
+}  // namespace manualbp::cuda
+
+int main() {
+  using namespace manualbp;
+  return cuda::run_tests([] {
+    cuda::for_each_schedule([](bool thorough) {
+      cuda::test_all<float>(thorough);
+      cuda::test_all<double>(thorough);
+      cuda::test_all<float16>(thorough);
+      cuda::test_all<bfloat16>(thorough);
+    });
+  });
+}
