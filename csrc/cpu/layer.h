@@ -201,13 +201,14 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, accumulator_t<T>* dbet
 }
 
 // df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) (+)= the sum over rows of it, or
-// nullptr. On one thread while the product is in registers: a pass of its own is 3 % of a step of 32-64-64-64-64-16.
+// nullptr. On one thread while the product is in registers, if it fills them: a pass of its own is 3 % of a step of
+// 32-64-64-64-64-16, but tiles that overhang took 40 % longer (48 wide) than that pass.
 template <typename T>
 void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, accumulator_t<T>* dbeta,
                      bool accumulate, const Workers& workers) {
   const auto& omega = layer.omega;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
-    if (workers.is_alone()) {
+    if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0) {
       if (dbeta && !accumulate) std::fill_n(dbeta, omega.cols, T(0));
       return gemm<T>(
           {df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,

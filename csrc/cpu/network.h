@@ -421,7 +421,7 @@ class Network {
     std::vector<size_t> packed;
     for (size_t k = first; !is_wide() && k < last; ++k) {
       const auto& omega = layers_[k].omega;
-      if (in_place(omega) || (transposed && omega.rows == 1)) continue;
+      if (in_place(omega) || (transposed ? omega.rows : omega.cols) == 1) continue;
       packed.push_back(k);
       offsets.push_back(size);
       size += transposed ? kernel.packed_size(omega.cols, omega.rows) : kernel.packed_size(omega.rows, omega.cols);

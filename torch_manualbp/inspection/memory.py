@@ -68,8 +68,8 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     - in the plain network: every h_k (B, D_k) that the lecture's backward pass needs, and ∂ℓ/∂f_k on the way back
     - in our modes: the h_k if they are stored, and a workspace for the block of rows that is being computed
 
-    Not counted are an optimizer's state and the libraries' own buffers (BLAS). For a few rows, whose weights our ops may
-    leave unpacked, the count is an upper bound.
+    Not counted are an optimizer's state and the libraries' own buffers (BLAS). For a few rows, whose weights our ops
+    may leave unpacked, the count is an upper bound.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not; all four modes are

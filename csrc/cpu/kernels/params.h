@@ -49,7 +49,8 @@ struct Gemm {
   bool relu = false;
   bool accumulate = false;                     // C += A B
   const accumulator_t<T>* packed_b = nullptr;  // B as `pack` leaves it, or nullptr: packed on the way
-  // Not for halves: C = I[mask > 0] . C by the rule of ReluBackward, and the column sums of that, row after row.
+  // C = I[mask > 0] . C by the rule of ReluBackward, and the column sums of that, row after row. Only where N is whole
+  // register tiles, and not for halves.
   const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
   int64_t mask_m = 0;
   accumulator_t<T>* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
@@ -66,7 +67,7 @@ struct ReluBackward {
   int64_t h_row;
   T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
   accumulator_t<T>* column_sum;  // (cols), nullptr: not wanted
-  bool accumulate;               // add to what is in column_sum
+  bool accumulate;  // add to what is in column_sum
 };
 
 // out[i] = sum over s of partial[s][i], s ascending: the fixed order that makes gradients reproducible.
@@ -74,16 +75,16 @@ template <typename T>
 struct Reduce {
   int64_t slices, stride;
   const accumulator_t<T>* partial;  // (slices, stride)
-  T* out;                           // (size)
-  bool accumulate;                  // add to what is in out
+  T* out;  // (size)
+  bool accumulate;  // add to what is in out
 };
 
 // A loss of f (rows, cols) against targets: returns the sum over rows, and turns f into df in place if asked for.
 template <typename T>
 struct Loss {
   int64_t rows, cols;
-  T* f;                    // (rows, cols) contiguous
-  const T* target;         // (rows, cols), or nullptr
+  T* f;  // (rows, cols) contiguous
+  const T* target;  // (rows, cols), or nullptr
   const int64_t* classes;  // (rows), or nullptr
   int64_t target_row, target_col;
   double scale;  // of the gradient: 1, or 1 / (number of terms) for a mean
