@@ -50,8 +50,9 @@ def test_the_reference_has_every_public_name():
     described = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     public = {f"torch_manualbp.{name}" for name in mbp.__all__ if name != "__version__"}
     functions = {
-        f"torch_manualbp.autograd.{name}" for name, value in vars(autograd).items() if name.endswith("Function") and
-        value.__module__ == autograd.__name__
+        f"torch_manualbp.autograd.{name}"
+        for name, value in vars(autograd).items()
+        if name.endswith("Function") and value.__module__ == autograd.__name__
     }
     assert len(functions) == 3
     assert public | functions <= described
