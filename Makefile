@@ -41,7 +41,7 @@ test: $(VENV)/.ready  ## set up, build, and run the whole test suite
 
 docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a warning is an error
 	@echo "==> building build/site"
-	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "    open build/site/index.html; the search needs a server: python3 -m http.server --directory build/site"
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy

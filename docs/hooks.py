@@ -5,11 +5,18 @@ Formulas are plain Unicode, in the pages as in comments and docstrings: no rende
 is left to typeset.
 """
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PAGES = {  # where what those files link to is in the site
+    "docs/figures": "figures",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "design/contributing.md",
+    "csrc/README.md": "design/csrc.md",
+}
 
 # Code, headings (names of attributes) and tags, which stay as they are; or a letter, "_", and what is below the line.
 _SUBSCRIPT = re.compile(
@@ -19,9 +26,17 @@ _SUBSCRIPT = re.compile(
 )
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Called by mkdocs with the text of each page."""
-    return re.sub(r"<!-- include: (\S+?)(?:#(.+))? -->", _included, markdown)
+    folder = posixpath.dirname(page.file.src_uri) or "."
+
+    def include(match: re.Match[str]) -> str:
+        text = _section(*match.groups())
+        for name, target in PAGES.items():
+            text = text.replace(f"]({name}", f"]({posixpath.relpath(target, folder)}")
+        return text
+
+    return re.sub(r"<!-- include: (\S+?)(?:#(.+))? -->", include, markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -29,15 +44,14 @@ def on_page_content(html: str, **_: Any) -> str:
     return _SUBSCRIPT.sub(_subscript, html)
 
 
-def _included(match: re.Match[str]) -> str:
-    name, section = match.groups()
+def _section(name: str, title: str | None) -> str:
     text = (ROOT / name).read_text()
-    if section:
-        found = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-        if found is None:
-            raise ValueError(f"hooks.py: {name} has no section {section!r}")
-        text = found[1]
-    return text.replace("](docs/", "](")
+    if title is None:
+        return text
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError(f"hooks.py: {name} has no section {title!r}")
+    return found[1]
 
 
 def _subscript(match: re.Match[str]) -> str:
