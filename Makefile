@@ -20,7 +20,7 @@ BINARY := torch_manualbp/_C.abi3.so
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda lint format bench bench-quick wheel clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -42,6 +42,11 @@ test: $(VENV)/.ready  ## set up, build, and run the whole test suite
 test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a build with CUDA; a toolkit that fits it)
 	@echo "==> testing on the GPU"
 	@$(RUN) python -m pytest --device=cuda -m cuda $(ARGS)
+
+docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a warning is an error
+	@echo "==> building build/site"
+	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "    open build/site/index.html; the search needs a server: python3 -m http.server --directory build/site"
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy
 	@echo "==> linting"
@@ -112,8 +117,8 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The packages of an extra: the pinned linters; the peers of the benchmarks.
-$(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site.
+$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')

@@ -18,19 +18,22 @@ from torch_manualbp.lecture import jacobian, weight_gradient
 
 def draw(panels: dict[str, Tensor]) -> Figure:
     """Each matrix as a heat map with its numbers."""
-    figure = Figure(figsize=(3.4 * len(panels), 4.2), layout="constrained", dpi=150)
-    for place, (title, matrix) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), place)
+    figure = Figure(figsize=(3.6 * len(panels), 5.0), layout="constrained", dpi=150)
+    # As wide as they have columns, so that an element has one size in all of them.
+    widths = [matrix.shape[1] for matrix in panels.values()]
+    for place, (axes, (title, matrix)) in enumerate(
+        zip(figure.subplots(1, len(panels), width_ratios=widths), panels.items(), strict=True), 1
+    ):
         largest = matrix.abs().max().item()
-        axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1.4 * largest, vmax=1.4 * largest)
+        axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
         for row, column in itertools.product(*map(range, matrix.shape)):
             value = matrix[row, column].item()
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=12)
-        axes.set_title(title, fontsize=16)
+            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=16)
+        axes.set_title(title, fontsize=20)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_xlabel("element of the function" if place > 1 else "column", fontsize=13)
-        axes.set_ylabel("element of the variable" if place > 1 else "row", fontsize=13)
+        axes.set_xlabel("element of the function" if place > 1 else "column", fontsize=15)
+        axes.set_ylabel("element of the variable" if place > 1 else "row", fontsize=15)
     return figure
 
 
@@ -40,7 +43,7 @@ def main() -> None:
         "--output", type=Path, default=Path("matrix_calculus.png"), help="figure (default: %(default)s)"
     )
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(6)
     omega, beta, h = torch.randn(3, 4), torch.randn(3), torch.randn(4)
     f = beta + omega @ h
 

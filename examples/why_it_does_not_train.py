@@ -79,7 +79,7 @@ def train(case: Case, steps: int) -> Result:
 
 def draw(results: list[Result]) -> Figure:
     """Left: the gradient on its way back through the layers. Right: what training makes of it."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained", dpi=120)
+    figure = Figure(figsize=(13, 6), layout="constrained", dpi=130)
     left, right = figure.subplots(1, 2)
     for result, color in zip(results, ("#4c78a8", "#e45756", "#333333", "#54a24b"), strict=True):
         label = f"{result.case.name}: {', '.join(result.flow.diagnosis) or 'nothing found'}"
@@ -87,19 +87,21 @@ def draw(results: list[Result]) -> Figure:
         sizes = [layer.dl_df or math.nan for layer in result.flow.layers]  # 0 has no place on a logarithmic scale
         left.semilogy(range(LAYERS), sizes, "o-", markersize=4, color=color, label=label)
         losses = [loss if math.isfinite(loss) else math.nan for loss in result.losses]
-        gone = "" if math.isfinite(result.losses[-1]) else f": NaN from step {losses.index(math.nan)}"
+        gone = "" if math.isfinite(result.losses[-1]) else f": {losses[0]:.0e}, NaN from step {losses.index(math.nan)}"
         style = "--" if result.flow.diagnosis == ["dead"] else "-"  # it lies on top of another line
-        right.semilogy(losses, style, marker="o" if gone else "", color=color, label=result.case.name + gone)
-    left.set_title("Gradient at the start")
-    left.set_xlabel("layer $k$ (the backward pass goes from right to left)")
-    left.set_ylabel(r"root mean square of $\partial L/\partial f_k$")
+        right.semilogy(losses, style, linewidth=2, color=color, label=result.case.name + gone)
+    left.set_title("Gradient before the first step", fontsize=17)
+    left.set_xlabel("layer $k$ (the backward pass goes from right to left)", fontsize=14)
+    left.set_ylabel(r"root mean square of $\partial L/\partial f_k$", fontsize=14)
     left.set_xticks(range(0, LAYERS, 2))
-    right.set_title("Training")
-    right.set_xlabel("step")
-    right.set_ylabel("mean squared error (1: the mean is all it knows)")
+    right.set_title("Training", fontsize=17)
+    right.set_xlabel("step", fontsize=14)
+    right.set_ylim(top=30)  # what explodes is told in the legend: it would leave no room for the others
+    right.set_ylabel("mean squared error (1: the mean is all it knows)", fontsize=14)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize=12)
+        axes.tick_params(labelsize=12)
     return figure
 
 
@@ -108,6 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Networks that do not train, and why.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("why_it_does_not_train.png"))
+    parser.add_argument("--flow", type=Path, help="draws the gradient flow of the first network, layer by layer")
     args = parser.parse_args()
     results = [train(case, args.steps) for case in CASES]
     for result in results:
@@ -122,6 +125,9 @@ def main() -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(args.output)
     sys.stdout.write(f"figure: {args.output}\n")
+    if args.flow:
+        results[0].flow.plot().savefig(args.flow)
+        sys.stdout.write(f"figure: {args.flow}\n")
     wrong = [result.case.name for result in results if result.flow.diagnosis != EXPECTED[result.case.name]]
     if wrong:
         sys.stderr.write(f"not the diagnosis that was built in: {', '.join(wrong)}\n")

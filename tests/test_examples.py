@@ -106,7 +106,7 @@ def test_initialisation_measures_what_is_predicted(tmp_path):
 
 
 def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
-    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150")
+    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150", "--flow", "flow.png")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for start, word in (
@@ -117,7 +117,8 @@ def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
     ):
         assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
     assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
-    assert (tmp_path / "why_it_does_not_train.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("why_it_does_not_train.png", "flow.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
     from torch_manualbp.inspection.gradient_flow import GradientFlow
 
+TITLE, LABEL, TICK = 17, 14, 12  # font sizes, as in plot.py
 FORWARD, BACKWARD, DEAD, ON = "#4c78a8", "#e45756", "#333333", "#f2a93b"
 MOST_NAMED = 8  # layers in the legend of a history; more share a colour bar
 
@@ -19,9 +20,9 @@ def plot_flow(flow: "GradientFlow") -> "Figure":
     _line(sizes, k, [layer.f for layer in layers], FORWARD, "$f_k$")
     _line(sizes, k, [layer.dl_df for layer in layers], BACKWARD, r"$\partial\ell/\partial f_k$")
     sizes.set_title("Size (root mean square)")
-    for color, name, measured, predicted in (
-        (BACKWARD, r"$\partial\ell/\partial f$, backward", "growth", "growth_theory"),
-        (FORWARD, "$f$, forward", "forward_growth", "forward_theory"),
+    for color, name, width, measured, predicted in (
+        (BACKWARD, r"$\partial\ell/\partial f$, backward", "D_{k+1}", "growth", "growth_theory"),
+        (FORWARD, "$f$, forward", "D_k", "forward_growth", "forward_theory"),
     ):
         _line(growth, k, [getattr(layer, measured) for layer in layers], color, name)
         _line(
@@ -29,7 +30,7 @@ def plot_flow(flow: "GradientFlow") -> "Figure":
             k,
             [getattr(layer, predicted) for layer in layers],
             color,
-            r"$\sqrt{D\,\mathrm{Var}[\Omega]/2}$",
+            rf"$\sqrt{{{width}\,\mathrm{{Var}}[\Omega_k]/2}}$",
             "--",
         )
     growth.axhline(1, color="gray", linewidth=1)
@@ -47,8 +48,8 @@ def plot_flow(flow: "GradientFlow") -> "Figure":
     for axes in (sizes, growth, shares):
         _whole_ticks(axes)
         axes.set_xlabel("layer $k$")
-        axes.legend(fontsize="small")
-    _title(figure, flow.diagnosis, "" if flow.step is None else f" at step {flow.step}")
+        axes.legend(fontsize=TICK)
+    _finish(figure, flow.diagnosis, "" if flow.step is None else f" at step {flow.step}")
     return figure
 
 
@@ -79,12 +80,12 @@ def plot_history(history: Sequence["GradientFlow"]) -> "Figure":
         _whole_ticks(axes)
         axes.set_xlabel("step")
     if depth <= MOST_NAMED:
-        panels[0].legend(fontsize="small")
+        panels[0].legend(fontsize=TICK)
     else:
         scale = ScalarMappable(Normalize(0, (depth - 1) / 0.9), colors)
         bar = figure.colorbar(scale, ax=list(panels), label="layer $k$", boundaries=range(depth + 1))
         bar.set_ticks(range(0, depth, -(-depth // 10)))
-    _title(figure, history[-1].diagnosis, f" from step {steps[0]} to {steps[-1]}")
+    _finish(figure, history[-1].diagnosis, f" from step {steps[0]} to {steps[-1]}")
     return figure
 
 
@@ -94,7 +95,7 @@ def _figure(panels: int) -> tuple["Figure", Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("torch_manualbp: figures need matplotlib: `pip install matplotlib`") from error
-    figure = Figure(figsize=(14, 4.4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(15, 5.4), layout="constrained", dpi=110)
     return figure, figure.subplots(1, panels)
 
 
@@ -122,5 +123,9 @@ def _whole_ticks(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _title(figure: "Figure", diagnosis: Sequence[str], when: str) -> None:
-    figure.suptitle(f"Gradient flow{when}: {', '.join(diagnosis) or 'nothing found'}")
+def _finish(figure: "Figure", diagnosis: Sequence[str], when: str) -> None:
+    figure.suptitle(f"Gradient flow{when}: {', '.join(diagnosis) or 'nothing found'}", fontsize=TITLE)
+    for axes in figure.axes:
+        axes.tick_params(labelsize=TICK)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_fontsize(LABEL)
