@@ -125,7 +125,9 @@ T* data(const Tensor& t) {
 }
 template <typename T>
 const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
+  const void* data = t.const_data_ptr();
+  MBP_CHECK(data || t.numel() == 0, "a tensor of shape ", shape_of(t), " has no memory: its storage was freed");
+  return static_cast<const T*>(data);
 }
 
 // A tensor of any rank as a matrix (product of the leading dimensions, last dimension), without a copy where
