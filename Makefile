@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 ARGS ?=
+SECONDS ?= 120
 FIGURES ?= build
 
 PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
@@ -20,7 +21,7 @@ BINARY := torch_manualbp/_C.abi3.so
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test lint format bench bench-quick wheel clean FORCE
+.PHONY: help demo test lint format bench bench-quick fuzz fuzz-night asan tsan wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -65,6 +66,18 @@ bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 
+fuzz: $(VENV)/.ready  ## random calls against float64 autograd, random arguments against crashes, for SECONDS=120
+	@$(RUN) PYTHONPATH=tests python -m fuzz --seconds $(SECONDS) $(ARGS)
+
+fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer, however long they take
+	@$(RUN) PYTHONPATH=tests python -m fuzz --cases 100000 --seconds 86400 $(ARGS)
+
+asan: build/asan/kernels  ## the kernels under the address and undefined-behaviour sanitizers, on every level
+	@$(call on_every_level,$< 1000)
+
+tsan: build/tsan/kernels  ## the kernels on several threads under the thread sanitizer, on every level
+	@$(call on_every_level,$< threads)
+
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
 	@mkdir -p dist
@@ -75,6 +88,23 @@ clean:  ## remove all that was made here
 	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	@rm -rf build dist *.egg-info $(BINARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The kernels know nothing of torch: they are built with a driver of their own. 77: not a level of this machine.
+on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
+KERNELS := tests/csrc/kernels.cpp csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
+KERNEL_HEADERS := csrc/error.h csrc/cpu/isa.h $(wildcard csrc/cpu/kernels/*.h)
+build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+build/tsan/%: SANITIZE := -fsanitize=thread
+build/asan/%.o: %.cpp $(KERNEL_HEADERS)
+	@mkdir -p $(@D)
+	@$(CXX) -std=c++17 -O1 -g1 -fno-omit-frame-pointer $(SANITIZE) -Wall -Wextra -c $< -o $@
+build/tsan/%.o: %.cpp $(KERNEL_HEADERS)
+	@mkdir -p $(@D)
+	@$(CXX) -std=c++17 -O1 -g1 $(SANITIZE) -Wall -Wextra -c $< -o $@
+build/asan/kernels: $(KERNELS:%.cpp=build/asan/%.o)
+	@$(CXX) $(SANITIZE) $^ -o $@ -ldl -pthread
+build/tsan/kernels: $(KERNELS:%.cpp=build/tsan/%.o)
+	@$(CXX) $(SANITIZE) $^ -o $@ -ldl -pthread
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:

@@ -108,7 +108,7 @@ def draw(seed: int) -> Case:
     layers = 1 if entry == "linear_relu" else rng.choice((1, 2, 2, 3, 3, 4, 5, 6))
     large = chance(0.03)
     sizes = tuple(_width(rng, large) for _ in range(layers + 1))
-    leading = _leading(rng, large)
+    leading = _leading(rng, large) if chance(0.96) else (rng.randint(300, 3000),)
     work = sum(itertools.starmap(int.__mul__, itertools.pairwise(sizes))) * math.prod(leading)
     if work > 3e7:
         leading = (max(int(3e7 * math.prod(leading) / work), 1),)
