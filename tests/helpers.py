@@ -13,7 +13,11 @@ rounds it. Two kinds of data make a sharp comparison with it possible:
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -257,6 +261,20 @@ def assert_near(got, truth):
         if want.numel():
             error, allowed = (one.double() - want.double()).abs().max(), TOLERANCE[one.dtype] * total.max()
             assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+# --- in another process ---------------------------------------------------------------------------------------------
+
+
+def python(code, *arguments, **variables):
+    """The command line and the environment of a new Python that finds this library and these tests, as for Popen."""
+    paths = os.pathsep.join([str(Path(mbp.__file__).parent.parent), str(Path(__file__).parent)])
+    return {"args": [sys.executable, "-c", code, *arguments], "env": {**os.environ, "PYTHONPATH": paths, **variables}}
+
+
+def run_python(code, *arguments, **variables):
+    """Runs code in a new Python, with these environment variables; returns what it printed and its exit status."""
+    return subprocess.run(**python(code, *arguments, **variables), capture_output=True, text=True, check=False)
 
 
 # --- what was called ------------------------------------------------------------------------------------------------
