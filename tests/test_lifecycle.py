@@ -224,10 +224,10 @@ x = torch.randn(5000, 8)
 graph = model(x).sum()
 value = model.loss(x, torch.randn(5000, 4))
 value.backward()
-def work():
-    while True:
+def work():  # goes on while the main thread has ended; a daemon thread would end eager programs in an abort, too
+    for _ in range(100):
         model.loss_backward(x[:100], torch.zeros(100, 4))
-threading.Thread(target=work, daemon=True).start()
+threading.Thread(target=work).start()
 """
     done = run_python(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

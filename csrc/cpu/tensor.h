@@ -175,6 +175,18 @@ Bias<T> as_bias(const std::optional<Tensor>& bias) {
   return {const_data<T>(*bias), bias->stride(0)};
 }
 
+// The text of a str argument, which ends its life here. (torch's own conversion to std::string, 2.10 to 2.13 at least,
+// forgets to free a string: 48 bytes a call, each of which may keep the memory around it from being used again.)
+inline std::string take_text(StringHandle handle) {
+  const char* text;
+  size_t length;
+  MBP_TORCH(torch_string_c_str(handle, &text));
+  MBP_TORCH(torch_string_length(handle, &length));
+  std::string taken(text, length);
+  MBP_TORCH(torch_delete_string(handle));
+  return taken;
+}
+
 // The sizes of t with another last one.
 inline std::vector<int64_t> with_last_size(const Tensor& t, int64_t last) {
   const auto sizes = t.sizes();

@@ -62,13 +62,21 @@ T rounded(double v) {
 template <typename T>
 const char* name_of();
 template <>
-const char* name_of<double>() { return "float64"; }
+const char* name_of<double>() {
+  return "float64";
+}
 template <>
-const char* name_of<float>() { return "float32"; }
+const char* name_of<float>() {
+  return "float32";
+}
 template <>
-const char* name_of<bfloat16>() { return "bfloat16"; }
+const char* name_of<bfloat16>() {
+  return "bfloat16";
+}
 template <>
-const char* name_of<float16>() { return "float16"; }
+const char* name_of<float16>() {
+  return "float16";
+}
 
 // n elements and not a byte more, from an address that is a multiple of `align`.
 template <typename T>
@@ -104,7 +112,10 @@ struct Strided {
             : kind == 3 ? 2 * cols + gap
             : kind == 4 ? 0
                         : 1),
-        col(kind == 2 ? rows + gap : kind == 3 ? 2 : kind == 5 ? 0 : 1),
+        col(kind == 2   ? rows + gap
+            : kind == 3 ? 2
+            : kind == 5 ? 0
+                        : 1),
         memory(rows && cols ? (rows - 1) * row + (cols - 1) * col + 1 : 0) {
     memory.fill(high);
   }
@@ -115,7 +126,8 @@ struct Strided {
 
 // Around the edges of the tiles; sometimes beyond a block of the depth (384) or of the columns (256).
 int64_t draw_size() {
-  static const int64_t edges[] = {1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 24, 25, 31, 32, 33, 48, 63, 64, 65};
+  static const int64_t edges[] = {1,  2,  3,  5,  6,  7,  8,  9,  11, 12, 13, 15,
+                                  16, 17, 23, 24, 25, 31, 32, 33, 48, 63, 64, 65};
   return chance(4) ? 200 + below(300) : chance(20) ? 1 + below(130) : edges[below(sizeof edges / sizeof *edges)];
 }
 
@@ -317,7 +329,8 @@ void check_threads(int threads, int64_t overlap) {
   Exact<A> packed(kernel.packed_size(d_in, d_out)), partial(units * d_out), domega(d_out * d_in);
   h.fill(2), omega.fill(1), beta.fill(2), df.fill(1);
   kernel.pack(omega.data, 1, d_in, d_in, d_out, packed.data);
-  std::vector<double> want_f(size_t(rows * d_out)), want_domega(size_t(d_out * d_in)), want_dbeta(static_cast<size_t>(d_out));
+  std::vector<double> want_f(size_t(rows * d_out)), want_domega(size_t(d_out * d_in)),
+      want_dbeta(static_cast<size_t>(d_out));
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < d_out; ++j) {
       double sum = to_double(beta.data[j]);
@@ -345,9 +358,9 @@ void check_threads(int threads, int64_t overlap) {
   in_parallel(d_out, threads, [&](int64_t begin, int64_t end) {
     kernel.reduce({units, d_out, partial.data, dbeta.data, false}, begin, end);
     const WorkspaceFor<T> workspace(d_in, rows);
-    kernel.gemm_accumulated({end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1,
-                             domega.data + begin * d_in, d_in},
-                            workspace.data);
+    kernel.gemm_accumulated(
+        {end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in},
+        workspace.data);
   });
   const auto compare = [&](const auto& got, const std::vector<double>& want, const char* what, auto type) {
     for (int64_t i = 0; i < got.size; ++i) {
