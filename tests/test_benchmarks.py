@@ -211,6 +211,36 @@ def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     assert figure.stat().st_size > 0
 
 
+def test_memory_growth_prints_each_way_and_draws_them(tmp_path):
+    figure = tmp_path / "growth.png"
+    command = [sys.executable, "-W", "error", BENCHMARKS / "memory_growth.py", "--steps", "100", "--figure", figure]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [line.strip("|").split("|") for line in result.stdout.splitlines()]
+    assert rows[0][0].strip() == "100 steps"
+    assert [row[0].strip() for row in rows[2:]] == list(memory_growth_ways())
+    assert figure.stat().st_size > 0
+
+
+def memory_growth_ways():
+    import memory_growth
+
+    return memory_growth.WAYS
+
+
+def test_numerical_errors_are_no_larger_than_eagers(training_step, monkeypatch, capsys):
+    import numerical_error
+
+    monkeypatch.setattr(sys, "argv", ["numerical_error.py", "--quick"])
+    numerical_error.main()
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = [row for row in rows if row[1].strip() in ("output", "gradients")]
+    assert {row[0].split(",")[0].strip() for row in table} > {"float64", "float32", "bfloat16", "float16"}
+    for row in table:
+        eager, *ours = (float(cell) for cell in row[2:] if cell.strip() != "–")
+        assert 0 < eager
+        assert max(ours) <= 1.5 * eager, row
+
+
 def test_scaling_sets_the_threads_of_each_peer_anew(training_step):
     import scaling
 

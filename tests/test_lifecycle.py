@@ -308,21 +308,78 @@ print(failures, done)
 # --- many steps -------------------------------------------------------------------------------------------------------
 
 
+def test_no_call_of_an_op_leaves_a_byte_behind():
+    # What malloc says is in use, before and after many calls: the smallest leak is 32 bytes a call.
+    # (Not of `isa`: torch 2.13 leaks the text that an op returns.)
+    code = """
+import ctypes, torch
+from torch_manualbp import _ops
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()]
+mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+if mallinfo is None:
+    print("no mallinfo2")
+    raise SystemExit
+mallinfo.restype = Info
+torch.set_num_threads(1)
+input, weights, biases = torch.randn(9, 5), [torch.randn(7, 5), torch.randn(3, 7)], [None, torch.randn(3)]
+output, hidden = _ops.mlp(input, weights, biases, True, True)
+needs, classes = [True] * 5, torch.zeros(9, dtype=torch.int64)
+loss = ("cross_entropy", True, -100, 0.1, needs)
+calls = {
+    "linear_relu": lambda: _ops.linear_relu(input, weights[0], None),
+    "linear_relu_backward": lambda: _ops.linear_relu_backward(
+        output, hidden[:63].view(9, 7), weights[1], output, [True] * 3),
+    "mlp": lambda: _ops.mlp(input, weights, biases, False, True),
+    "mlp_backward": lambda: _ops.mlp_backward(output, input, weights, biases, hidden, output, needs),
+    "mlp_backward, again": lambda: _ops.mlp_backward(output, input, weights, biases, None, None, needs),
+    "mlp_loss": lambda: _ops.mlp_loss(input, classes, weights, biases, *loss, False),
+    "mlp_loss, flat": lambda: _ops.mlp_loss(input, classes, weights, biases, *loss, True),
+}
+wrong = {
+    "mlp, wrong": lambda: _ops.mlp(input, weights[:1], biases, False, True),
+    "mlp_backward, wrong": lambda: _ops.mlp_backward(output, input, weights, biases, hidden[1:], output, needs),
+    "mlp_loss, wrong": lambda: _ops.mlp_loss(input, classes + 9, weights, biases, *loss, False),
+}
+def refused(call):
+    try:
+        call()
+    except RuntimeError:
+        return
+    raise AssertionError("accepted")
+calls |= {name: (lambda call=call: refused(call)) for name, call in wrong.items()}
+for name, call in calls.items():
+    for _ in range(300):
+        call()
+    before = mallinfo().used
+    for _ in range(2000):
+        call()
+    print(f"{name}: {(mallinfo().used - before) / 2000:.1f}")
+"""
+    done = run_python(code, MALLOC_ARENA_MAX="1")
+    assert done.returncode == 0, done.stderr
+    if done.stdout == "no mallinfo2\n":
+        pytest.skip("malloc does not tell what is in use")
+    left = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
+    assert len(left) == 10
+    assert {name: size for name, size in left.items() if abs(float(size)) > 8} == {}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_steps():
-    # The short form of benchmarks/memory_growth.py. The smallest leak, 16 bytes a step, would be 94 KiB.
+    # The short form of benchmarks/memory_growth.py.
     code = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import memory_growth
 torch.set_num_threads(1)
 for way in memory_growth.WAYS:
-    print(memory_growth.growth(way, 6000)[-1])
+    print(memory_growth.growth(way, 2000)[-1])
 """
     done = run_python(code, str(Path(__file__).parents[1] / "benchmarks"))
     assert done.returncode == 0, done.stderr
     growth = [int(line) for line in done.stdout.split()]
-    assert max(growth) < 64 << 10
+    assert max(growth) < 1 << 20
 
 
 # --- nothing may be written -------------------------------------------------------------------------------------------
