@@ -5,9 +5,9 @@
 
 An error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` is float64 autograd on
 the same numbers (for float64: on one layer, against integers of Python, which are exact). Each cell is the median over
-random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part of
-the error of the gradients, and grows with the number of units. Sums over the batch are made in slices and blocks, which
-makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored.
+random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part
+of the error of the gradients, and grows with the number of units. Sums over the batch are made in slices and blocks,
+which makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored.
 
 Left to others: which elements may differ by how much (tests/helpers.py, tests/fuzz).
 """
@@ -96,7 +96,7 @@ def float64_errors(terms: int, draws: int) -> dict[str, float]:
         ]
         size = sum(value**2 for row in want for value in row)
         for name, got in (("eager", F.linear(x, weight)), ("MLP, store", mbp.mlp(x, [weight]))):
-            pairs = zip(sum(got.tolist(), []), sum(want, []), strict=True)
+            pairs = [pair for rows in zip(got.tolist(), want, strict=True) for pair in zip(*rows, strict=True)]
             found[name].append(float((sum((int(one) - value) ** 2 for one, value in pairs) / size) ** 0.5))
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -143,7 +143,8 @@ def main() -> None:
         ],
         draws,
     )
-    print("\n**float64: sums of products, against exact integers**\n\n| terms | error of | eager | ours |\n|---|---|---|---|")
+    print("\n**float64: sums of products, against exact integers**\n")
+    print("| terms | error of | eager | ours |\n|---|---|---|---|")
     for terms in (100, 1000) if options.quick else (10, 100, 1000, 10_000):
         found = float64_errors(terms, draws)
         print(f"| float64, {terms:,} terms | output | {found['eager']:.2e} | {found['MLP, store']:.2e} |")

@@ -144,7 +144,9 @@ def test_everything_is_drawn():
 def test_tensors_are_what_the_case_says():
     layout = Layout((0, 1), (2, 1), 3, (False, False))
     special = ("biases[1]", 0.5, float("inf"))
-    case = Case(leading=(4,), sizes=(3, 5, 2), biases=(1,), exponent=10, specials=(special,), layouts=(("input", layout),))
+    case = Case(
+        leading=(4,), sizes=(3, 5, 2), biases=(1,), exponent=10, specials=(special,), layouts=(("input", layout),)
+    )
     (input, weights, biases), end = cases.make(case)
     assert (input.shape, input.stride(), input.storage_offset()) == ((4, 3), (2, 8), 3)
     assert [weight.shape for weight in weights] == [(5, 3), (2, 5)]

@@ -105,7 +105,9 @@ def test_levels_agree_within_rounding(forced):
 
 
 def test_an_unknown_level_is_an_error_that_names_the_levels():
-    done = run_python("import torch_manualbp as m, torch; m.mlp(torch.ones(1, 1), [torch.ones(1, 1)])", MANUALBP_ISA="sse9")
+    done = run_python(
+        "import torch_manualbp as m, torch; m.mlp(torch.ones(1, 1), [torch.ones(1, 1)])", MANUALBP_ISA="sse9"
+    )
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("RuntimeError: MANUALBP_ISA=sse9 is not a level of this build")

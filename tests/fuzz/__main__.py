@@ -1,8 +1,8 @@
 """The command line of the fuzzers.
 
-    python -m fuzz                                    2 minutes (in tests/, with the library on the path; or `make fuzz`)
-    python -m fuzz --cases 100000 --seconds 36000     the night form
-    python -m fuzz --seed 4711 --cases 1              one case again
+python -m fuzz                                    2 minutes (in tests/, with the library on the path; or `make fuzz`)
+python -m fuzz --cases 100000 --seconds 36000     the night form
+python -m fuzz --seed 4711 --cases 1              one case again
 """
 
 import argparse
@@ -21,7 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FUZZERS, help="one of the fuzzers; default: both share the time")
     parser.add_argument("--seconds", type=float, default=120.0, help="default: 120")
-    parser.add_argument("--cases", type=int, default=10**9, help="of each fuzzer; default: as many as there is time for")
+    parser.add_argument(
+        "--cases", type=int, default=10**9, help="of each fuzzer; default: as many as there is time for"
+    )
     parser.add_argument("--seed", type=int, help="of the first case; default: from the clock, and printed")
     options = parser.parse_args()
     first = int(time.time()) * 1000 if options.seed is None else options.seed

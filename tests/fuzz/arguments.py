@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.differential import Undecidable
+from fuzz.differential import UndecidableError
 from helpers import integer_net, integers
 from torch_manualbp import _ops
 
-__all__ = ["Case", "Undecidable", "check", "draw", "simpler"]
+__all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss")
 OPTIONAL = ("bias", "biases", "hidden", "output")
@@ -218,10 +218,10 @@ def check(case: Case) -> None:
     try:
         arguments = _valid(case)
     except RuntimeError:  # torch itself has no tensor of so many elements
-        raise Undecidable from None
+        raise UndecidableError from None
     impossible = case.rows > 2**30 and _largest_result(case) >= 2**40
     if case.rows > 2**30 and not impossible and not case.changes:
-        raise Undecidable  # nothing to refuse, but more to compute than anybody waits for
+        raise UndecidableError  # nothing to refuse, but more to compute than anybody waits for
     certain = False
     for place, kind in case.changes:
         before = _get(arguments, place)
@@ -232,7 +232,7 @@ def check(case: Case) -> None:
             after = _changes(case, place)[kind](before) if other is None else other
         except (RuntimeError, IndexError, TypeError):
             continue  # torch itself makes no such tensor of this one
-        certain = kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after)) or place in OTHERS
+        certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
         _set(arguments, place, after)
     signal.alarm(20)  # no Python code runs while the call computes: the process ends
     try:
@@ -248,7 +248,9 @@ def check(case: Case) -> None:
         return
     apart = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
     for one, other in zip(_tensors(result), _tensors(getattr(_ops, case.op)(**apart)), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg="memory that arguments share matters")
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=0, equal_nan=True, msg="memory that arguments share matters"
+        )
 
 
 def _largest_result(case: Case) -> int:
@@ -310,4 +312,4 @@ def simpler(case: Case) -> Iterator[Case]:
             yield replace(case, sizes=case.sizes[:k] + case.sizes[k + 1 :])
     for k, width in enumerate(case.sizes):
         if width > 1:
-            yield replace(case, sizes=case.sizes[:k] + (1,) + case.sizes[k + 1 :])
+            yield replace(case, sizes=(*case.sizes[:k], 1, *case.sizes[k + 1 :]))

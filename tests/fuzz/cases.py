@@ -27,6 +27,7 @@ FUNCTIONS = {
 ENTRIES = (*FUNCTIONS, "fused", "loss", "loss_backward")
 CLOSED = ("linear_relu", "closed", "closed_recompute", "fused")
 LOSSES = ("loss", "loss_backward")
+SUM = LossSpec(reduction="sum")
 
 # Around the edges of the register tiles of all levels.
 EDGES = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97)
@@ -64,7 +65,7 @@ class Case:
     specials: tuple[tuple[str, float, float], ...] = ()  # tensor, where in it (0 to 1), value
     layouts: tuple[tuple[str, Layout], ...] = ()
     threads: int = 1
-    spec: LossSpec = LossSpec(reduction="sum")
+    spec: LossSpec = SUM
     scale: float = 1.0  # the gradient that arrives at the loss
     prior: bool = False  # .grad holds something already
 
@@ -72,7 +73,9 @@ class Case:
         """As runnable code, without what is as usual."""
         changed = [(f.name, getattr(self, f.name)) for f in fields(self)]
         usual = Case()
-        return f"Case({', '.join(f'{name}={_code(value)}' for name, value in changed if value != getattr(usual, name))})"
+        return (
+            f"Case({', '.join(f'{name}={_code(value)}' for name, value in changed if value != getattr(usual, name))})"
+        )
 
     @property
     def final_relu(self) -> bool:
@@ -113,7 +116,7 @@ def draw(seed: int) -> Case:
     if work > 3e7:
         leading = (max(int(3e7 * math.prod(leading) / work), 1),)
     biases = {0: (), 1: tuple(range(layers))}.get(rng.randrange(3), tuple(k for k in range(layers) if chance(0.5)))
-    spec = LossSpec(reduction="sum")
+    spec = SUM
     if entry in LOSSES:
         spec = _loss(rng, sizes[-1], leading)
     # On integers only the sum of squares is exact, and so are powers of two where nothing is squared.
@@ -251,7 +254,9 @@ def call(case: Case, net: Net, end: Tensor) -> list[Tensor | None]:
         end = torch.tensor(case.scale, dtype=case.dtype)
     else:
         output = FUNCTIONS[case.entry](*leaves)
-    assert output.requires_grad == any(needs), "the output requires a gradient, but nothing asks for one, or the reverse"
+    assert output.requires_grad == any(needs), (
+        "the output requires a gradient, but nothing asks for one, or the reverse"
+    )
     asked = [leaf for leaf, need in zip(leaves.leaves(), needs, strict=True) if need]
     grads = torch.autograd.grad(output, asked, end, retain_graph=True) if asked else ()
     if asked:

@@ -21,19 +21,19 @@ from fuzz.cases import Case, Layout, LossSpec, Tensors, assert_same, call, draw,
 from helpers import units
 from torch_manualbp import _function
 
-__all__ = ["Case", "Layout", "LossSpec", "Undecidable", "check", "draw", "simpler", "torch"]
+__all__ = ["Case", "Layout", "LossSpec", "UndecidableError", "check", "draw", "simpler", "torch"]
 
 # Rounding of a sum of up to 3000 terms and of storing it: 32 units of 2^-53 or 2^-24. Halves are rounded once, but from
 # sums in float32: ours and the oracle's may fall on either side of a tie.
 ROUNDING = {torch.float64: 2**-48, torch.float32: 2**-19, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-class Undecidable(Exception):
+class UndecidableError(Exception):
     """The order of summation decides what comes out: sums are too large."""
 
 
 def check(case: Case) -> None:
-    """Raises AssertionError if the library's answer is wrong, Undecidable if nothing can be said."""
+    """Raises AssertionError if the library's answer is wrong, UndecidableError if nothing can be said."""
     _function._has_bfloat16_units = False  # our kernels, on every machine
     torch.set_num_threads(1)
     tensors = make(case)
@@ -75,10 +75,14 @@ def _truth(case: Case) -> list[_Item]:
     """Every result of a case."""
     exact = case.data == "integers"
     tensors = make(replace(case, exponent=0))
-    on = None if exact else [unit.flatten(0, -2) if unit.dim() > 1 else unit[None] for unit in units(tensors.net, case.final_relu)]
+    on = (
+        None
+        if exact
+        else [unit.flatten(0, -2) if unit.dim() > 1 else unit[None] for unit in units(tensors.net, case.final_relu)]
+    )
     items, largest = _Oracle(case, tensors, on).items()
     if largest * 2.0**case.exponent >= torch.finfo(case.dtype).max / 4 or (exact and largest >= 2**24):
-        raise Undecidable
+        raise UndecidableError
     return [_Item(name, _delivered(case, name, want), bound) for name, want, bound in items]
 
 
@@ -114,7 +118,7 @@ class _Oracle:
         else:
             value, value_error = output.detach().reshape(*case.leading, case.sizes[-1]), h_error[-1]
             df, df_error = self.end.double().reshape(output.shape), torch.zeros_like(h_error[-1])
-        *grads, = torch.autograd.grad(output, [*net.leaves(), *f], df)
+        (*grads,) = torch.autograd.grad(output, [*net.leaves(), *f], df)
         grads, df = grads[: -self.layers], grads[-self.layers :]
         errors = self.backward([one.detach() for one in h], df, h_error, df_error)
         names = ["output", *(f"gradient of {name}" for name in net.names())]
@@ -211,10 +215,10 @@ def simpler(case: Case) -> Iterator[Case]:
         yield replace(case, leading=(case.rows,))
     for k, width in enumerate(case.sizes):
         for less in _less(width):
-            yield replace(case, sizes=case.sizes[:k] + (less,) + case.sizes[k + 1 :])
+            yield replace(case, sizes=(*case.sizes[:k], less, *case.sizes[k + 1 :]))
     for k, rows in enumerate(case.leading):
         for less in _less(rows):
-            yield replace(case, leading=case.leading[:k] + (less,) + case.leading[k + 1 :])
+            yield replace(case, leading=(*case.leading[:k], less, *case.leading[k + 1 :]))
     for name in ("layouts", "specials", "biases", "needs"):
         kept = getattr(case, name)
         if kept:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fuzz.differential import Undecidable
+from fuzz.differential import UndecidableError
 
 PATHS = [Path(__file__).parents[2], Path(__file__).parents[1]]  # of the library and the tests, for the other process
 
@@ -52,7 +52,7 @@ def run(
             case = fuzzer.draw(seed)
             report.cases += 1
             problem = _problem(fuzzer, case)
-            if problem is Undecidable:
+            if problem is UndecidableError:
                 report.undecidable += 1
             elif problem:
                 small = shrink(fuzzer, case, time.monotonic() + 20)
@@ -68,7 +68,7 @@ def shrink(fuzzer: ModuleType, case: Any, stop: float) -> Any:
             if time.monotonic() > stop:
                 return case
             problem = _problem(fuzzer, candidate)
-            if problem and problem is not Undecidable:
+            if problem and problem is not UndecidableError:
                 case = candidate
                 break
         else:
@@ -76,11 +76,11 @@ def shrink(fuzzer: ModuleType, case: Any, stop: float) -> Any:
 
 
 def _problem(fuzzer: ModuleType, case: Any) -> Any:
-    """None, Undecidable, or what is wrong, as text."""
+    """None, UndecidableError, or what is wrong, as text."""
     try:
         fuzzer.check(case)
-    except Undecidable:
-        return Undecidable
+    except UndecidableError:
+        return UndecidableError
     except Exception as error:  # any other exception is a finding too
         return f"{type(error).__name__}: {error}"
     return None
