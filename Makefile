@@ -17,6 +17,7 @@ REBUILD := $(RUN) python setup.py -q build_ext --inplace >build/build.log 2>&1 |
 SOURCES := $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BINARY := torch_manualbp/_C.abi3.so
+DRIVERS := kernels network
 # One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
@@ -72,11 +73,13 @@ fuzz: $(VENV)/.ready  ## random calls against float64 autograd, random arguments
 fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer, however long they take
 	@$(RUN) PYTHONPATH=tests python -m fuzz --cases 100000 --seconds 86400 $(ARGS)
 
-asan: build/asan/kernels  ## the kernels under the address and undefined-behaviour sanitizers, on every level
-	@$(call on_every_level,$< 1000)
+asan: $(DRIVERS:%=build/asan/%)  ## kernels and passes under the address and undefined-behaviour sanitizers, on every level
+	@$(call on_every_level,build/asan/kernels 1000)
+	@$(call on_every_level,build/asan/network 50)
 
-tsan: build/tsan/kernels  ## the kernels on several threads under the thread sanitizer, on every level
-	@$(call on_every_level,$< threads)
+tsan: $(DRIVERS:%=build/tsan/%)  ## the same on several threads under the thread sanitizer
+	@$(call on_every_level,build/tsan/kernels threads)
+	@$(call on_every_level,build/tsan/network 10)
 
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
@@ -89,22 +92,20 @@ clean:  ## remove all that was made here
 	@rm -rf build dist *.egg-info $(BINARY) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The kernels know nothing of torch: they are built with a driver of their own. 77: not a level of this machine.
+# The kernels know nothing of torch, and network.h little (tests/csrc/torch_stub): the sanitizers run them in programs of
+# their own. 77: not a level of this machine.
 on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
-KERNELS := tests/csrc/kernels.cpp csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
-KERNEL_HEADERS := csrc/error.h csrc/cpu/isa.h $(wildcard csrc/cpu/kernels/*.h)
-build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
+build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 build/tsan/%: SANITIZE := -fsanitize=thread
-build/asan/%.o: %.cpp $(KERNEL_HEADERS)
-	@mkdir -p $(@D)
-	@$(CXX) -std=c++17 -O1 -g1 -fno-omit-frame-pointer $(SANITIZE) -Wall -Wextra -c $< -o $@
-build/tsan/%.o: %.cpp $(KERNEL_HEADERS)
-	@mkdir -p $(@D)
-	@$(CXX) -std=c++17 -O1 -g1 $(SANITIZE) -Wall -Wextra -c $< -o $@
-build/asan/kernels: $(KERNELS:%.cpp=build/asan/%.o)
-	@$(CXX) $(SANITIZE) $^ -o $@ -ldl -pthread
-build/tsan/kernels: $(KERNELS:%.cpp=build/tsan/%.o)
-	@$(CXX) $(SANITIZE) $^ -o $@ -ldl -pthread
+define sanitized
+build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
+	@mkdir -p $$(@D)
+	@$$(CXX) -std=c++17 -O1 -g1 $$(SANITIZE) -Wall -Wextra -Itests/csrc/torch_stub -c $$< -o $$@
+$(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
+	@$$(CXX) $$(SANITIZE) $$^ -o $$@ -ldl -pthread
+endef
+$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:
