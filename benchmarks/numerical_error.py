@@ -1,13 +1,16 @@
 """How far are outputs and gradients from float64, as networks grow deeper and wider and batches longer? Beside eager.
 
-    python benchmarks/numerical_error.py            (2 minutes)
+    python benchmarks/numerical_error.py            (a minute)
     python benchmarks/numerical_error.py --quick
 
 An error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` is float64 autograd on
 the same numbers (for float64: on one layer, against integers of Python, which are exact). Each cell is the median over
 random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part
 of the error of the gradients, and grows with the number of units. Sums over the batch are made in slices and blocks,
-which makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored.
+which makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored. Sums over
+features are made in one go, in ascending order (so that a row does not depend on its batch): their error grows with the
+square root of the width, while the BLAS behind eager adds up parts. Measured, MKL on Zen 4: gradients of 3 layers of 64
+0.8 times eager's error, of 256 1.7 times, of 2048 2.7 times.
 
 Left to others: which elements may differ by how much (tests/helpers.py, tests/fuzz).
 """

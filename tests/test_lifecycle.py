@@ -112,24 +112,6 @@ def test_one_graph_walked_by_several_threads_at_once(of):
                 assert_equal(grads, want)
 
 
-def test_a_module_is_fused_and_watched_while_others_call_it():
-    model, data = nn.Sequential(*mbp.MLP(SIZES)), batches(4)
-    want = [model(input).detach() for input, _ in data]
-
-    def call(k):
-        for _ in range(100):
-            torch.testing.assert_close(model(data[k][0]).detach(), want[k])
-        return True
-
-    with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(call, k) for k in range(4)]
-        while not all(done.done() for done in calls):
-            mbp.fuse(model)
-            model[1].register_forward_hook(lambda *_: None).remove()
-            mbp.unfuse(model)
-        assert all(done.result() for done in calls)
-
-
 @pytest.mark.parametrize("step", [autograd_step, loss_step])
 @pytest.mark.parametrize("model", ["store", "recompute"])
 def test_the_number_of_threads_changes_between_forward_and_backward(model, step, monkeypatch):

@@ -251,11 +251,14 @@ def test_mlp_without_weights_or_with_too_few_biases_is_an_error():
 def test_more_elements_than_64_bits_count_are_an_error(op):
     # No output, 2^61 rows and 8 hidden features: h_1 would have 2^64 elements, which is 0 to a 64-bit number.
     input, weights = torch.ones(1, 1).expand(2**61, 1), [torch.ones(8, 1), torch.ones(0, 8)]
+    calls = {
+        "mlp": lambda: _ops.mlp(input, weights, [None, None], False, True),
+        "mlp_backward": lambda: _ops.mlp_backward(
+            torch.ones(1, 0).expand(2**61, 0), input, weights, [], torch.ones(0), None, [False] * 5
+        ),
+    }
     with pytest.raises(RuntimeError, match=r"on an `input` of 2305843009213693952 rows is larger than any memory"):
-        if op == "mlp":
-            _ops.mlp(input, weights, [None, None], False, True)
-        else:
-            _ops.mlp_backward(torch.ones(1, 0).expand(2**61, 0), input, weights, [], torch.ones(0), None, [False] * 5)
+        calls[op]()
 
 
 def test_more_parameters_than_64_bits_count_bytes_of_are_an_error():

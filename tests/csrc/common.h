@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <type_traits>
 
 #include "../../csrc/cpu/isa.h"
 
@@ -42,22 +43,11 @@ T rounded(double v) {
 }
 
 template <typename T>
-const char* name_of();
-template <>
-const char* name_of<double>() {
-  return "float64";
-}
-template <>
-const char* name_of<float>() {
-  return "float32";
-}
-template <>
-const char* name_of<bfloat16>() {
-  return "bfloat16";
-}
-template <>
-const char* name_of<float16>() {
-  return "float16";
+const char* name_of() {
+  return std::is_same_v<T, double>     ? "float64"
+         : std::is_same_v<T, float>    ? "float32"
+         : std::is_same_v<T, bfloat16> ? "bfloat16"
+                                       : "float16";
 }
 
 // n elements and not a byte more, from an address that is a multiple of `align`.

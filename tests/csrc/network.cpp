@@ -82,7 +82,7 @@ void check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fin
     if (fine) return;
     std::printf("%s: wrong for %lld rows of", what, (long long)batch);
     for (const int64_t size : sizes) std::printf(" %lld", (long long)size);
-    std::printf(", %d-byte numbers, level %s\n", int(sizeof(T)), kernel_table().name);
+    std::printf(", %s, level %s\n", name_of<T>(), kernel_table().name);
     std::exit(1);
   };
   const auto input = c.matrix(c.input, sizes[0]), end = c.matrix(c.end, sizes.back());
