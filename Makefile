@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 ARGS ?=
+SECONDS ?= 120
 FIGURES ?= build
 
 PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
@@ -16,11 +17,12 @@ REBUILD := $(RUN) python setup.py -q build_ext --inplace >build/build.log 2>&1 |
 SOURCES := $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BINARY := torch_manualbp/_C.abi3.so
+DRIVERS := kernels network
 # One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick wheel clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -74,6 +76,20 @@ bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 
+fuzz: $(VENV)/.ready  ## random calls against float64 autograd, random arguments against crashes, for SECONDS=120
+	@$(RUN) PYTHONPATH=tests python -m fuzz --seconds $(SECONDS) $(ARGS)
+
+fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer, however long they take
+	@$(RUN) PYTHONPATH=tests python -m fuzz --cases 100000 --seconds 86400 $(ARGS)
+
+asan: $(DRIVERS:%=build/asan/%)  ## kernels and passes under the address and undefined-behaviour sanitizers, on every level
+	@$(call on_every_level,build/asan/kernels 1000)
+	@$(call on_every_level,build/asan/network 50)
+
+tsan: $(DRIVERS:%=build/tsan/%)  ## the same on several threads under the thread sanitizer
+	@$(call on_every_level,build/tsan/kernels threads)
+	@$(call on_every_level,build/tsan/network 10)
+
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
 	@mkdir -p dist
@@ -84,6 +100,21 @@ clean:  ## remove all that was made here
 	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	@rm -rf build dist *.egg-info torch_manualbp/_C*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The kernels know nothing of torch, and network.h little (tests/csrc/torch_stub): the sanitizers run them in programs of
+# their own. 77: not a level of this machine.
+on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
+KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
+build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+build/tsan/%: SANITIZE := -fsanitize=thread
+define sanitized
+build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
+	@mkdir -p $$(@D)
+	@$$(CXX) -std=c++17 -O1 -g1 $$(SANITIZE) -Wall -Wextra -Itests/csrc/torch_stub -c $$< -o $$@
+$(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
+	@$$(CXX) $$(SANITIZE) $$^ -o $$@ -ldl -pthread
+endef
+$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:

@@ -13,7 +13,11 @@ rounds it. Two kinds of data make a sharp comparison with it possible:
 
 import contextlib
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -114,6 +118,26 @@ def smooth_net(leading, sizes, biases="all", final_relu=False):
     raise AssertionError(f"no smooth network of sizes {sizes} in 100 draws")
 
 
+def lay_out(tensor, order, steps, offset, expanded):
+    """Equal values in other memory: dimensions in `order` from the innermost, elements `steps` apart, from `offset` on.
+
+    An `expanded` dimension repeats its first element, with stride 0.
+    """
+    shape = tensor.shape
+    for d, wanted in enumerate(expanded):
+        if wanted and shape[d]:
+            tensor = tensor.narrow(d, 0, 1).expand_as(tensor)
+    strides, step = [0] * len(shape), 1
+    for d in order:
+        strides[d] = 0 if expanded[d] else steps[d] * step
+        step *= 1 if expanded[d] else steps[d] * max(shape[d], 1)
+    view = torch.zeros(offset + step, dtype=tensor.dtype).as_strided(shape, strides, offset)
+    if tensor.numel():  # expanded dimensions are written once
+        narrow = tuple(slice(0, 1) if wanted else slice(None) for wanted in expanded)
+        view[narrow] = tensor[narrow]
+    return view
+
+
 def _leading(leading):
     return (leading,) if isinstance(leading, int) else tuple(leading)
 
@@ -159,13 +183,13 @@ def results(function, net, grad_output):
 
 
 def units(net, final_relu=False):
-    """Which units our own forward pass switched on: one boolean tensor per ReLU."""
+    """Which units our own forward pass switched on (NaN counts: its gradient passes): one boolean tensor per ReLU."""
     output, hidden = _ops.mlp(*net, final_relu, True)
     leading = net.input.shape[:-1]
     widths = [weight.shape[0] for weight in net.weights[:-1]]
     pieces = hidden.split([leading.numel() * width for width in widths]) if widths else ()
-    on = [piece.view(*leading, width) > 0 for piece, width in zip(pieces, widths, strict=True)]
-    return [*on, output > 0] if final_relu else on
+    on = [~(piece.view(*leading, width) <= 0) for piece, width in zip(pieces, widths, strict=True)]
+    return [*on, ~(output <= 0)] if final_relu else on
 
 
 # --- what it is compared with ---------------------------------------------------------------------------------------
@@ -237,6 +261,20 @@ def assert_near(got, truth):
         if want.numel():
             error, allowed = (one.double() - want.double()).abs().max(), TOLERANCE[one.dtype] * total.max()
             assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+# --- in another process ---------------------------------------------------------------------------------------------
+
+
+def python(code, *arguments, **variables):
+    """The command line and the environment of a new Python that finds this library and these tests, as for Popen."""
+    paths = os.pathsep.join([str(Path(mbp.__file__).parent.parent), str(Path(__file__).parent)])
+    return {"args": [sys.executable, "-c", code, *arguments], "env": {**os.environ, "PYTHONPATH": paths, **variables}}
+
+
+def run_python(code, *arguments, **variables):
+    """Runs code in a new Python, with these environment variables; returns what it printed and its exit status."""
+    return subprocess.run(**python(code, *arguments, **variables), capture_output=True, text=True, check=False)
 
 
 # --- what was called ------------------------------------------------------------------------------------------------

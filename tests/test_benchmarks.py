@@ -211,6 +211,33 @@ def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     assert figure.stat().st_size > 0
 
 
+def test_memory_growth_prints_each_way_and_draws_them(training_step, monkeypatch, capsys, tmp_path):
+    import memory_growth
+
+    ways = list(memory_growth.WAYS)[-2:]
+    monkeypatch.setattr(memory_growth, "WAYS", {way: memory_growth.WAYS[way] for way in ways})
+    monkeypatch.setattr(sys, "argv", ["memory_growth.py", "--steps", "100", "--figure", str(tmp_path / "growth.png")])
+    memory_growth.main()
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][0].strip() == "100 steps"
+    assert [row[0].strip() for row in rows[2:]] == ways
+    assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_numerical_errors_are_not_far_from_eagers(training_step, monkeypatch, capsys):
+    import numerical_error
+
+    monkeypatch.setattr(sys, "argv", ["numerical_error.py", "--quick"])
+    numerical_error.main()
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = [row for row in rows if row[1].strip() in ("output", "gradients")]
+    assert {row[0].split(",")[0].strip() for row in table} > {"float64", "float32", "bfloat16", "float16"}
+    for row in table:
+        eager, *ours = (float(cell) for cell in row[2:] if cell.strip() != "–")
+        assert eager > 0
+        assert max(ours) <= 2.5 * eager, row  # one sum in ascending order: 1.7 times eager's with 256 terms
+
+
 def test_scaling_sets_the_threads_of_each_peer_anew(training_step):
     import scaling
 

@@ -1,9 +1,6 @@
 """Instruction-set levels: each that this machine has, forced in a process of its own, computes the same networks."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,12 +20,12 @@ from helpers import (
     one_layer,
     oracle,
     results,
+    run_python,
     units,
 )
 from torch_manualbp import _ops
 
 LEVELS = ("default", "avx2", "avx512")
-HERE = Path(__file__).parent
 
 
 def probe(path):
@@ -72,20 +69,13 @@ def near_float64():
     return found
 
 
-def run(code, *args, **variables):
-    """Runs code in a new Python that finds this library and these tests."""
-    paths = os.pathsep.join([str(Path(mbp.__file__).parent.parent), str(HERE)])
-    env = {**os.environ, "PYTHONPATH": paths, **variables}
-    return subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def forced(tmp_path_factory):
     """What `probe` saved at each level that this machine has: {level: its dictionary}."""
     saved = {}
     for level in LEVELS:
         path = tmp_path_factory.mktemp("isa") / level
-        done = run("import sys, test_isa; test_isa.probe(sys.argv[1])", str(path), MANUALBP_ISA=level)
+        done = run_python("import sys, test_isa; test_isa.probe(sys.argv[1])", str(path), MANUALBP_ISA=level)
         if "this machine does not have these instructions" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr
@@ -99,7 +89,7 @@ def test_each_level_of_the_machine_passes_every_check(forced):
 
 
 def test_the_best_level_of_the_machine_is_chosen_unless_one_is_forced(forced):
-    best = run("from torch_manualbp import _ops; print(_ops.isa())", MANUALBP_ISA="")
+    best = run_python("from torch_manualbp import _ops; print(_ops.isa())", MANUALBP_ISA="")
     assert best.stdout.strip() == list(forced)[-1]
 
 
@@ -115,7 +105,9 @@ def test_levels_agree_within_rounding(forced):
 
 
 def test_an_unknown_level_is_an_error_that_names_the_levels():
-    done = run("import torch_manualbp as m, torch; m.mlp(torch.ones(1, 1), [torch.ones(1, 1)])", MANUALBP_ISA="sse9")
+    done = run_python(
+        "import torch_manualbp as m, torch; m.mlp(torch.ones(1, 1), [torch.ones(1, 1)])", MANUALBP_ISA="sse9"
+    )
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("RuntimeError: MANUALBP_ISA=sse9 is not a level of this build")
@@ -131,6 +123,6 @@ for _ in range(2):
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """
-    lines = run(code, MANUALBP_ISA="none").stdout.splitlines()
+    lines = run_python(code, MANUALBP_ISA="none").stdout.splitlines()
     assert len(lines) == 2
     assert lines[0] == lines[1] != ""

@@ -140,6 +140,23 @@ def test_ignored_rows_count_for_nothing(reduction):
     torch.testing.assert_close(*(step(f("cross_entropy", reduction=reduction), net, target)[0] for f in (fused, plain)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "row",
+    [[NAN, 1, 2], [1, NAN, 2], [1, 2, INF], [INF, -INF, 0], [-INF, 1, 2], [-INF, -INF, 3], [-INF] * 3, [1, -2, 3]],
+    ids=str,
+)
+def test_an_ignored_row_has_the_gradient_of_torch_where_its_output_is_not_finite(row, dtype):
+    # 0 times softmax: NaN where that is NaN. The output is the bias.
+    bias = torch.tensor(row, dtype=dtype).requires_grad_()
+    net = Net(torch.ones(2, 1, dtype=dtype), [torch.zeros(3, 1, dtype=dtype)], [bias])
+    grads = []
+    for function in (fused, plain):
+        value = function("cross_entropy", ignore_index=1)(net, torch.tensor([1, 1]))
+        grads += torch.autograd.grad(value, bias)
+    assert_equal(*grads)
+
+
 def test_a_batch_that_is_all_ignored():
     net, target = normal_net(3, [5, 4]), torch.full((3,), -100)
     for reduction in REDUCTIONS:

@@ -247,6 +247,51 @@ def test_mlp_without_weights_or_with_too_few_biases_is_an_error():
         _ops.mlp(input, [weight], [], False, True)
 
 
+@pytest.mark.parametrize("op", ["mlp", "mlp_backward"])
+def test_more_elements_than_64_bits_count_are_an_error(op):
+    # No output, 2^61 rows and 8 hidden features: h_1 would have 2^64 elements, which is 0 to a 64-bit number.
+    input, weights = torch.ones(1, 1).expand(2**61, 1), [torch.ones(8, 1), torch.ones(0, 8)]
+    calls = {
+        "mlp": lambda: _ops.mlp(input, weights, [None, None], False, True),
+        "mlp_backward": lambda: _ops.mlp_backward(
+            torch.ones(1, 0).expand(2**61, 0), input, weights, [], torch.ones(0), None, [False] * 5
+        ),
+    }
+    with pytest.raises(RuntimeError, match=r"on an `input` of 2305843009213693952 rows is larger than any memory"):
+        calls[op]()
+
+
+def test_more_parameters_than_64_bits_count_bytes_of_are_an_error():
+    weight = torch.ones(1, 1).expand(2**31, 2**30)
+    with pytest.raises(RuntimeError, match=r"larger than any memory|memory"):
+        _ops.linear_relu(torch.ones(1, 1).expand(1, 2**30), weight, None)
+
+
+def test_an_output_without_elements_takes_no_time_however_many_rows_it_has():
+    assert _ops.linear_relu(torch.ones(1, 1).expand(2**50, 1), torch.ones(0, 1), None).shape == (2**50, 0)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_tensor_whose_storage_was_freed_is_an_error(which):
+    args = list(linear_relu_args(torch.float32)[1])
+    args[which] = args[which].clone()
+    args[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"has no memory: its storage was freed"):
+        _ops.linear_relu_backward(*args, [True] * 3)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_backward_refuses_tensors_on_several_devices(which):
+    _, args = mlp_args(final_relu=True)
+    args = [arg if k != which else to_meta(arg) for k, arg in enumerate(args)]
+    with pytest.raises(RuntimeError, match=r"must be on the device of `\w+(\[0\])?` \((cpu|meta)\), got (cpu|meta)"):
+        _ops.mlp_backward(*args, ALL)
+    _, args = linear_relu_args()
+    args = [arg if k != which % 4 else to_meta(arg) for k, arg in enumerate(args)]
+    with pytest.raises(RuntimeError, match=r"must be on the device of"):
+        _ops.linear_relu_backward(*args, [True] * 3)
+
+
 def test_results_do_not_share_memory():
     forward, backward = mlp_args(final_relu=True)
     made = [*_ops.mlp(*forward), *_ops.mlp_backward(*backward, ALL)]

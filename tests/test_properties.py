@@ -19,6 +19,7 @@ from helpers import (
     assert_exact,
     closed_mlp,
     integers,
+    lay_out,
     normal_net,
     oracle,
     plain_mlp,
@@ -41,22 +42,7 @@ def strided(draw, shape):
     offset = draw(st.integers(0, 3))
     expanded = [draw(st.integers(0, 5)) == 0 for _ in shape]
 
-    def lay_out(tensor):
-        for d, wanted in enumerate(expanded):
-            if wanted and tensor.shape[d]:
-                tensor = tensor.narrow(d, 0, 1).expand_as(tensor)
-        strides, step = [0] * len(shape), 1
-        for d in order:
-            strides[d] = 0 if expanded[d] else steps[d] * step
-            step *= 1 if expanded[d] else steps[d] * max(shape[d], 1)
-        room = torch.zeros(offset + step, dtype=tensor.dtype)
-        view = room.as_strided(tensor.shape, strides, offset)
-        if tensor.numel():  # expanded dimensions are written once
-            narrow = tuple(slice(0, 1) if wanted else slice(None) for wanted in expanded)
-            view[narrow] = tensor[narrow]
-        return view
-
-    return lay_out
+    return lambda tensor: lay_out(tensor, order, steps, offset, expanded)
 
 
 @st.composite

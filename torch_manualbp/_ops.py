@@ -98,6 +98,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_fake("linear_relu_backward")
 def _(grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    _check_devices("linear_relu_backward", grad_output=grad_output, input=input, weight=weight, output=output)
     shapes = (input.shape, weight.shape, weight.shape[:1])
     return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
@@ -122,6 +123,8 @@ def _(
     output: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
+    kept = {"hidden": hidden, "output": output}
+    _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **kept)
     return _needed_like(input, weights, needs)
 
 

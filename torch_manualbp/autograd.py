@@ -129,7 +129,7 @@ class MLPLossFunction(ManualFunction):
         if backward_is_composed(grad_output):
             grads = _loss_gradients(ctx.loss, input, target, parameters, ctx.needs, grad_output)
         else:
-            grads, ctx.grads = ctx.grads, None
+            grads = vars(ctx).pop("grads", None)  # in one step: another thread may walk the same graph
             if grads is None:
                 weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
                 _, *grads = ctx.loss.run(input, target, weights, biases, ctx.needs)

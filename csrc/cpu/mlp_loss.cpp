@@ -25,9 +25,10 @@ int64_t check_classes(const char* op, const int64_t* classes, int64_t stride, in
 }  // namespace
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
-                             std::vector<std::optional<Tensor>> biases, std::string loss, bool mean,
+                             std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
   const char* op = "mlp_loss";
+  const std::string loss = take_text(loss_name);
   check_network(op, input, weights, biases);
   check_loss(op, input, target, weights.back().size(0), loss, label_smoothing);
   const bool is_class = loss == "cross_entropy";

@@ -45,6 +45,7 @@ class Network {
  public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
       : layers_(std::move(layers)), batch_(batch), final_relu_(final_relu), widest_(layers_[0].d_in()) {
+    check_countable();
     starts_ = {0, 0};
     for (size_t k = 0; k < layers_.size(); ++k) {
       widest_ = std::max(widest_, layers_[k].d_out());
@@ -62,6 +63,7 @@ class Network {
 
   // output (B, D_K), contiguous. hidden: where h_1 ... h_{K-1} are stored, or nullptr.
   void forward(Matrix<const T> input, T* hidden, T* output) {
+    if (batch_ * layers_.back().d_out() == 0 && (!hidden || hidden_size() == 0)) return;
     const Team team(widest_, widest_);
     const auto& workers = team.workers;
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
@@ -188,6 +190,18 @@ class Network {
     std::vector<int64_t> offsets_;
     std::optional<Buffer<A>> buffer_;
   };
+
+  // Expanded tensors may have more elements than memory has bytes: all that is counted below fits into 63 bits.
+  void check_countable() const {
+    double width = double(layers_[0].d_in()), parameters = 0;
+    for (const auto& layer : layers_) {
+      width += double(layer.d_out());
+      parameters += (double(layer.d_in()) + 1) * double(layer.d_out());
+    }
+    constexpr double kMost = double(int64_t(1) << 57);
+    MBP_CHECK(double(batch_) * width < kMost && parameters < kMost, "a network of ", parameters,
+              " parameters on an `input` of ", batch_, " rows is larger than any memory");
+  }
 
   static Matrix<const T> rows_of(Matrix<const T> m, int64_t first, int64_t count) {
     return {m.data + first * m.row_stride, count, m.cols, m.row_stride, m.col_stride};

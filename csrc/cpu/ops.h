@@ -25,7 +25,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
                                  std::optional<Tensor> output, std::vector<bool> needs);
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
-                             std::vector<std::optional<Tensor>> biases, std::string loss, bool mean,
+                             std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat);
 
 std::string isa();

@@ -125,7 +125,9 @@ T* data(const Tensor& t) {
 }
 template <typename T>
 const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
+  const void* data = t.const_data_ptr();
+  MBP_CHECK(data || t.numel() == 0, "a tensor of shape ", shape_of(t), " has no memory: its storage was freed");
+  return static_cast<const T*>(data);
 }
 
 // A tensor of any rank as a matrix (product of the leading dimensions, last dimension), without a copy where
@@ -171,6 +173,18 @@ template <typename T>
 Bias<T> as_bias(const std::optional<Tensor>& bias) {
   if (!bias) return {nullptr, 0};
   return {const_data<T>(*bias), bias->stride(0)};
+}
+
+// The text of a str argument, which ends its life here. (torch's own conversion to std::string, 2.10 to 2.13 at least,
+// forgets to free a string: 48 bytes a call, each of which may keep the memory around it from being used again.)
+inline std::string take_text(StringHandle handle) {
+  const char* text;
+  size_t length;
+  MBP_TORCH(torch_string_c_str(handle, &text));
+  MBP_TORCH(torch_string_length(handle, &length));
+  std::string taken(text, length);
+  MBP_TORCH(torch_delete_string(handle));
+  return taken;
 }
 
 // The sizes of t with another last one.

@@ -111,8 +111,23 @@ static double bce_with_logits(const Loss<T>& p) {
   return rows_against_target(p, [](auto... a) __attribute__((always_inline)) { return bce_row<T>(a...); });
 }
 
+// f <- 0 softmax(f): NaN if there is a NaN, a +Inf, or nothing but -Inf in it.
+template <typename T>
+MBP_INLINE void nothing_of(T* f, int64_t cols) {
+  using A = accumulator_t<T>;
+  A nothing = A(0), largest = widen(f[0]);
+  for (int64_t j = 0; j < cols; ++j) {
+    const A x = widen(f[j]);
+    nothing += (x < A(0) ? A(0) : x) * A(0);
+    largest = x > largest ? x : largest;
+  }
+  nothing += largest * A(0);
+  for (int64_t j = 0; j < cols; ++j) f[j] = narrow<T>(nothing);
+}
+
 // ell = sum over rows of -(1 - s) log p_c - s/D sum_j log p_j, with p = softmax(f), c the class and s the smoothing;
-// df = (p - (1 - s) onehot(c) - s/D) scale. Rows whose class is ignore_index count for nothing.
+// df = (p - (1 - s) onehot(c) - s/D) scale. Rows whose class is ignore_index count for nothing: df = 0 p, which is NaN
+// where p is.
 template <typename T>
 static double cross_entropy(const Loss<T>& p) {
   using A = accumulator_t<T>;
@@ -122,7 +137,7 @@ static double cross_entropy(const Loss<T>& p) {
     T* f = p.f + i * p.cols;
     const int64_t c = p.classes[i * p.target_row];
     if (c == p.ignore_index) {
-      for (int64_t j = 0; p.gradient && j < p.cols; ++j) f[j] = narrow<T>(A(0));
+      if (p.gradient) nothing_of<T>(f, p.cols);
       continue;
     }
     A maxima[kSums];

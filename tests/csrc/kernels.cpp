@@ -1,0 +1,343 @@
+// The kernels of one instruction-set level (MANUALBP_ISA) against naive loops, on memory of exactly the size that each
+// may touch: what the sanitizers run. No torch. `make asan`, `make tsan`; tests/test_sanitizers.py.
+//
+//   kernels [CASES]     random shapes, strides and options, so many of each kind and dtype
+//   kernels threads     products, masks and sums cut over threads as csrc/cpu/layer.h cuts them
+//   kernels overflow    writes behind C on purpose: the address sanitizer must stop it
+//   kernels race        two threads write the same rows on purpose: the thread sanitizer must report it
+//
+// Exit status 77: this machine does not have the level.
+// Numbers are small integers, so that products are exact and must be equal; losses are compared within rounding.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/isa.h"
+#include "common.h"
+
+namespace {
+
+[[noreturn]] void fail(const char* what, const char* dtype, int64_t m, int64_t n, int64_t k) {
+  std::printf("%s, %s, level %s: wrong for %lld x %lld x %lld\n", what, dtype, kernel_table().name, (long long)m,
+              (long long)n, (long long)k);
+  std::exit(1);
+}
+
+using Workspace = Exact<char>;
+template <typename T>
+struct WorkspaceFor : Workspace {
+  WorkspaceFor(int64_t n, int64_t k) : Workspace(kernels<T>().workspace_bytes(n, k), 64) {}
+};
+
+// A matrix with drawn strides: rows or columns contiguous, both apart, or one of the two repeated.
+template <typename T>
+struct Strided {
+  Strided(int64_t rows, int64_t cols, int high) : Strided(rows, cols, high, below(6), below(3)) {}
+  Strided(int64_t rows, int64_t cols, int high, int64_t kind, int64_t gap)
+      : row(kind == 0   ? cols
+            : kind == 1 ? cols + gap
+            : kind == 2 ? 1
+            : kind == 3 ? 2 * cols + gap
+            : kind == 4 ? 0
+                        : 1),
+        col(kind == 2   ? rows + gap
+            : kind == 3 ? 2
+            : kind == 5 ? 0
+                        : 1),
+        memory(rows && cols ? (rows - 1) * row + (cols - 1) * col + 1 : 0) {
+    memory.fill(high);
+  }
+  double at(int64_t i, int64_t j) const { return to_double(memory.data[i * row + j * col]); }
+  int64_t row, col;
+  Exact<T> memory;
+};
+
+// Around the edges of the tiles; sometimes beyond a block of the depth (384) or of the columns (256).
+int64_t draw_size() {
+  static const int64_t edges[] = {1,  2,  3,  5,  6,  7,  8,  9,  11, 12, 13, 15,
+                                  16, 17, 23, 24, 25, 31, 32, 33, 48, 63, 64, 65};
+  return chance(4) ? 200 + below(300) : chance(20) ? 1 + below(130) : edges[below(sizeof edges / sizeof *edges)];
+}
+
+// C (M, N) = A (M, K) B (K, N) with all that can be asked for beside it. Out: T, or its accumulator.
+template <typename T, typename Out>
+void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates, bool masks) {
+  const auto& kernel = kernels<T>();
+  const int64_t m = draw_size(), n = draw_size(), k = chance(3) ? 0 : draw_size();
+  if (m * n * k > 3000000) return;
+  const Strided<T> a(m, k, 2), b(k, n, 1);
+  const int64_t c_m = n + (chance(30) ? 3 : 0), mask_m = n + (chance(30) ? 2 : 0), bias_stride = below(3);
+  Exact<Out> c((m - 1) * c_m + n), mask((m - 1) * mask_m + n);
+  Exact<T> bias((n - 1) * bias_stride + 1);
+  Exact<accumulator_t<T>> column_sum(n), packed(kernel.packed_size(k, n));
+  const WorkspaceFor<T> workspace(n, k);
+  for (int64_t i = 0; i < c.size; ++i) c.data[i] = Out(rounded<Out>(double(below(5) - 2)));
+  for (int64_t i = 0; i < mask.size; ++i) mask.data[i] = rounded<Out>(double(below(3) - 1));
+  column_sum.fill(2);
+  bias.fill(2);
+  Gemm<T, Out> p{m, n, k, a.memory.data, a.row, a.col, b.memory.data, b.row, b.col, c.data, c_m};
+  if (chance(50)) p.bias = bias.data, p.bias_stride = bias_stride;
+  p.relu = chance(30);
+  p.accumulate = accumulates && chance(50);
+  if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
+  if (masks && chance(50)) p.column_sum = column_sum.data;
+  if (chance(40)) {
+    kernel.pack(p.b, p.b_k, p.b_n, k, n, packed.data);
+    p.packed_b = packed.data;
+  }
+  (void)kernel.reads_in_place(m, p.b_k, p.b_n, n);
+  std::vector<double> want(size_t(m * n)), sums(size_t(n), 0.0);
+  for (int64_t j = 0; j < n; ++j) sums[size_t(j)] = to_double(column_sum.data[j]);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = p.accumulate ? to_double(c.data[i * c_m + j]) : 0;
+      for (int64_t kk = 0; kk < k; ++kk) sum += a.at(i, kk) * b.at(kk, j);
+      if (p.bias) sum += to_double(bias.data[j * bias_stride]);
+      if (p.relu && sum < 0) sum = 0;
+      if (p.mask && to_double(mask.data[i * mask_m + j]) <= 0) sum = 0;
+      sums[size_t(j)] += sum;
+      want[size_t(i * n + j)] = to_double(rounded<Out>(sum));
+    }
+  }
+  product(p, workspace.data);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      if (to_double(c.data[i * c_m + j]) != want[size_t(i * n + j)]) fail("product", name_of<T>(), m, n, k);
+    }
+  }
+  for (int64_t j = 0; p.column_sum && j < n; ++j) {
+    if (to_double(column_sum.data[j]) != sums[size_t(j)]) fail("column sum of a product", name_of<T>(), m, n, k);
+  }
+}
+
+template <typename T>
+void check_relu_backward() {
+  using A = accumulator_t<T>;
+  const int64_t rows = chance(5) ? 0 : chance(20) ? 100 + below(200) : draw_size(), cols = draw_size();
+  const Strided<T> grad(rows, cols, 2);
+  const int64_t h_row = cols + (chance(30) ? 3 : 0);
+  Exact<T> h(rows ? (rows - 1) * h_row + cols : 0), apart(rows * cols);
+  Exact<A> sum(cols);
+  h.fill(1);
+  sum.fill(2);
+  ReluBackward<T> p{rows, cols, grad.memory.data, grad.row, grad.col, nullptr, h_row, nullptr, nullptr, chance(50)};
+  if (chance(70)) p.h = h.data;
+  const bool in_place = grad.row == cols && grad.col == 1;
+  if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
+  if (chance(70)) p.column_sum = sum.data;
+  std::vector<double> want(size_t(rows * cols)), sums(size_t(cols), 0.0);
+  for (int64_t j = 0; j < cols; ++j) {
+    if (p.accumulate) sums[size_t(j)] = to_double(sum.data[j]);
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool off = p.h && to_double(h.data[i * h_row + j]) <= 0;
+      sums[size_t(j)] += want[size_t(i * cols + j)] = off ? 0 : grad.at(i, j);
+    }
+  }
+  kernels<T>().relu_backward(p);
+  for (int64_t i = 0; p.out && i < rows * cols; ++i) {
+    if (to_double(p.out[i]) != want[size_t(i)]) fail("relu_backward", name_of<T>(), rows, cols, 0);
+  }
+  for (int64_t j = 0; p.column_sum && j < cols; ++j) {
+    if (to_double(sum.data[j]) != sums[size_t(j)]) fail("sums of relu_backward", name_of<T>(), rows, cols, 0);
+  }
+}
+
+template <typename T>
+void check_reduce() {
+  const int64_t slices = 1 + below(9), size = chance(20) ? 500 + below(600) : draw_size(), stride = size + below(5);
+  Exact<accumulator_t<T>> partial((slices - 1) * stride + size);
+  Exact<T> out(size);
+  partial.fill(2);
+  out.fill(2);
+  const bool accumulate = chance(50);
+  const int64_t begin = chance(50) ? 0 : below(size), end = chance(50) ? size : begin + below(size - begin + 1);
+  std::vector<double> want(static_cast<size_t>(size));
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = to_double(out.data[i]);
+    if (i >= begin && i < end) {
+      if (!accumulate) sum = 0;
+      for (int64_t s = 0; s < slices; ++s) sum += to_double(partial.data[s * stride + i]);
+    }
+    want[size_t(i)] = to_double(rounded<T>(sum));
+  }
+  kernels<T>().reduce({slices, stride, partial.data, out.data, accumulate}, begin, end);
+  for (int64_t i = 0; i < size; ++i) {
+    if (to_double(out.data[i]) != want[size_t(i)]) fail("reduce", name_of<T>(), slices, size, 0);
+  }
+}
+
+// The three losses, by their formulas in double; f and targets are real numbers.
+template <typename T>
+void check_loss(int which) {
+  const auto& kernel = kernels<T>();
+  const int64_t rows = chance(5) ? 0 : draw_size() % 40, cols = draw_size();
+  Exact<T> f(rows * cols);
+  for (int64_t i = 0; i < f.size; ++i) f.data[i] = rounded<T>(double(below(2001) - 1000) / 125);
+  const Strided<T> target(rows, cols, 1);
+  const int64_t class_stride = 1 + below(2);
+  Exact<int64_t> classes(rows ? (rows - 1) * class_stride + 1 : 0);
+  for (int64_t i = 0; i < classes.size; ++i) classes.data[i] = chance(20) ? -100 : below(cols);
+  Loss<T> p{};
+  p.rows = rows, p.cols = cols, p.f = f.data, p.scale = chance(50) ? 1.0 : 0.125, p.gradient = chance(70);
+  p.ignore_index = -100, p.label_smoothing = chance(50) ? 0.0 : 0.25;
+  if (which == 2) {
+    p.classes = classes.data, p.target_row = class_stride;
+  } else {
+    p.target = target.memory.data, p.target_row = target.row, p.target_col = target.col;
+  }
+  double want = 0;
+  std::vector<double> df(size_t(rows * cols), 0.0);
+  for (int64_t i = 0; i < rows; ++i) {
+    double largest = -INFINITY, total = 0;
+    for (int64_t j = 0; j < cols; ++j) largest = std::fmax(largest, to_double(f.data[i * cols + j]));
+    for (int64_t j = 0; j < cols; ++j) total += std::exp(to_double(f.data[i * cols + j]) - largest);
+    for (int64_t j = 0; j < cols; ++j) {
+      const double x = to_double(f.data[i * cols + j]);
+      double& d = df[size_t(i * cols + j)];
+      if (which == 2) {
+        const int64_t c = classes.data[i * class_stride];
+        const double y = (c == j ? 1 - p.label_smoothing : 0) + p.label_smoothing / double(cols);
+        if (c == p.ignore_index) continue;
+        want -= y * (x - largest - std::log(total));
+        d = std::exp(x - largest) / total - y;
+      } else {
+        const double y = target.at(i, j);
+        want += which == 0 ? (x - y) * (x - y) : (1 - y) * x + std::log1p(std::exp(-x));
+        d = which == 0 ? 2 * (x - y) : 1 / (1 + std::exp(-x)) - y;
+      }
+    }
+  }
+  const double got = (which == 0 ? kernel.mse : which == 1 ? kernel.bce_with_logits : kernel.cross_entropy)(p);
+  const double rounding = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 2e-5 : 2e-2;
+  const char* what = which == 0 ? "mse" : which == 1 ? "bce_with_logits" : "cross_entropy";
+  // In float the value is summed from terms of up to 20 that are rounded to float, halves or not.
+  if (std::fabs(got - want) > (sizeof(T) == 8 ? 1e-11 : 2e-5) * (1 + double(rows * cols) * 20)) {
+    fail(what, name_of<T>(), rows, cols, 0);
+  }
+  for (int64_t i = 0; p.gradient && i < rows * cols; ++i) {
+    const double scaled = df[size_t(i)] * p.scale;
+    if (std::fabs(to_double(f.data[i]) - scaled) > rounding * (1 + std::fabs(scaled))) {
+      fail(what, name_of<T>(), rows, cols, 0);
+    }
+  }
+}
+
+template <typename T>
+void check_all(int cases) {
+  const auto& kernel = kernels<T>();
+  constexpr bool whole = sizeof(T) == sizeof(accumulator_t<T>);
+  for (int i = 0; i < cases; ++i) {
+    check_product<T, T>(kernel.gemm, false, whole);
+    check_product<T, accumulator_t<T>>(kernel.gemm_accumulated, true, whole);
+    check_relu_backward<T>();
+    check_reduce<T>();
+    check_loss<T>(i % 3);
+  }
+}
+
+// f(begin, end) on so many threads, each with a share of [0, n).
+template <typename F>
+void in_parallel(int64_t n, int threads, const F& f) {
+  std::vector<std::thread> team;
+  const int64_t share = (n + threads - 1) / threads;
+  for (int64_t begin = 0; begin < n; begin += share) {
+    team.emplace_back([=, &f] { f(begin, std::min(begin + share, n)); });
+  }
+  for (auto& thread : team) thread.join();
+}
+
+// A layer: forward by rows of the batch from one packed weight, df with d(beta) in units of rows, d(Omega) in blocks.
+// overlap: a thread computes 12 rows of its neighbour too, which is the race that must be seen.
+template <typename T>
+void check_threads(int threads, int64_t overlap) {
+  using A = accumulator_t<T>;
+  const auto& kernel = kernels<T>();
+  const int64_t rows = 300, d_in = 70, d_out = 50, unit = 128, units = (rows + unit - 1) / unit;
+  Exact<T> h(rows * d_in), omega(d_out * d_in), beta(d_out), f(rows * d_out), df(rows * d_out), dbeta(d_out);
+  Exact<A> packed(kernel.packed_size(d_in, d_out)), partial(units * d_out), domega(d_out * d_in);
+  h.fill(2), omega.fill(1), beta.fill(2), df.fill(1);
+  kernel.pack(omega.data, 1, d_in, d_in, d_out, packed.data);
+  std::vector<double> want_f(size_t(rows * d_out)), want_domega(size_t(d_out * d_in)),
+      want_dbeta(static_cast<size_t>(d_out));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < d_out; ++j) {
+      double sum = to_double(beta.data[j]);
+      for (int64_t k = 0; k < d_in; ++k) sum += to_double(h.data[i * d_in + k]) * to_double(omega.data[j * d_in + k]);
+      want_f[size_t(i * d_out + j)] = sum < 0 ? 0 : to_double(rounded<T>(sum));
+      const double d = sum <= 0 ? 0 : to_double(df.data[i * d_out + j]);
+      want_dbeta[size_t(j)] += d;
+      for (int64_t k = 0; k < d_in; ++k) want_domega[size_t(j * d_in + k)] += d * to_double(h.data[i * d_in + k]);
+    }
+  }
+  in_parallel(rows, threads, [&](int64_t begin, int64_t end) {
+    const WorkspaceFor<T> workspace(d_out, d_in);
+    const int64_t count = std::min(end + overlap, rows) - begin;
+    kernel.gemm({count, d_out, d_in, h.data + begin * d_in, d_in, 1, omega.data, 1, d_in, f.data + begin * d_out, d_out,
+                 beta.data, 1, true, false, packed.data},
+                workspace.data);
+  });
+  in_parallel(units, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t at = u * unit * d_out;
+      kernel.relu_backward({std::min(unit, rows - u * unit), d_out, df.data + at, d_out, 1, f.data + at, d_out,
+                            df.data + at, partial.data + u * d_out, false});
+    }
+  });
+  in_parallel(d_out, threads, [&](int64_t begin, int64_t end) {
+    kernel.reduce({units, d_out, partial.data, dbeta.data, false}, begin, end);
+    const WorkspaceFor<T> workspace(d_in, rows);
+    kernel.gemm_accumulated(
+        {end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in},
+        workspace.data);
+  });
+  const auto compare = [&](const auto& got, const std::vector<double>& want, const char* what, auto type) {
+    for (int64_t i = 0; i < got.size; ++i) {
+      const double expected = to_double(rounded<decltype(type)>(want[size_t(i)]));
+      if (to_double(got.data[i]) != expected) fail(what, name_of<T>(), rows, d_out, d_in);
+    }
+  };
+  compare(f, want_f, "forward on threads", T{});
+  compare(dbeta, want_dbeta, "bias gradient on threads", T{});
+  compare(domega, want_domega, "weight gradient on threads", A{});
+}
+
+void overflow() {
+  const Strided<float> a(24, 8, 1, 0, 0), b(8, 64, 1, 0, 0);
+  Exact<float> c(24 * 64 - 1);
+  const WorkspaceFor<float> workspace(64, 8);
+  kernels<float>().gemm({24, 64, 8, a.memory.data, 8, 1, b.memory.data, 64, 1, c.data, 64}, workspace.data);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string what = count > 1 ? arguments[1] : "1000";
+  try {
+    kernel_table();
+  } catch (const std::exception& error) {
+    std::printf("skipped: %s\n", error.what());
+    return 77;
+  }
+  if (what == "overflow") {
+    overflow();
+  } else if (what == "threads" || what == "race") {
+    for (int threads : {2, 4, 7}) {
+      check_threads<float>(threads, what == "race" ? 12 : 0);
+      check_threads<double>(threads, 0);
+      check_threads<bfloat16>(threads, 0);
+      check_threads<float16>(threads, 0);
+    }
+  } else {
+    const int cases = std::atoi(what.c_str());
+    check_all<float>(cases);
+    check_all<double>(cases);
+    check_all<bfloat16>(cases);
+    check_all<float16>(cases);
+  }
+  std::printf("%s: %s passed\n", kernel_table().name, what.c_str());
+}

@@ -1,0 +1,176 @@
+// The passes of csrc/cpu/network.h on several threads, without torch (torch_stub/): what the sanitizers run beside
+// kernels.cpp. Several threads must give the bits of one, stored activations those that are computed again, and the
+// one-pass loss those of forward and backward.
+//
+//   network [CASES]    the networks listed below, and so many random ones, in each dtype
+//
+// Exit status 77: this machine does not have the level MANUALBP_ISA.
+
+#include "../../csrc/cpu/network.h"
+
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "common.h"
+
+namespace {
+
+template <typename T>
+struct Case {
+  Case(int64_t batch_, const std::vector<int64_t>& sizes_, bool bias, bool final_relu_)
+      : batch(batch_), sizes(sizes_), final_relu(final_relu_), input(batch * sizes[0]), end(batch * sizes.back()) {
+    input.fill(2), end.fill(2);
+    for (size_t k = 0; k + 1 < sizes.size(); ++k) {
+      weights.push_back(std::make_unique<Exact<T>>(sizes[k] * sizes[k + 1]));
+      biases.push_back(std::make_unique<Exact<T>>(sizes[k + 1]));
+      // About six of a row are not 0: sums stay so small that they are exact in every dtype.
+      for (int64_t i = 0; i < weights[k]->size; ++i) {
+        weights[k]->data[i] = rounded<T>(below(sizes[k]) < 4 ? double(below(3) - 1) : 0.0);
+      }
+      biases[k]->fill(2);
+      if (!bias) biases[k].reset();
+    }
+  }
+  Network<T> network() const {
+    std::vector<Layer<T>> layers(weights.size());
+    for (size_t k = 0; k < weights.size(); ++k) {
+      layers[k].omega = Matrix<const T>::contiguous(weights[k]->data, sizes[k + 1], sizes[k]);
+      layers[k].beta = {biases[k] ? biases[k]->data : nullptr, 1};
+    }
+    return Network<T>(batch, layers, final_relu);
+  }
+  Matrix<const T> matrix(const Exact<T>& memory, int64_t cols) const {
+    return Matrix<const T>::contiguous(memory.data, batch, cols);
+  }
+  int64_t batch;
+  std::vector<int64_t> sizes;
+  bool final_relu;
+  Exact<T> input, end;
+  std::vector<std::unique_ptr<Exact<T>>> weights, biases;
+};
+
+// The gradients of a network, each in memory of its own.
+template <typename T>
+struct Results {
+  explicit Results(const Case<T>& c) : input(c.batch * c.sizes[0]) {
+    gradients.input = input.data;
+    for (size_t k = 0; k < c.weights.size(); ++k) {
+      parameters.push_back(std::make_unique<Exact<T>>(c.weights[k]->size));
+      gradients.omega.push_back(parameters.back()->data);
+      parameters.push_back(std::make_unique<Exact<T>>(c.sizes[k + 1]));
+      gradients.beta.push_back(parameters.back()->data);
+    }
+  }
+  bool equals(const Results& other) const {
+    bool same = equal(input, other.input);
+    for (size_t i = 0; i < parameters.size(); ++i) same = same && equal(*parameters[i], *other.parameters[i]);
+    return same;
+  }
+  static bool equal(const Exact<T>& one, const Exact<T>& other) {
+    return one.size == 0 || std::memcmp(one.data, other.data, size_t(one.size) * sizeof(T)) == 0;
+  }
+  Exact<T> input;
+  std::vector<std::unique_ptr<Exact<T>>> parameters;
+  Gradients<T> gradients;
+};
+
+template <typename T>
+void check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu) {
+  const Case<T> c(batch, sizes, bias, final_relu);
+  const auto require = [&](bool fine, const char* what) {
+    if (fine) return;
+    std::printf("%s: wrong for %lld rows of", what, (long long)batch);
+    for (const int64_t size : sizes) std::printf(" %lld", (long long)size);
+    std::printf(", %s, level %s\n", name_of<T>(), kernel_table().name);
+    std::exit(1);
+  };
+  const auto input = c.matrix(c.input, sizes[0]), end = c.matrix(c.end, sizes.back());
+  const int64_t hidden_size = c.network().hidden_size();
+  Exact<T> first_output(batch * sizes.back()), first_hidden(hidden_size);
+  Results<T> first(c), first_loss(c);
+  double first_value = 0;
+  for (const uint32_t threads : {1u, 2u, 4u}) {
+    stub_threads = threads;
+    Exact<T> output(batch * sizes.back()), hidden(hidden_size), again(batch * sizes.back());
+    c.network().forward(input, hidden.data, output.data);
+    c.network().forward(input, nullptr, again.data);
+    require(Results<T>::equal(output, again), "forward without stored activations");
+    Results<T> stored(c), recomputed(c), loss(c);
+    const T* const mask = final_relu ? output.data : nullptr;
+    c.network().backward(input, hidden.data, false, end, mask, stored.gradients);
+    c.network().backward(input, nullptr, true, end, mask, recomputed.gradients);
+    require(stored.equals(recomputed), "backward that computes the activations again");
+    double value = 0;
+    if (!final_relu) {
+      Loss<T> terms{};
+      terms.cols = sizes.back(), terms.scale = 1, terms.gradient = true;
+      terms.target = c.end.data, terms.target_row = sizes.back(), terms.target_col = 1;
+      value = c.network().loss_backward(input, kernels<T>().mse, terms, loss.gradients);
+    }
+    if (threads == 1) {
+      std::memcpy(first_output.data, output.data, size_t(output.size) * sizeof(T));
+      std::memcpy(first_hidden.data, hidden.data, size_t(hidden.size) * sizeof(T));
+      c.network().backward(input, hidden.data, false, end, mask, first.gradients);
+      first_value = value;
+      std::swap(first_loss.input.data, loss.input.data);
+      first_loss.parameters.swap(loss.parameters);
+      continue;
+    }
+    require(Results<T>::equal(output, first_output) && Results<T>::equal(hidden, first_hidden), "forward on threads");
+    require(stored.equals(first), "backward on threads");
+    require(final_relu || (loss.equals(first_loss) && value == first_value), "loss on threads");
+  }
+  // Forward, against naive loops: what everything else was compared with.
+  std::vector<double> h(size_t(batch * sizes[0]));
+  for (size_t i = 0; i < h.size(); ++i) h[i] = to_double(c.input.data[i]);
+  for (size_t k = 0; k + 1 < sizes.size(); ++k) {
+    std::vector<double> f(size_t(batch * sizes[k + 1]));
+    for (int64_t i = 0; i < batch; ++i) {
+      for (int64_t j = 0; j < sizes[k + 1]; ++j) {
+        double sum = c.biases[k] ? to_double(c.biases[k]->data[j]) : 0;
+        for (int64_t m = 0; m < sizes[k]; ++m) {
+          sum += h[size_t(i * sizes[k] + m)] * to_double(c.weights[k]->data[j * sizes[k] + m]);
+        }
+        if (sum < 0 && (k + 2 < sizes.size() || final_relu)) sum = 0;
+        f[size_t(i * sizes[k + 1] + j)] = to_double(rounded<T>(sum));
+      }
+    }
+    h = f;
+  }
+  for (size_t i = 0; i < h.size(); ++i) require(to_double(first_output.data[i]) == h[i], "forward");
+}
+
+template <typename T>
+void check_all(int cases) {
+  // Tall, short, wide, many parameters, few rows, one output, deep: every way to cut the work over threads.
+  check<T>(1500, {33, 100, 64, 7}, true, false);
+  check<T>(250, {30, 100, 90, 20}, true, true);
+  check<T>(250, {30, 100, 90, 20}, false, false);
+  check<T>(90, {300, 520, 10}, true, false);
+  check<T>(5, {1100, 1000, 3}, true, false);
+  check<T>(300, {40, 200, 1}, true, false);
+  check<T>(40, {64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64}, true, true);
+  for (int i = 0; i < cases; ++i) {
+    std::vector<int64_t> sizes(size_t(2 + below(4)));
+    for (auto& size : sizes) size = chance(70) ? below(20) : 1 + below(100);
+    check<T>(chance(60) ? below(40) : below(600), sizes, chance(70), chance(50));
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string cases = count > 1 ? arguments[1] : "20";
+  try {
+    kernel_table();
+  } catch (const std::exception& error) {
+    std::printf("skipped: %s\n", error.what());
+    return 77;
+  }
+  check_all<float>(std::atoi(cases.c_str()));
+  check_all<double>(std::atoi(cases.c_str()));
+  check_all<bfloat16>(std::atoi(cases.c_str()));
+  check_all<float16>(std::atoi(cases.c_str()));
+  std::printf("%s: %s passed\n", kernel_table().name, cases.c_str());
+}

@@ -1,0 +1,48 @@
+"""The command line of the fuzzers.
+
+python -m fuzz                                    2 minutes (in tests/, with the library on the path; or `make fuzz`)
+python -m fuzz --cases 100000 --seconds 36000     the night form
+python -m fuzz --seed 4711 --cases 1              one case again
+"""
+
+import argparse
+import importlib
+import tempfile
+import time
+from pathlib import Path
+
+from fuzz import runner
+
+FUZZERS = {"differential": "fuzz.differential", "arguments": "fuzz.arguments"}
+
+
+def main() -> int:
+    """Runs the fuzzers, one after the other; 1 if anything was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=FUZZERS, help="one of the fuzzers; default: both share the time")
+    parser.add_argument("--seconds", type=float, default=120.0, help="default: 120")
+    parser.add_argument(
+        "--cases", type=int, default=10**9, help="of each fuzzer; default: as many as there is time for"
+    )
+    parser.add_argument("--seed", type=int, help="of the first case; default: from the clock, and printed")
+    options = parser.parse_args()
+    first = int(time.time()) * 1000 if options.seed is None else options.seed
+    chosen = [options.only] if options.only else list(FUZZERS)
+    found = False
+    for name in chosen:
+        importlib.import_module(FUZZERS[name])
+        start = time.monotonic()
+        # The arguments need less time: most calls end at the first check.
+        share = 1.0 if options.only else {"differential": 0.8, "arguments": 0.2}[name]
+        with tempfile.TemporaryDirectory() as folder:
+            mark = Path(folder) / "seed"
+            report = runner.run_apart(FUZZERS[name], first, options.cases, options.seconds * share, mark)
+        print(f"{name}: seeds from {first}, {time.monotonic() - start:.0f} s, {report}", flush=True)
+        for text in report.failures + report.crashes:
+            print(text, flush=True)
+        found = found or bool(report.failures or report.crashes)
+    return int(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,316 @@
+"""Calls the ops of torch.ops.manualbp directly with arguments that do not fit: an exception each time, never a crash.
+
+A case starts from a valid call and changes some of its arguments. A single change that can't be right must be refused;
+what several changes make may be a valid call again, then its results must not depend on arguments sharing memory. A call
+that does not come back in 20 seconds counts as a crash.
+"""
+
+import re
+import resource
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuzz.differential import UndecidableError
+from helpers import integer_net, integers
+from torch_manualbp import _ops
+
+__all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
+
+OPS = ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss")
+OPTIONAL = ("bias", "biases", "hidden", "output")
+HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A valid call of `op` and what is changed of it: (argument, kind of change)."""
+
+    op: str
+    changes: tuple[tuple[str, str], ...]
+    sizes: tuple[int, ...] = (5, 7, 3)
+    rows: int = 4  # more than 2^30: all rows are the same one in memory
+    loss: str = "mse"
+    final_relu: bool = False
+    stored: bool = True
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+def _freed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def _nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, says torch
+        return torch.nested.as_nested_tensor([tensor.float(), tensor.float()])
+
+
+# A tensor that can't be right in the place of another, if nothing else is changed …
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "text": lambda t: "text",
+    "wider": lambda t: t.new_zeros((*t.shape[:-1], t.shape[-1] + 1)),
+    "narrower": lambda t: t[..., :-1],
+    "scalar": lambda t: t.new_zeros(()),
+    "five dimensions": lambda t: t.new_zeros((2, 3, 2, 3, t.shape[-1] + 2)),
+    "float64": lambda t: t.double(),
+    "float16": lambda t: t.half(),
+    "int32": lambda t: t.int(),
+    "bool": lambda t: t.bool(),
+    "complex64": lambda t: t.to(torch.complex64),
+    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "mkldnn": lambda t: t.float().to_mkldnn(),
+    "nested": _nested,
+    "freed": _freed,
+    "huge last": lambda t: t.new_zeros((1,) * t.dim()).expand(*t.shape[:-1], 2**61),
+    "huge first": lambda t: t.new_zeros((1,) * t.dim()).expand(2**58, *t.shape[1:]),
+    "huge both": lambda t: t.new_zeros((1,) * t.dim()).expand((2 ** (62 // t.dim()),) * t.dim()),
+}
+# … and one that may be.
+ODD: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda t: None,
+    "number": lambda t: 1.5,
+    "list": lambda t: [t],
+    "one more dimension": lambda t: t[None],
+    "one dimension less": lambda t: t[0],
+    "flat": lambda t: t.flatten(),
+    "no columns": lambda t: t[..., :0],
+    "no rows": lambda t: t[:0],
+    "transposed": lambda t: t.t() if t.dim() == 2 else t,
+    "strided": lambda t: torch.cat([t, t], -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "overlapping": lambda t: t.flatten().as_strided(t.shape, (1,) * t.dim()),
+    "negated": lambda t: torch._neg_view(t) if t.is_floating_point() else t,
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "requires grad": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
+}
+OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "needs": {
+        "shorter": lambda v: v[:-1],
+        "longer": lambda v: [*v, True],
+        "none of them": lambda v: [],
+        "not bools": lambda v: ["yes"] * len(v),
+        "missing": lambda v: None,
+    },
+    "weights": {
+        "no layers": lambda v: [],
+        "fewer": lambda v: v[:-1],
+        "more": lambda v: [*v, v[-1]],
+        "a tensor": lambda v: v[0],
+        "a hole": lambda v: [None, *v[1:]],
+        "missing": lambda v: None,
+    },
+    "loss": {"unknown": lambda v: "huber", "empty": lambda v: "", "missing": lambda v: None, "number": lambda v: 3},
+    "label_smoothing": {
+        "nan": lambda v: float("nan"),
+        "infinite": lambda v: float("inf"),
+        "negative": lambda v: -1e-9,
+        "above one": lambda v: 1.0000001,
+        "text": lambda v: "0.1",
+    },
+    "ignore_index": {"too large": lambda v: 2**63, "text": lambda v: "0", "missing": lambda v: None},
+    "store": {"text": lambda v: "yes"},
+}
+CLASSES: dict[str, Callable[[Tensor], Any]] = {
+    "class too large": lambda t: t + 3,
+    "class negative": lambda t: t - 4,
+    "class huge": lambda t: t + (2**63 - 4),
+    "class least": lambda t: torch.full_like(t, -(2**63)),
+}
+
+
+def draw(seed: int) -> Case:
+    """The case of this seed."""
+    rng = Random(seed)
+    op = rng.choice(OPS)
+    layers = 1 if op.startswith("linear") else rng.choice((1, 2, 3))
+    huge = rng.random() < 0.2
+    sizes = tuple(rng.choice((0, 1, 2, 8, 2**20) if huge else (3, 5, 7, 8, 17)) for _ in range(layers + 1))
+    case = Case(
+        op,
+        (),
+        sizes,
+        rows=rng.choice(HUGE) if huge else rng.choice((1, 4, 40)),
+        loss=rng.choice(("mse", "cross_entropy", "bce_with_logits")),
+        final_relu=rng.random() < 0.5,
+        stored=rng.random() < 0.7,
+    )
+    if huge:
+        return case
+    places = _places(case)
+    changes = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        place = rng.choice(places)
+        changes.append((place, rng.choice(list(_changes(case, place)))))
+    return replace(case, changes=tuple(changes))
+
+
+def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
+    """The changes that an argument can suffer."""
+    if place in OTHERS:
+        return OTHERS[place]
+    alias = {f"alias of {other}": lambda t: t for other in _places(case) if other not in OTHERS and other != place}
+    classes = CLASSES if place == "target" and case.loss == "cross_entropy" and case.op == "mlp_loss" else {}
+    return {**WRONG, **ODD, **alias, **classes}
+
+
+def _places(case: Case) -> list[str]:
+    layers = range(len(case.sizes) - 1)
+    network = [f"{name}[{k}]" for name in ("weights", "biases") for k in layers] + ["weights"]
+    return {
+        "linear_relu": ["input", "weight", "bias"],
+        "linear_relu_backward": ["grad_output", "input", "weight", "output", "needs"],
+        "mlp": ["input", *network, "store"],
+        "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs"],
+        "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
+    }[case.op]
+
+
+# --- the call ---------------------------------------------------------------------------------------------------------
+
+
+def _valid(case: Case) -> dict[str, Any]:
+    """The arguments before anything is changed."""
+    torch.manual_seed(0)
+    net = integer_net(1 if case.rows > 2**30 else case.rows, case.sizes, torch.float32)
+
+    def tall(tensor: Tensor) -> Tensor:
+        return tensor.expand(case.rows, *tensor.shape[1:]) if case.rows > 2**30 else tensor
+
+    rows = net.input.shape[0]
+    kept = (case.rows * sum(case.sizes[1:-1]) + 2**63) % 2**64 - 2**63  # as many as numbers of 64 bits say
+    input, output = tall(net.input), integers(rows, case.sizes[-1], dtype=torch.float32).abs()
+    grad = tall(integers(rows, case.sizes[-1], dtype=torch.float32))
+    hidden = torch.ones(kept if 0 <= kept < 2**20 else 0)
+    needs = [True] * (1 + 2 * len(net.weights))
+    if case.op == "linear_relu":
+        return {"input": input, "weight": net.weights[0], "bias": net.biases[0]}
+    if case.op == "linear_relu_backward":
+        return {"grad_output": grad, "input": input, "weight": net.weights[0], "output": output, "needs": needs}
+    if case.op == "mlp":
+        parameters = {"weights": net.weights, "biases": net.biases}
+        return {"input": input, **parameters, "final_relu": case.final_relu, "store": case.stored}
+    if case.op == "mlp_backward":
+        parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
+        kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
+        return {**parameters, **kept, "needs": needs}
+    is_class = case.loss == "cross_entropy"
+    target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
+    rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}
+    needs[0] = case.stored
+    return {"input": input, "target": tall(target), **rest, "label_smoothing": 0.1, "needs": needs, "flat": False}
+
+
+def check(case: Case) -> None:
+    """Raises AssertionError if a call that can't be right returns, or one that may be right depends on shared memory."""
+    try:
+        arguments = _valid(case)
+    except RuntimeError:  # torch itself has no tensor of so many elements
+        raise UndecidableError from None
+    impossible = case.rows > 2**30 and _largest_result(case) >= 2**40
+    if case.rows > 2**30 and not impossible and not case.changes:
+        raise UndecidableError  # nothing to refuse, but more to compute than anybody waits for
+    certain = False
+    for place, kind in case.changes:
+        before = _get(arguments, place)
+        if place not in OTHERS and not isinstance(before, Tensor):
+            continue  # changed already, or absent
+        try:
+            other = _get(arguments, kind[9:]) if kind.startswith("alias of ") else None
+            after = _changes(case, place)[kind](before) if other is None else other
+        except (RuntimeError, IndexError, TypeError):
+            continue  # torch itself makes no such tensor of this one
+        certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
+        _set(arguments, place, after)
+    signal.alarm(20)  # no Python code runs while the call computes: the process ends
+    try:
+        result = getattr(_ops, case.op)(**arguments)
+    except Exception:  # what is asked for
+        return
+    finally:
+        signal.alarm(0)
+    assert not impossible or case.changes, "more was returned than there is memory for"
+    assert not (certain and len(case.changes) == 1), "accepted what can't be right"
+    if any(t.device.type == "meta" for t in _tensors(result)):
+        assert all(t.device.type == "meta" for t in _tensors(list(arguments.values()))), "mixed devices were accepted"
+        return
+    apart = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
+    for one, other in zip(_tensors(result), _tensors(getattr(_ops, case.op)(**apart)), strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=0, equal_nan=True, msg="memory that arguments share matters"
+        )
+
+
+def _largest_result(case: Case) -> int:
+    """Elements of the largest tensor that the unchanged call must make."""
+    output, hidden, input = case.sizes[-1], sum(case.sizes[1:-1]), case.sizes[0]
+    widths = {
+        "linear_relu": [output],
+        "linear_relu_backward": [input],
+        "mlp": [output, hidden * case.stored],
+        "mlp_backward": [input],
+        # Classes are read, all of them, before anything is made.
+        "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
+    }[case.op]
+    return case.rows * max(widths)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if other.is_nested:
+        return False
+    same = (one.shape, one.dtype, one.layout, one.device) == (other.shape, other.dtype, other.layout, other.device)
+    return same and one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _split(place: str) -> tuple[str, int | None]:
+    name, index = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", place).groups()  # type: ignore[union-attr]
+    return name, None if index is None else int(index)
+
+
+def _get(arguments: dict[str, Any], place: str) -> Any:
+    name, index = _split(place)
+    value = arguments[name]
+    if index is None:
+        return value
+    return value[index] if isinstance(value, list) and index < len(value) else None
+
+
+def _set(arguments: dict[str, Any], place: str, value: Any) -> None:
+    name, index = _split(place)
+    if index is None:
+        arguments[name] = value
+    elif isinstance(arguments[name], list) and index < len(arguments[name]):
+        arguments[name] = [*arguments[name][:index], value, *arguments[name][index + 1 :]]
+
+
+def prepare() -> None:
+    """What the process needs that runs the cases: so little address space that what can't be stored is refused."""
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def simpler(case: Case) -> Iterator[Case]:
+    """Cases that have less of something."""
+    for k in range(len(case.changes) if len(case.changes) > 1 else 0):
+        yield replace(case, changes=case.changes[:k] + case.changes[k + 1 :])
+    if len(case.sizes) > 2 and not case.changes:
+        for k in range(len(case.sizes)):
+            yield replace(case, sizes=case.sizes[:k] + case.sizes[k + 1 :])
+    for k, width in enumerate(case.sizes):
+        if width > 1:
+            yield replace(case, sizes=(*case.sizes[:k], 1, *case.sizes[k + 1 :]))

@@ -1,0 +1,160 @@
+"""The fuzzers, for a few seconds: they find nothing in the library, and they find bugs that are put in on purpose.
+
+`make fuzz` runs them for longer, from other seeds.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fuzz import arguments, cases, differential, runner
+from fuzz.cases import Case, Layout
+from torch_manualbp import _ops
+from torch_manualbp._losses import LossSpec
+
+SECONDS = 8.0  # of a fuzzer here
+CI_SECONDS = 96.0  # of the differential fuzzer in `make fuzz`
+
+
+def test_random_calls_equal_autograd():
+    report = runner.run(differential, iter(range(2000)), SECONDS)
+    assert report.failures == []
+    assert report.cases > 50
+    assert report.undecidable < report.cases / 10
+
+
+def test_random_arguments_never_crash(tmp_path):
+    report = runner.run_apart("fuzz.arguments", 0, 2000, SECONDS, tmp_path / "seed")
+    assert report.failures + report.crashes == []
+    assert report.cases > 50
+
+
+# --- bugs put in on purpose -------------------------------------------------------------------------------------------
+
+
+def pass_at_exact_zero(monkeypatch):
+    """The mask of a hidden layer lets the gradient pass where f is exactly 0."""
+    right = _ops.mlp_backward
+
+    def wrong(grad, input, weights, biases, hidden, output, needs):
+        if hidden is not None and len(weights) > 1 and input.numel():
+            width = weights[0].shape[0]
+            f = torch.nn.functional.linear(input.double(), weights[0].double()).reshape(-1, width)
+            first = hidden[: f.numel()].view_as(f)
+            hidden = torch.cat([torch.where((f == 0) & (first == 0), 1e-7, first).flatten(), hidden[f.numel() :]])
+        return right(grad, input, weights, biases, hidden, output, needs)
+
+    monkeypatch.setattr(_ops, "mlp_backward", wrong)
+
+
+def lose_a_column_of_the_tail(monkeypatch):
+    """The last column of a layer's output misses the last term of its sum, if the width is a tile's and one more."""
+    right = _ops.linear_relu
+
+    def wrong(input, weight, bias):
+        if weight.shape[0] % 16 == 1 and weight.shape[1] > 1:
+            weight = weight.clone()
+            weight[-1, -1] = 0
+        return right(input, weight, bias)
+
+    monkeypatch.setattr(_ops, "linear_relu", wrong)
+
+
+def lose_a_row_of_the_batch(monkeypatch):
+    """The last gradient of the one-pass loss misses the last row of a batch that is not a multiple of 16."""
+    right = _ops.mlp_loss
+
+    def wrong(input, target, *rest):
+        results = right(input, target, *rest)
+        if input.dim() == 2 and len(input) % 16 == 1 and len(results) > 1:
+            results[-1] = results[-1] - right(input[-1:], target[-1:], *rest)[-1] / (len(input) if rest[3] else 1)
+        return results
+
+    monkeypatch.setattr(_ops, "mlp_loss", wrong)
+
+
+def blur_float32(monkeypatch):
+    """An output that is rounded to bfloat16 on the way."""
+    right = _ops.mlp
+    monkeypatch.setattr(_ops, "mlp", lambda *args: (right(*args)[0].bfloat16().to(args[0].dtype), right(*args)[1]))
+
+
+@pytest.mark.parametrize(
+    "put_in", [pass_at_exact_zero, lose_a_column_of_the_tail, lose_a_row_of_the_batch, blur_float32]
+)
+def test_a_bug_is_found_made_small_and_printed_as_code_that_fails(put_in, monkeypatch):
+    put_in(monkeypatch)
+    report = runner.run(differential, runner.seeds(0), CI_SECONDS)
+    (text,) = report.failures
+    code = [line for line in text.splitlines() if not line.startswith("#")]
+    names = {}
+    with pytest.raises(AssertionError, match=r"elements differ|units of layer"):
+        exec("\n".join(code), names)
+    monkeypatch.undo()
+    exec("\n".join(code), names)  # and passes without the bug
+
+
+def test_a_crash_is_found_with_its_case(tmp_path, monkeypatch):
+    # A Python that kills itself in the place of the op, in the process that the fuzzer starts.
+    fake = "import os\nfrom fuzz.arguments import *\nfrom fuzz import arguments\n" + (
+        "def check(case):\n    if case.op == 'mlp_loss':\n        os.abort()\n    arguments.check(case)\n"
+    )
+    (tmp_path / "crashing.py").write_text(fake)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(runner, "PATHS", [*runner.PATHS, tmp_path])
+    import crashing
+
+    seeds = [seed for seed in range(20) if crashing.draw(seed).op == "mlp_loss"]
+    report = runner.run_apart("crashing", 0, seeds[1], 60, tmp_path / "seed")
+    assert report.cases == seeds[1]
+    assert [text.splitlines()[0].startswith(f"# seed {seeds[0]}: exit status -6") for text in report.crashes] == [True]
+    assert "check(Case(op='mlp_loss'" in report.crashes[0]
+
+
+# --- the fuzzer itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fuzzer", [differential, arguments])
+def test_a_seed_gives_the_same_case_and_its_text_gives_it_again(fuzzer):
+    names = {**vars(cases), **vars(fuzzer), "torch": torch}
+    for seed in range(300):
+        case = fuzzer.draw(seed)
+        assert case == fuzzer.draw(seed)
+        again = eval(repr(case), names)
+        assert repr(again) == repr(case)
+
+
+def test_everything_is_drawn():
+    drawn = [differential.draw(seed) for seed in range(3000)]
+    assert {case.entry for case in drawn} == set(cases.ENTRIES)
+    assert {case.dtype for case in drawn} == set(cases.DTYPES)
+    assert {case.threads for case in drawn} == {1, 2, 3, 4}
+    assert {str(value) for case in drawn for _, _, value in case.specials} == {"nan", "inf", "-inf", "0.0", "-0.0"}
+    assert {case.exponent for case in drawn} == {0, *(power for powers in cases.EXPONENTS.values() for power in powers)}
+    assert {len(case.sizes) for case in drawn} == {2, 3, 4, 5, 6, 7}
+    assert {len(case.leading) for case in drawn} == {0, 1, 2, 3}
+    assert any(0 in case.leading for case in drawn)
+    assert any(0 in case.sizes for case in drawn)
+    assert max(case.rows for case in drawn) > 2000
+    for flag in ("prior", "biases", "needs", "layouts"):
+        assert {bool(getattr(case, flag)) for case in drawn} == {False, True}
+
+
+def test_tensors_are_what_the_case_says():
+    layout = Layout((0, 1), (2, 1), 3, (False, False))
+    special = ("biases[1]", 0.5, float("inf"))
+    case = Case(
+        leading=(4,), sizes=(3, 5, 2), biases=(1,), exponent=10, specials=(special,), layouts=(("input", layout),)
+    )
+    (input, weights, biases), end = cases.make(case)
+    assert (input.shape, input.stride(), input.storage_offset()) == ((4, 3), (2, 8), 3)
+    assert [weight.shape for weight in weights] == [(5, 3), (2, 5)]
+    assert biases[0] is None
+    assert biases[1][1] == float("inf")
+    assert set((input / 1024).flatten().tolist()) <= {-2, -1, 0, 1, 2}
+    assert end.shape == (4, 2)
+    plain = cases.make(dataclasses.replace(case, exponent=0))
+    cases.assert_same(plain.net.input * 1024, input, "powers of two")
+    loss = dataclasses.replace(case, entry="loss", exponent=0, spec=LossSpec("cross_entropy"))
+    assert cases.make(loss).end.shape == (4,)

@@ -1,0 +1,71 @@
+"""Kernels and passes under the sanitizers of the compiler: tests/csrc/, built by make, on every level.
+
+Few cases here; `make asan` and `make tsan` run more. They run without torch: OpenMP's threads synchronise where the
+thread sanitizer does not see it.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = ("default", "avx2", "avx512")
+SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def driver(request, tmp_path_factory):
+    """The name of a sanitizer, and function(driver, argument, level=…) that runs a driver built with it."""
+    compiler = os.environ.get("CXX", "g++").split()
+    if not (shutil.which("make") and shutil.which(compiler[0]) and (ROOT / "Makefile").exists()):
+        pytest.skip("no make, no compiler, or no Makefile here")
+    trial = tmp_path_factory.mktemp("sanitizer") / "trial.cpp"
+    trial.write_text("int main() {}\n")
+    flags = [f"-fsanitize={SANITIZERS[request.param]}", str(trial), "-o", str(trial.with_suffix(""))]
+    works = subprocess.run([*compiler, *flags], capture_output=True, check=False).returncode == 0
+    if not works or subprocess.run([trial.with_suffix("")], capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler[0]} cannot build programs with -fsanitize={SANITIZERS[request.param]} that run here")
+    programs = [f"build/{request.param}/{name}" for name in ("kernels", "network")]
+    built = subprocess.run(["make", "-j2", "-C", ROOT, *programs], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+
+    def run(name, argument, level=""):
+        env = {**os.environ, "MANUALBP_ISA": level}
+        command = [ROOT / "build" / request.param / name, argument]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    return request.param, run
+
+
+def test_kernels_touch_only_their_memory_and_share_none(driver):
+    name, run = driver
+    levels = []
+    for level in LEVELS:
+        for what in ("60" if name == "asan" else "5", "threads"):
+            done = run("kernels", what, level)
+            if done.returncode == 77:  # this machine does not have it
+                continue
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert done.stdout == f"{level}: {what} passed\n"
+            levels.append(level)
+    assert "default" in levels
+
+
+def test_passes_on_threads_touch_only_their_memory_and_race_for_none(driver):
+    name, run = driver  # on the level that is chosen: cutting the work is the same on all
+    cases = "2" if name == "asan" else "0"
+    done = run("network", cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(f": {cases} passed\n")
+
+
+def test_a_deliberate_error_is_reported(driver):
+    name, run = driver
+    done = run("kernels", "overflow" if name == "asan" else "race")
+    assert done.returncode != 0
+    found = "ERROR: AddressSanitizer" if name == "asan" else "WARNING: ThreadSanitizer: data race"
+    assert found in done.stderr
+    assert "gemm-inl.h" in done.stderr
