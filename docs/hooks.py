@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = {  # where what those files link to is in the site
-    "docs/figures": "figures",
+    "docs": ".",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "design/contributing.md",
     "csrc/README.md": "design/csrc.md",
