@@ -316,6 +316,13 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
   static_assert(Workspace<T>::kBlockCols % NR == 0, "a block of B is a whole number of panels");
+  if (p.m == 1 && p.n == 1 && !p.packed_b) {  // one number: what a lane of a tile does
+    A sum = p.accumulate ? p.c[0] : A(0);
+    for (int64_t kk = 0; kk < p.k; ++kk) sum = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), sum);
+    if (p.bias) sum += widen(p.bias[0]);
+    p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
+    return;
+  }
   const bool few_rows = p.m <= kFewRows && !p.packed_b;
   const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
   const int64_t block_depth = few_rows ? kFewRowsDepth : kBlockDepth;

@@ -42,6 +42,16 @@ MBP_INLINE A relu_scalar(A v) {
   return v < A(0) ? A(0) : v;
 }
 
+// a b + c, rounded as the compiler rounds `c += a * b` of vectors: once, where the level has the instruction. (In a loop
+// of scalars it may choose otherwise.)
+#if MBP_VECTOR_BYTES >= 32 || defined(__FP_FAST_FMAF)
+MBP_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MBP_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+MBP_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
+MBP_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+
 // Two registers shuffled by constant indices: below 2 L, those from L on mean the second.
 #if defined(__clang__)
 #define MBP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
