@@ -7,9 +7,10 @@
 namespace manualbp::cuda {
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
-                             std::vector<std::optional<Tensor>> biases, std::string loss, bool mean,
+                             std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
   const char* op = "mlp_loss";
+  const std::string loss = take_text(loss_name);
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
   const int64_t cols = weights.back().size(0);

@@ -84,6 +84,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   if (chance(50)) p.bias = bias.data, p.bias_stride = bias_stride;
   p.relu = chance(30);
   p.accumulate = accumulates && chance(50);
+  masks = masks && n % kernel_table().tile_cols == 0;
   if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
   if (masks && chance(50)) p.column_sum = column_sum.data;
   if (chance(40)) {
