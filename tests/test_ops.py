@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, integer_net, integers, normal_net, oracle
 from torch_manualbp import _ops
 
@@ -290,6 +291,33 @@ def test_backward_refuses_tensors_on_several_devices(which):
     args = [arg if k != which % 4 else to_meta(arg) for k, arg in enumerate(args)]
     with pytest.raises(RuntimeError, match=r"must be on the device of"):
         _ops.linear_relu_backward(*args, [True] * 3)
+
+
+@pytest.mark.parametrize("op", ["linear_relu", "mlp", "mlp_backward", "mlp_loss"])
+def test_tensors_that_are_stored_negated_count_as_what_they_are(op):
+    # A real tensor with the negative bit, such as the imaginary part of a conjugate.
+    args = {
+        "linear_relu": lambda: linear_relu_args()[0],
+        "mlp": lambda: mlp_args()[0],
+        "mlp_backward": lambda: (*mlp_args()[1][:4], None, None, ALL),  # the biases are read
+        "mlp_loss": lambda: (*mlp_loss_args("mse"), ALL, False),
+    }[op]()
+
+    def negated(tensor):
+        return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag if tensor.is_floating_point() else tensor
+
+    stored = torch.utils._pytree.tree_map_only(torch.Tensor, negated, args)
+    assert any(
+        tensor.is_neg() for tensor in torch.utils._pytree.tree_leaves(stored) if isinstance(tensor, torch.Tensor)
+    )
+    assert_equal(getattr(_ops, op)(*stored), getattr(_ops, op)(*args))
+
+
+def test_a_bias_that_is_stored_negated_counts_as_what_it_is():
+    net = integer_net(B, SIZES)
+    bias = torch.complex(torch.zeros(7).double(), -net.biases[0]).conj().imag
+    assert bias.is_neg()
+    assert_equal(mbp.mlp(net.input, net.weights, [bias, *net.biases[1:]]), mbp.mlp(*net))
 
 
 def test_results_do_not_share_memory():

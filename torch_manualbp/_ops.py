@@ -64,6 +64,20 @@ _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-
 for _name in ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
+
+def _negated(name: str) -> Callable[..., Any]:
+    """The op for tensors of which some are stored negated (`x.conj().imag`): torch's own fallback misses the biases."""
+    op = getattr(torch.ops.manualbp, name).default
+
+    def kernel(*args: Any) -> Any:
+        return op(*torch.utils._pytree.tree_map_only(Tensor, torch.resolve_neg, args))
+
+    return kernel
+
+
+for _name in ("mlp", "mlp_backward", "mlp_loss"):
+    _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
