@@ -30,6 +30,17 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_loss(Tensor input, Tensor target, Tensor[] weights, Tensor?[] biases, str loss, bool mean, int ignore_index,"
       " float label_smoothing, bool[] needs, bool flat) -> Tensor[]");
+  // For GradientFlowMonitor, on the CPU: the output of a network, and f_0 ... f_{K-1} flat. relus: after which layers a
+  // ReLU follows.
+  m.def("flow_forward(Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus) -> (Tensor output, Tensor f)");
+  // Of each layer, in float64 (7, K): sums of squares of f_k, h_k and df_k, numbers of units that are off and on for all
+  // rows, sum of Omega_k and of its squares; f and df flat, and a copy of the weights, flat. f: as flow_forward made it,
+  // or None, then it is computed.
+  m.def(
+      "flow_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor? f)"
+      " -> (Tensor sums, Tensor f, Tensor df, Tensor copies)");
+  // How far each weight has moved from its copy: the norms of the differences, float64 (K).
+  m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
   // The instruction-set level in use.
   m.def("isa() -> str");
 }
@@ -40,6 +51,9 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("mlp", TORCH_BOX(&manualbp::mlp));
   m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
   m.impl("mlp_loss", TORCH_BOX(&manualbp::mlp_loss));
+  m.impl("flow_forward", TORCH_BOX(&manualbp::flow_forward));
+  m.impl("flow_backward", TORCH_BOX(&manualbp::flow_backward));
+  m.impl("flow_update", TORCH_BOX(&manualbp::flow_update));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&manualbp::isa)); }

@@ -1,5 +1,6 @@
 """`gradient_flow` measures what autograd computes, agrees with theory, and names what was made to go wrong."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,7 +12,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_manualbp as mbp
-from torch_manualbp.inspection.gradient_flow import EXPLODING, VANISHING, GradientFlow, LayerFlow, dead_share_limit
+from torch_manualbp import _ops
+from torch_manualbp.inspection._layers import Layer
+from torch_manualbp.inspection.gradient_flow import (
+    EXPLODING,
+    VANISHING,
+    GradientFlow,
+    LayerFlow,
+    _compose_passes,
+    dead_share_limit,
+    run_passes,
+    weight_changes,
+)
 
 
 def deep(width=64, layers=30, gain=1.0, dtype=torch.float32):
@@ -206,6 +218,81 @@ def test_kinds_of_models(model):
         r = mbp.gradient_flow(model, x, y, loss)
         assert all(math.isfinite(layer.f) and math.isfinite(layer.dl_df) for layer in r.layers)
         assert str(r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize(
+    ("sizes", "relus"),
+    [([3, 1], [True]), ([5, 64, 17, 3], [True, True, False]), ([4, 9, 8, 16, 2], [False, True, False, True]), ([3, 0, 2], [True, False])],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_the_kernels_measure_what_plain_torch_does(sizes, relus, rows, dtype, layout):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        tensor = torch.randn(*shape, 2, generator=generator, dtype=dtype)[..., 0]
+        return tensor if layout == "strided" else tensor.contiguous()
+
+    weights = [normal(d_in, d_out).t() for d_in, d_out in itertools.pairwise(sizes)]
+    biases = [normal(d) if k != 1 else None for k, d in enumerate(sizes[1:])]
+    weights = weights if layout == "strided" else [weight.contiguous() for weight in weights]
+    layers = [Layer("", *layer) for layer in zip(weights, biases, relus, strict=True)]
+    x, gradient = normal(rows, sizes[0]), normal(rows, sizes[-1])
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-11
+    outputs = []
+
+    def of_output(output):
+        outputs.append(output)
+        return gradient
+
+    plain = _compose_passes(x, weights, biases, relus, of_output)
+    for passes in (run_passes(layers, x, of_output), run_passes(layers, x, gradient)):
+        for got, want in zip(passes, plain, strict=True):
+            torch.testing.assert_close(got, want.to(got.dtype), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
+    moved = [layer._replace(weight=layer.weight + 0.5) for layer in layers]
+    expected = [0.5 * math.sqrt(layer.weight.numel()) for layer in layers]
+    assert weight_changes(moved, passes.weights).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_kernels_measure_the_same_on_one_thread_and_on_two():
+    x, y = torch.randn(400, 256), torch.randn(400, 256)
+    model = mbp.MLP([256] * 6)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(mbp.gradient_flow(model, x, y).to_dict())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.ones(2, 2, 3)}, "`input` must be a matrix"),
+        ({"input": torch.ones(4, 5)}, "`weights\\[0\\]` has 3 columns"),
+        ({"relus": [True]}, "`relus` must have one item per weight"),
+        ({"grad_output": torch.ones(4, 3)}, "`grad_output` must have shape"),
+        ({"grad_output": torch.ones(4, 2).double()}, "`grad_output` must have the dtype of `input`"),
+        ({"f": torch.ones(4)}, "`f` must have shape"),
+        ({"f": torch.ones(2 * 4 * 7)[::2]}, "`f` must be contiguous"),
+    ],
+)
+def test_what_the_kernels_refuse(change, message):
+    weights = [torch.ones(5, 3), torch.ones(2, 5)]
+    valid = {
+        "grad_output": torch.ones(4, 2),
+        "input": torch.ones(4, 3),
+        "weights": weights,
+        "biases": [None, torch.ones(2)],
+        "relus": [True, False],
+        "f": None,
+    }
+    _ops.flow_backward(**valid)
+    with pytest.raises(RuntimeError, match=message):
+        _ops.flow_backward(**{**valid, **change})
+    with pytest.raises(RuntimeError, match="`copies` must have shape"):
+        _ops.flow_update(weights, torch.ones(24))
 
 
 def test_more_dimensions_are_more_examples():

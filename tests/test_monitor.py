@@ -117,7 +117,8 @@ def test_losses_inside_the_network_stay_in_one_pass():
 
     model, x, y = mbp.MLP(SIZES), torch.randn(40, 6), torch.randn(40, 3)
     with mbp.GradientFlowMonitor(model):
-        assert calls_of(lambda: model.loss_backward(x, y)) == ["mlp_loss"]
+        calls = calls_of(lambda: model.loss_backward(x, y))
+        assert [call for call in calls if not call.startswith("flow")] == ["mlp_loss"]
         model.register_forward_hook(lambda *_: None)  # a hook that must be called
         assert "mlp" in calls_of(lambda: model.loss_backward(x, y))
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,17 @@ class LossSpec:
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
         )
+
+    def output_gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """∂ℓ/∂f of the loss summed over all terms, whatever `reduction` says; f (B, D) is the output."""
+        if self.name == "mse":
+            return (output - target).mul_(2)
+        if self.name == "bce_with_logits":
+            return output.sigmoid().sub_(target)
+        with torch.enable_grad():  # classes or probabilities, classes that are ignored or do not exist: torch knows
+            leaf = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(replace(self, reduction="sum").of(leaf, target), leaf)
+        return gradient
 
     def run(
         self,

@@ -56,12 +56,18 @@ linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
+flow_forward = torch.ops.manualbp.flow_forward.default
+flow_backward = torch.ops.manualbp.flow_backward.default
+flow_update = torch.ops.manualbp.flow_update.default
 isa = torch.ops.manualbp.isa.default
 
 # No autograd at this level, in grad mode either: torch's default would put a node that warns behind every result, which
 # costs 2 µs a call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
-for _name in ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss"):
+for _name in (
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "flow_update",
+):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 
@@ -75,7 +81,7 @@ def _negated(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("mlp", "mlp_backward", "mlp_loss"):
+for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
 from torch_manualbp._function import kernels_apply, torch_is_faster
+from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import layers_of
 
 # The loss of one example: a name of `mlp_loss`, or a function of its output (D_K,) and its target.
@@ -273,14 +274,9 @@ def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     if callable(loss):
         rows: Tensor = torch.func.vmap(torch.func.grad(loss))(output, target)
         return rows
-    with torch.enable_grad():
-        leaf = output.detach().requires_grad_()
-        if loss == "cross_entropy":
-            return torch.autograd.grad(F.cross_entropy(leaf, target, reduction="sum"), leaf)[0]
-        function = F.mse_loss if loss == "mse" else F.binary_cross_entropy_with_logits
-        # Row i of the gradient of the sum over all examples is that of ℓ_i: no other ℓ depends on output_i.
-        (rows,) = torch.autograd.grad(function(leaf, target, reduction="sum"), leaf)
-    return rows.div_(max(output.shape[1], 1))
+    # Row i of the gradient of the sum over all examples is that of ℓ_i: no other ℓ depends on output_i.
+    rows = LossSpec(loss).output_gradient(output, target)
+    return rows if loss == "cross_entropy" else rows.div_(max(output.shape[1], 1))  # the others are means over D_K
 
 
 def _relu_backward(dh: Tensor, h: Tensor) -> Tensor:

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "isa.h"
 #include "tensor.h"
@@ -103,6 +104,19 @@ class Workers {
   bool alone_ = false;
 };
 
+// The threads of a call and their packing workspaces, for products of at most n columns and depth k.
+template <typename T>
+struct Team {
+  Team(int64_t n, int64_t k)
+      : bytes(ceil_div(kernels<T>().workspace_bytes(n, k), 64) * 64),
+        threads(torch::stable::get_num_threads()),
+        memory(threads * bytes),
+        workers(memory.data, bytes, threads) {}
+  int64_t bytes, threads;
+  Buffer<char> memory;
+  Workers workers;
+};
+
 // C = A B, cut by rows of C or by columns.
 template <typename T>
 void gemm(const Gemm<T, T>& p, const Workers& workers) {
@@ -144,6 +158,19 @@ struct Layer {
   int64_t d_in() const { return omega.cols; }
   int64_t d_out() const { return omega.rows; }
 };
+
+// Expanded tensors may have more elements than memory has bytes: all that is counted of a network fits into 63 bits.
+template <typename T>
+void check_countable(int64_t batch, const std::vector<Layer<T>>& layers) {
+  double width = double(layers[0].d_in()), parameters = 0;
+  for (const auto& layer : layers) {
+    width += double(layer.d_out());
+    parameters += (double(layer.d_in()) + 1) * double(layer.d_out());
+  }
+  constexpr double kMost = double(int64_t(1) << 57);
+  MBP_CHECK(double(batch) * width < kMost && parameters < kMost, "a network of ", parameters,
+            " parameters on an `input` of ", batch, " rows is larger than any memory");
+}
 
 // f (B, D_out) = h (B, D_in) Omega^T + beta, then ReLU if asked for.
 template <typename T>

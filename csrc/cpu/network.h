@@ -45,7 +45,7 @@ class Network {
  public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
       : layers_(std::move(layers)), batch_(batch), final_relu_(final_relu), widest_(layers_[0].d_in()) {
-    check_countable();
+    check_countable(batch_, layers_);
     starts_ = {0, 0};
     for (size_t k = 0; k < layers_.size(); ++k) {
       widest_ = std::max(widest_, layers_[k].d_out());
@@ -64,7 +64,7 @@ class Network {
   // output (B, D_K), contiguous. hidden: where h_1 ... h_{K-1} are stored, or nullptr.
   void forward(Matrix<const T> input, T* hidden, T* output) {
     if (batch_ * layers_.back().d_out() == 0 && (!hidden || hidden_size() == 0)) return;
-    const Team team(widest_, widest_);
+    const Team<T> team(widest_, widest_);
     const auto& workers = team.workers;
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
     const int64_t rows = !is_wide() ? std::min(block_rows(2 * widest_), share_rows(workers.threads()))
@@ -136,18 +136,6 @@ class Network {
     const T* output;
   };
 
-  // The threads of a call and their packing workspaces, for products of at most n columns and depth k.
-  struct Team {
-    Team(int64_t n, int64_t k)
-        : bytes(ceil_div(kernels<T>().workspace_bytes(n, k), 64) * 64),
-          threads(torch::stable::get_num_threads()),
-          memory(threads * bytes),
-          workers(memory.data, bytes, threads) {}
-    int64_t bytes, threads;
-    Buffer<char> memory;
-    Workers workers;
-  };
-
   // Where each slice of the batch sums its gradients: the gradients themselves if there is one slice and its sums
   // need no rounding, else a row of a buffer.
   class Sums {
@@ -191,18 +179,6 @@ class Network {
     std::optional<Buffer<A>> buffer_;
   };
 
-  // Expanded tensors may have more elements than memory has bytes: all that is counted below fits into 63 bits.
-  void check_countable() const {
-    double width = double(layers_[0].d_in()), parameters = 0;
-    for (const auto& layer : layers_) {
-      width += double(layer.d_out());
-      parameters += (double(layer.d_in()) + 1) * double(layer.d_out());
-    }
-    constexpr double kMost = double(int64_t(1) << 57);
-    MBP_CHECK(double(batch_) * width < kMost && parameters < kMost, "a network of ", parameters,
-              " parameters on an `input` of ", batch_, " rows is larger than any memory");
-  }
-
   static Matrix<const T> rows_of(Matrix<const T> m, int64_t first, int64_t count) {
     return {m.data + first * m.row_stride, count, m.cols, m.row_stride, m.col_stride};
   }
@@ -225,7 +201,7 @@ class Network {
     const int64_t slice_rows = is_tall() ? slice_rows_ : batch_;
     const int64_t touched = 2 * widest_ + (again ? starts_.back() : 0);
     const int64_t rows = is_tall() ? std::min(slice_rows, block_rows(touched)) : again ? long_rows(touched) : batch_;
-    const Team team(widest_, std::max(widest_, rows));
+    const Team<T> team(widest_, std::max(widest_, rows));
     const auto& workers = team.workers;
     const size_t lowest = grads.lowest();
     const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers_.size(), workers));
@@ -286,7 +262,7 @@ class Network {
   template <typename TopOf>
   void short_backward(Matrix<const T> input, const T* hidden, size_t again, const Gradients<T>& grads,
                       const TopOf& top) {
-    const Team team(widest_, std::max(widest_, batch_));
+    const Team<T> team(widest_, std::max(widest_, batch_));
     const auto& workers = team.workers;
     const size_t lowest = grads.lowest(), layers = layers_.size();
     const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers, workers));

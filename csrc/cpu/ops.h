@@ -1,4 +1,5 @@
-// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp.
+// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp,
+// flow.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -27,6 +28,15 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat);
+
+std::tuple<Tensor, Tensor> flow_forward(Tensor input, std::vector<Tensor> weights,
+                                        std::vector<std::optional<Tensor>> biases, std::vector<bool> relus);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                                         std::vector<std::optional<Tensor>> biases,
+                                                         std::vector<bool> relus, std::optional<Tensor> forward);
+
+Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
 
 std::string isa();
 

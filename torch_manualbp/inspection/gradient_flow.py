@@ -17,12 +17,13 @@ Left to others: training loops (monitor.py), figures (flow_plot.py), the model's
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_manualbp import _ops, reference
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
@@ -247,9 +248,9 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
     if target.is_floating_point():
         target = target.to(widest_dtype(input.device))
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        flow = Flow(layers, len(rows), widest_dtype(input.device))
-        sums = flow.measure(rows, lambda output: output_gradient(loss, output, target))
-        return GradientFlow(describe(layers, len(rows), sums, flow.gradient_ratios()))
+        rows = rows.to(widest_dtype(input.device))
+        passes = run_passes(layers, rows, lambda output: output_gradient(loss, output, target))
+        return GradientFlow(describe(layers, len(rows), passes.sums, _gradient_ratios(passes, layers, rows)))
 
 
 def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -265,78 +266,92 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Flow:
-    """Both passes of a network over so many rows, with all layers side by side in one matrix each for f, h and ∂ℓ/∂f.
+class Passes(NamedTuple):
+    """Both passes over so many rows, and what they add up to."""
 
-    Statistics are then taken of all layers in one call: 50 narrow layers would cost more in calls than in work. Memory
-    and views are kept from call to call.
-    """
-
-    def __init__(self, layers: Sequence[Layer], rows: int, dtype: torch.dtype) -> None:
-        self.layers = layers
-        device = layers[0].weight.device
-        self.wide = widest_dtype(device)
-        self.counts = torch.tensor([layer.weight.shape[0] for layer in layers])
-        ends = [0, *accumulate(self.counts.tolist())]
-        owner = torch.repeat_interleave(torch.arange(len(layers)), self.counts)
-        self.owner = owner.to(device)  # which layer a column belongs to
-        self.matrices = [torch.empty(rows, ends[-1], dtype=dtype, device=device) for _ in range(3)]
-        self.scratch = torch.empty_like(self.matrices[0], dtype=self.wide)
-        # Of each layer: f_k, h_{k+1} and ∂ℓ/∂f_k (rows, D_{k+1}).
-        self.f, self.h, self.df = ([matrix[:, start:end] for start, end in pairwise(ends)] for matrix in self.matrices)
-
-    def measure(self, rows: Tensor, output_gradient: Callable[[Tensor], Tensor]) -> Tensor:
-        """Runs both passes; `output_gradient` gives ∂ℓ/∂output (rows, D_K) for the output.
-
-        Returns:
-            (7, K), for each layer: sums of squares of f_k, h_k and ∂ℓ/∂f_k, numbers of dead and of always-on units, sum
-            and sum of squares of Ω_k.
-        """
-        f = self.matrices[0]
-        h = self.rows = rows.to(f.dtype)
-        weights = [_as(f.dtype, layer.weight) for layer in self.layers]
-        for k, (omega, (_, _, beta, relu)) in enumerate(zip(weights, self.layers, strict=True)):
-            if beta is None:
-                torch.mm(h, omega.t(), out=self.f[k])
-            else:
-                torch.addmm(_as(f.dtype, beta), h, omega.t(), out=self.f[k])
-            h = self.h[k]
-            if relu:
-                torch.clamp_min(self.f[k], 0, out=h)
-            else:
-                h.copy_(self.f[k])
-        self.df[-1].copy_(output_gradient(h))
-        for k in reversed(range(len(weights))):
-            if self.layers[k].relu:  # ∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1}
-                torch.ops.aten.threshold_backward.grad_input(self.df[k], self.f[k], 0, grad_input=self.df[k])
-            if k > 0:
-                torch.mm(self.df[k], weights[k], out=self.df[k - 1])
-        # Squared in float64: those of small or large float32 numbers under- or overflow. NaN is neither on nor off.
-        columns = [self.scratch.copy_(matrix).square_().sum(0) for matrix in self.matrices]
-        columns += [(f.amax(0) <= 0).to(self.wide), (f.amin(0) > 0).to(self.wide)]
-        sums = torch.zeros(7, len(weights), dtype=self.wide, device=f.device)
-        sums[:5].index_add_(1, self.owner, torch.stack(columns))
-        sums[1] = torch.cat([self.rows.to(self.wide).square().sum().view(1), sums[1, :-1]])  # of h_k, not of h_{k+1}
-        sums[5] = torch.stack([weight.sum() for weight in weights])
-        sums[6] = torch.stack(torch._foreach_norm(weights)).to(self.wide).square()
-        return sums
-
-    def gradient_ratios(self) -> list[float]:
-        """‖∂L/∂Ω_k‖ / ‖Ω_k‖, L being the mean of ℓ_i: of what `measure` has left here."""
-        ratios = []
-        for df, h, layer in zip(self.df, [self.rows, *self.h[:-1]], self.layers, strict=True):
-            gradient = df.t() @ h / len(h)
-            ratios.append(float(gradient.norm() / _as(h.dtype, layer.weight).norm()))
-        return ratios
+    sums: Tensor
+    """(7, K), for each layer: sums of squares of f_k, h_k and ∂ℓ/∂f_k, numbers of dead and of always-on units, sum and
+    sum of squares of Ω_k."""
+    f: Tensor
+    """All f_k (rows, D_{k+1}), flat."""
+    df: Tensor
+    """All ∂ℓ/∂f_k (rows, D_{k+1}), flat."""
+    weights: Tensor
+    """A copy of all Ω_k, flat."""
 
 
-def _as(dtype: torch.dtype, parameter: Tensor) -> Tensor:
-    """The parameter in this dtype, not recorded. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
-    return parameter.detach() if parameter.dtype is dtype else parameter.detach().to(dtype)
+def run_passes(layers: Sequence[Layer], rows: Tensor, output_gradient: Tensor | Callable[[Tensor], Tensor]) -> Passes:
+    """Runs both passes in the dtype of `rows`, from ∂ℓ/∂output (rows, D_K), or what gives it for the output."""
+    weights = [_as(rows.dtype, layer.weight) for layer in layers]
+    biases = [None if layer.bias is None else _as(rows.dtype, layer.bias) for layer in layers]
+    relus = [layer.relu for layer in layers]
+    if rows.device.type != "cpu":
+        return _compose_passes(rows, weights, biases, relus, output_gradient)
+    f: Tensor | None = None
+    if not isinstance(output_gradient, Tensor):
+        output, f = _ops.flow_forward(rows, weights, biases, relus)
+        output_gradient = output_gradient(output)
+    return Passes(*_ops.flow_backward(_as(rows.dtype, output_gradient), rows, weights, biases, relus, f))
+
+
+def _compose_passes(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    relus: Sequence[bool],
+    output_gradient: Tensor | Callable[[Tensor], Tensor],
+) -> Passes:
+    """The same in plain torch, where the kernels do not run."""
+    f, h = [], [rows]
+    for omega, beta, relu in zip(weights, biases, relus, strict=True):
+        f.append(F.linear(h[-1], omega, beta))
+        h.append(f[-1].relu() if relu else f[-1])
+    df: list[Tensor] = []
+    dh = _as(rows.dtype, output_gradient if isinstance(output_gradient, Tensor) else output_gradient(h[-1]))
+    for omega, f_k, relu in zip(reversed(weights), reversed(f), reversed(relus), strict=True):
+        df.insert(0, reference.relu_mask(f_k, dh) if relu else dh)
+        dh = df[0] @ omega
+    # Squared in float64: those of small or large float32 numbers under- or overflow. NaN is neither on nor off.
+    wide = widest_dtype(rows.device)
+    sums = [
+        torch.stack([
+            *(tensor.to(wide).square().sum() for tensor in (f_k, h_k, df_k)),
+            (f_k <= 0).all(0).sum().to(wide), (f_k > 0).all(0).sum().to(wide),
+            omega.to(wide).sum(), omega.to(wide).square().sum(),
+        ]) for f_k, h_k, df_k, omega in zip(f, h, df, weights, strict=False)
+    ]  # fmt: skip
+    return Passes(torch.stack(sums, 1), *(torch.cat([each.flatten() for each in some]) for some in (f, df, weights)))
+
+
+def weight_changes(layers: Sequence[Layer], before: Tensor) -> Tensor:
+    """‖ΔΩ_k‖ (K,) since `before`, the copy that `run_passes` made."""
+    weights = [_as(before.dtype, layer.weight) for layer in layers]
+    if before.device.type == "cpu":
+        changes: Tensor = _ops.flow_update(weights, before)
+        return changes
+    pieces = torch.split(before, [omega.numel() for omega in weights])
+    return torch.stack([(omega.flatten() - old).norm() for omega, old in zip(weights, pieces, strict=True)])
+
+
+def _gradient_ratios(passes: Passes, layers: Sequence[Layer], rows: Tensor) -> list[float]:
+    """‖∂L/∂Ω_k‖ / ‖Ω_k‖, L being the mean of ℓ_i."""
+    sizes = [len(rows) * layer.weight.shape[0] for layer in layers]
+    ratios, h = [], rows
+    for f, df, layer in zip(torch.split(passes.f, sizes), torch.split(passes.df, sizes), layers, strict=True):
+        gradient = df.view(len(rows), -1).t() @ h / len(rows)
+        ratios.append(float(gradient.norm() / _as(h.dtype, layer.weight).norm()))
+        h = f.view(len(rows), -1)
+        h = h.relu() if layer.relu else h
+    return ratios
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """The tensor in this dtype. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def describe(layers: Sequence[Layer], rows: int, sums: Tensor, ratios: Sequence[float | None]) -> tuple[LayerFlow, ...]:
-    """What `Flow.measure` returned for so many rows, beside theory."""
+    """What `run_passes` added up for so many rows, beside theory."""
     sums, widths = sums.cpu(), torch.tensor([layer.weight.shape for layer in layers])
     sizes = sums[:3] / (rows * torch.stack([widths[:, 0], widths[:, 1], widths[:, 0]]))
     f, h, df = sizes.sqrt().tolist()

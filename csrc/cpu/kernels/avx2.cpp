@@ -30,6 +30,8 @@ namespace avx2 {
 
 #include "loss-inl.h"
 
+#include "flow-inl.h"
+
 #include "table-inl.h"
 }  // namespace avx2
 }  // namespace manualbp

@@ -31,6 +31,8 @@ namespace avx512 {
 
 #include "loss-inl.h"
 
+#include "flow-inl.h"
+
 #include "table-inl.h"
 }  // namespace avx512
 }  // namespace manualbp

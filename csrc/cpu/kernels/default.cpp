@@ -18,6 +18,8 @@ namespace baseline {
 
 #include "loss-inl.h"
 
+#include "flow-inl.h"
+
 #include "table-inl.h"
 }  // namespace baseline
 }  // namespace manualbp

@@ -93,6 +93,22 @@ struct Loss {
   double label_smoothing;
 };
 
+// A layer whose flow is measured: f = beta + Omega h before the ReLU, if one follows, and df, (rows, cols) contiguous.
+template <typename T>
+struct LayerFlow {
+  int64_t rows, cols;
+  const T* f;
+  const T* df;
+  bool relu;
+};
+struct FlowSums {
+  double f, h, df;  // sums of squares of f, a[f] and df
+  double off, on;  // columns in which no row, or every row, is above 0
+};
+struct Moments {
+  double sum, square;
+};
+
 // The kernels of one storage type at one instruction-set level. Each runs on the calling thread.
 template <typename T>
 struct Kernels {
@@ -112,6 +128,8 @@ struct Kernels {
   double (*bce_with_logits)(const Loss<T>&);
   double (*cross_entropy)(const Loss<T>&);
   void (*store)(double value, T* out);
+  FlowSums (*layer_flow)(const LayerFlow<T>&);
+  Moments (*moments)(const T* x, const T* y, T* copy, int64_t size);
 };
 
 // One instruction-set level: what isa.cpp chooses among.

@@ -1,0 +1,214 @@
+// Gradient flow on the CPU: both passes of a network with every f_k and df_k kept, and what they add up to in each layer.
+//
+//   forward    h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k], or f_k where no ReLU follows
+//   backward   df_k = I[f_k > 0] . dh_{k+1};   dh_k = df_k Omega_k
+//
+// f_0 ... f_{K-1} lie one after another in one flat tensor, and so do df_k. A monitor runs this in the middle of training
+// (inspection/monitor.py): what a training step computes anyway, in one call each, but the weight gradients.
+
+#include <cmath>
+
+#include "../checks.h"
+#include "layer.h"
+#include "ops.h"
+
+namespace manualbp {
+
+namespace {
+
+// The layers of a network, and how the work is cut: each thread takes its rows through all layers.
+template <typename T>
+struct FlowNetwork {
+  FlowNetwork(int64_t rows, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases)
+      : rows(rows), layers(weights.size()), starts{0}, widest(weights[0].size(1)) {
+    for (size_t k = 0; k < layers.size(); ++k) {
+      layers[k].omega = as_matrix<T>(weights[k]);
+      layers[k].beta = as_bias<T>(biases[k]);
+      starts.push_back(starts.back() + layers[k].d_out());
+      widest = std::max(widest, layers[k].d_out());
+      parameters += layers[k].d_in() * layers[k].d_out();
+    }
+    check_countable(rows, layers);
+  }
+
+  // of_rows(first, count, who) for each thread's share of the rows.
+  template <typename F>
+  void run(const F& of_rows) const {
+    const Team<T> team(widest, widest);
+    const int64_t share = std::max<int64_t>(ceil_div(ceil_div(rows, team.threads), 16), 1) * 16;
+    team.workers.run(ceil_div(rows, share), product_work(rows, 1, parameters), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * share;
+      of_rows(first, std::min(end * share, rows) - first, team.workers.alone());
+    });
+  }
+
+  // Writes all f_k, and the output unless that is nullptr.
+  void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* output) const {
+    const Buffer<T> memory(rows * widest);
+    run([&](int64_t first, int64_t count, const Workers& who) {
+      Matrix<const T> h{input.data + first * input.row_stride, count, input.cols, input.row_stride, input.col_stride};
+      for (size_t k = 0; k < layers.size(); ++k) {
+        T* const f_k = at(f, k, first);
+        manualbp::forward<T>(h, layers[k], /*relu=*/false, f_k, who);
+        h = Matrix<const T>::contiguous(f_k, count, layers[k].d_out());
+        const bool last = k + 1 == layers.size();
+        if (last ? !output : !relus[k]) continue;
+        T* const next = last ? output + first * h.cols : memory.data + first * widest;
+        relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, false, who);  // f masked by itself is a[f]
+        h = Matrix<const T>::contiguous(next, count, h.cols);
+      }
+    });
+  }
+
+  // Writes all df_k, from the gradient of the output.
+  void backward(Matrix<const T> gradient, const std::vector<bool>& relus, const T* f, T* df) const {
+    run([&](int64_t first, int64_t count, const Workers& who) {
+      Matrix<const T> dh{gradient.data + first * gradient.row_stride, count, gradient.cols, gradient.row_stride,
+                         gradient.col_stride};
+      for (size_t k = layers.size(); k-- > 0;) {
+        T* const df_k = at(df, k, first);
+        if (relus[k] || k + 1 == layers.size()) {
+          relu_backward<T>(dh, relus[k] ? at(f, k, first) : nullptr, df_k, nullptr, false, who);
+        }
+        if (k == 0) break;
+        dh = Matrix<const T>::contiguous(at(df, k - 1, first), count, layers[k].d_in());
+        input_gradient<T>(Matrix<const T>::contiguous(df_k, count, layers[k].d_out()), layers[k],
+                          const_cast<T*>(dh.data), who);
+      }
+    });
+  }
+
+  // Rows of f_k or df_k, from `first` on.
+  template <typename P>
+  P* at(P* flat, size_t k, int64_t first) const {
+    return flat + rows * starts[k] + first * layers[k].d_out();
+  }
+
+  int64_t rows;
+  std::vector<Layer<T>> layers;
+  std::vector<int64_t> starts;  // f_k starts at row width starts[k]; the last item is the end
+  int64_t widest, parameters = 0;
+};
+
+void check_flow(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                const std::vector<std::optional<Tensor>>& biases, const std::vector<bool>& relus) {
+  check_network(op, input, weights, biases);
+  MBP_CHECK(input.dim() == 2, op, ": `input` must be a matrix, got ", shape_of(input));
+  MBP_CHECK(relus.size() == weights.size(), op, ": `relus` must have one item per weight (", weights.size(), "), got ",
+            relus.size());
+}
+
+// The rows of a matrix are contiguous, in a copy if need be.
+template <typename T>
+Matrix<const T> with_contiguous_rows(const Tensor& t, Tensor& keep) {
+  if (t.stride(1) != 1) keep = torch::stable::contiguous(t);
+  return as_matrix<T>(t.stride(1) == 1 ? t : keep);
+}
+
+// Sum and sum of squares of a matrix, or of its difference to `other`, which is contiguous.
+template <typename T>
+Moments moments(Matrix<const T> m, const T* other, T* copy) {
+  Moments total{};
+  const bool whole = m.row_stride == m.cols;
+  const int64_t runs = whole ? 1 : m.rows, size = whole ? m.rows * m.cols : m.cols;
+  for (int64_t i = 0; i < runs; ++i) {
+    const Moments part = kernels<T>().moments(m.data + i * m.row_stride, other ? other + i * size : nullptr,
+                                              copy ? copy + i * size : nullptr, size);
+    total.sum += part.sum;
+    total.square += part.square;
+  }
+  return total;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> flow_forward(Tensor input, std::vector<Tensor> weights,
+                                        std::vector<std::optional<Tensor>> biases, std::vector<bool> relus) {
+  const char* op = "flow_forward";
+  check_flow(op, input, weights, biases, relus);
+  return dispatch(op, input, [&](auto zero) {
+    using T = decltype(zero);
+    const FlowNetwork<T> net(input.size(0), weights, biases);
+    const Tensor f = empty({net.rows * net.starts.back()}, dtype_of(input));
+    const Tensor output = empty({net.rows, weights.back().size(0)}, dtype_of(input));
+    net.forward(as_matrix<T>(input), relus, data<T>(f), data<T>(output));
+    return std::make_tuple(output, f);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                                         std::vector<std::optional<Tensor>> biases,
+                                                         std::vector<bool> relus, std::optional<Tensor> forward) {
+  const char* op = "flow_backward";
+  check_flow(op, input, weights, biases, relus);
+  check_same_shape(op, {"grad_output"}, grad_output, {input.size(0), weights.back().size(0)}, input);
+  return dispatch(op, input, [&](auto zero) {
+    using T = decltype(zero);
+    const FlowNetwork<T> net(input.size(0), weights, biases);
+    const int64_t layers = int64_t(weights.size()), size = net.rows * net.starts.back();
+    if (forward) {
+      check_same_shape(op, {"f"}, *forward, {size}, input);
+      MBP_CHECK(forward->is_contiguous(), op, ": `f` must be contiguous");
+    }
+    const Tensor f = forward ? *forward : empty({size}, dtype_of(input));
+    if (!forward) net.forward(as_matrix<T>(input), relus, data<T>(f), nullptr);
+    const Tensor df = empty({size}, dtype_of(input));
+    const Tensor copies = empty({net.parameters}, dtype_of(input));
+    const Tensor sums = empty({7, layers}, aoti_torch_dtype_float64());
+    const T* const f_data = const_data<T>(f);
+    net.backward(as_matrix<T>(grad_output), relus, f_data, data<T>(df));
+
+    // Each layer's sums on one thread, so that they do not depend on how many there are.
+    std::vector<Tensor> keep(weights.size() + 1);
+    std::vector<Matrix<const T>> omega;
+    std::vector<int64_t> offsets{0};
+    for (size_t k = 0; k < weights.size(); ++k) {
+      omega.push_back(with_contiguous_rows<T>(weights[k], keep[k]));
+      offsets.push_back(offsets.back() + omega[k].rows * omega[k].cols);
+    }
+    double* const out = data<double>(sums);
+    out[layers] = moments<T>(with_contiguous_rows<T>(input, keep.back()), nullptr, nullptr).square;
+    const Team<T> team(1, 1);
+    const double work = 4.0 * double(2 * size + net.parameters);  // 4: an element costs as much as 4 multiply-adds
+    team.workers.run(layers, work, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const size_t i = size_t(k);
+        const FlowSums s = kernels<T>().layer_flow(
+            {net.rows, net.layers[i].d_out(), net.at(f_data, i, 0), net.at(const_data<T>(df), i, 0), relus[i]});
+        const Moments m = moments<T>(omega[i], nullptr, data<T>(copies) + offsets[i]);
+        const double column[] = {s.f, 0, s.df, s.off, s.on, m.sum, m.square};
+        for (int64_t row = 0; row < 7; ++row) {
+          if (row != 1) out[row * layers + k] = column[row];
+        }
+        if (k + 1 < layers) out[layers + k + 1] = s.h;  // what enters the next layer
+      }
+    });
+    return std::make_tuple(sums, f, df, copies);
+  });
+}
+
+Tensor flow_update(std::vector<Tensor> weights, Tensor copies) {
+  const char* op = "flow_update";
+  MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
+  int64_t size = 0;
+  for (size_t k = 0; k < weights.size(); ++k) {
+    MBP_CHECK(weights[k].dim() == 2, op, ": `weights[", k, "]` must be a matrix, got ", shape_of(weights[k]));
+    check_dtype(op, {"weights", int64_t(k)}, weights[k], copies);
+    size += weights[k].numel();
+  }
+  check_same_shape(op, {"copies"}, copies, {size}, copies);
+  return dispatch(op, copies, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor norms = empty({int64_t(weights.size())}, aoti_torch_dtype_float64());
+    const T* before = const_data<T>(copies);
+    for (size_t k = 0; k < weights.size(); ++k) {
+      Tensor keep;
+      const auto omega = with_contiguous_rows<T>(weights[k], keep);
+      data<double>(norms)[k] = std::sqrt(moments<T>(omega, before, nullptr).square);
+      before += omega.rows * omega.cols;
+    }
+    return norms;
+  });
+}
+
+}  // namespace manualbp
