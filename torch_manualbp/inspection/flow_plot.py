@@ -1,21 +1,23 @@
-"""Figures of gradient flow: of one measurement, and of a monitor's history. matplotlib is imported here only."""
+"""Figures of gradient flow: of one measurement, and of a history. matplotlib is imported when one is drawn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch_manualbp.inspection.trace_plot import BACKWARD, FORWARD, LABEL, TICK, TITLE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from torch_manualbp.inspection.gradient_flow import GradientFlow
 
-TITLE, LABEL, TICK = 17, 14, 12  # font sizes, as in plot.py
-FORWARD, BACKWARD, DEAD, ON = "#4c78a8", "#e45756", "#333333", "#f2a93b"
+DEAD, ON = "#333333", "#f2a93b"
 MOST_NAMED = 8  # layers in the legend of a history; more share a colour bar
 
 
 def plot_flow(flow: "GradientFlow") -> "Figure":
     """Three panels over the layers: sizes, growth factors beside theory, shares of units."""
-    figure, (sizes, growth, shares) = _figure(3)
+    figure = new_figure(15, 5.4)
+    sizes, growth, shares = figure.subplots(1, 3)
     layers, k = flow.layers, list(range(len(flow.layers)))
     _line(sizes, k, [layer.f for layer in layers], FORWARD, "$f_k$")
     _line(sizes, k, [layer.dl_df for layer in layers], BACKWARD, r"$\partial\ell/\partial f_k$")
@@ -55,11 +57,12 @@ def plot_flow(flow: "GradientFlow") -> "Figure":
 
 def plot_history(history: Sequence["GradientFlow"]) -> "Figure":
     """Three panels over the steps of training, a line for each layer."""
+    figure = new_figure(15, 5.4)
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure, panels = _figure(3)
+    panels = figure.subplots(1, 3)
     steps, depth = [flow.step for flow in history], len(history[0].layers)
     colors = mpl.colormaps["viridis"]
     for k in range(depth):
@@ -87,16 +90,6 @@ def plot_history(history: Sequence["GradientFlow"]) -> "Figure":
         bar.set_ticks(range(0, depth, -(-depth // 10)))
     _finish(figure, history[-1].diagnosis, f" from step {steps[0]} to {steps[-1]}")
     return figure
-
-
-def _figure(panels: int) -> tuple["Figure", Any]:
-    """A figure that draws without a display, and its axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("torch_manualbp: figures need matplotlib: `pip install matplotlib`") from error
-    figure = Figure(figsize=(15, 5.4), layout="constrained", dpi=110)
-    return figure, figure.subplots(1, panels)
 
 
 def _line(axes: Any, x: Sequence[Any], y: Sequence[float | None], color: Any, label: str, style: str = "-") -> None:

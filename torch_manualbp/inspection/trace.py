@@ -1,7 +1,7 @@
 """`trace`: every quantity of the lecture's forward and backward pass of a network, from the kernels that train it.
 
 Leaves to others: the model's layers (_layers.py), the loss (_loss.py), the comparison with autograd and finite
-differences (_verify.py), tables (_table.py) and figures (plot.py).
+differences (_verify.py), tables (_table.py) and figures (trace_plot.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_tensor
 from torch_manualbp._function import kernels_apply, torch_is_faster
 from torch_manualbp.autograd import _split
-from torch_manualbp.inspection import _table, _verify, plot
+from torch_manualbp.inspection import _table, _verify, trace_plot
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection._loss import LossFunction, TracedLoss
 
@@ -113,7 +113,7 @@ class Trace:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return plot.draw_trace(self)
+        return trace_plot.draw_trace(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All quantities as numbers in lists, with what they are called: what ``json.dumps`` takes."""
