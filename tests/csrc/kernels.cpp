@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <thread>
@@ -228,6 +229,46 @@ void check_loss(int which) {
   }
 }
 
+// The sums of gradient flow, of integers: exact in double.
+template <typename T>
+void check_flow() {
+  const int64_t rows = below(40), cols = below(40);
+  Exact<T> f(rows * cols), df(rows * cols), copy(rows * cols);
+  f.fill(2), df.fill(2);
+  if (f.size && chance(30)) f.data[below(f.size)] = rounded<T>(NAN);
+  const bool relu = chance(50);
+  FlowSums want{};
+  Moments alone{}, apart{};
+  for (int64_t j = 0; j < cols; ++j) {
+    bool off = true, on = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      const double x = to_double(f.data[i * cols + j]), dx = to_double(df.data[i * cols + j]);
+      want.f += x * x;
+      want.h += relu && x < 0 ? 0 : x * x;
+      want.df += dx * dx;
+      off = off && x <= 0;
+      on = on && x > 0;
+      alone.sum += dx;
+      alone.square += dx * dx;
+      apart.sum += dx - x;
+      apart.square += (dx - x) * (dx - x);
+    }
+    want.off += off;
+    want.on += on;
+  }
+  const auto same = [](double a, double b) { return a == b || (a != a && b != b); };
+  const FlowSums got = kernels<T>().layer_flow({rows, cols, f.data, df.data, relu});
+  if (!same(got.f, want.f) || !same(got.h, want.h) || got.df != want.df || got.off != want.off || got.on != want.on) {
+    fail("layer_flow", name_of<T>(), rows, cols, 0);
+  }
+  const Moments a = kernels<T>().moments(df.data, nullptr, copy.data, df.size);
+  const Moments b = kernels<T>().moments(df.data, f.data, nullptr, df.size);
+  if (a.sum != alone.sum || a.square != alone.square || !same(b.sum, apart.sum) || !same(b.square, apart.square) ||
+      (df.size && std::memcmp(copy.data, df.data, size_t(df.size) * sizeof(T)) != 0)) {
+    fail("moments", name_of<T>(), rows, cols, 0);
+  }
+}
+
 template <typename T>
 void check_all(int cases) {
   const auto& kernel = kernels<T>();
@@ -238,6 +279,7 @@ void check_all(int cases) {
     check_relu_backward<T>();
     check_reduce<T>();
     check_loss<T>(i % 3);
+    check_flow<T>();
   }
 }
 
