@@ -153,7 +153,10 @@ def release_check(tmp_path, init=INIT, notes=NOTES, change=None, tag=None):
         ({"change": "x"}, "there are uncommitted changes"),
         ({"init": INIT.replace("1.2.3", "1.2.4")}, r"__version__ is 1\.2\.4, but the newest section .* is \[1\.2\.3\]"),
         ({"init": INIT.replace("1.2.3", "1.2.2")}, r"__version__ is 1\.2\.2, but the newest section .* is \[1\.2\.3\]"),
-        ({"notes": NOTES.replace("## [1.2.3]", "- new\n\n## [1.2.3]")}, r"CHANGELOG.md has entries under \[Unreleased\]"),
+        (
+            {"notes": NOTES.replace("## [1.2.3]", "- new\n\n## [1.2.3]")},
+            r"CHANGELOG.md has entries under \[Unreleased\]",
+        ),
         ({"tag": "v1.2.3"}, r"the tag v1\.2\.3 is on another commit"),
     ],
 )
