@@ -22,11 +22,11 @@ DRIVERS := kernels network
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan wheel clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan wheel release-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
 	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures is for those that the documentation shows"
@@ -96,6 +96,9 @@ wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@$(RUN) python -m pip wheel -qq . --no-deps --no-build-isolation --wheel-dir dist
 	@ls -l dist/*.whl
 
+release-check:  ## try HEAD as a release, in a clone of it; dist/ then holds what was checked (REHEARSAL=1: no release yet)
+	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' TORCH_FLAGS='$(TORCH_FLAGS)' ARGS='$(ARGS)' REHEARSAL='$(REHEARSAL)' .ci/release-check
+
 clean:  ## remove all that was made here
 	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	@rm -rf build dist *.egg-info torch_manualbp/_C*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -148,8 +151,8 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site.
-$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site; what checks a release.
+$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')

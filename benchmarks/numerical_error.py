@@ -1,23 +1,25 @@
 """How far are outputs and gradients from float64, as networks grow deeper and wider and batches longer? Beside eager.
 
-    python benchmarks/numerical_error.py            (a minute)
+    python benchmarks/numerical_error.py --figure build/numerical_error.png        (two minutes)
     python benchmarks/numerical_error.py --quick
 
 An error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` is float64 autograd on
-the same numbers (for float64: on one layer, against integers of Python, which are exact). Each cell is the median over
+the same numbers (for float64: of one layer, against integers of Python, which are exact). Each cell is the median over
 random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part
 of the error of the gradients, and grows with the number of units. Sums over the batch are made in slices and blocks,
 which makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored. Sums over
 features are made in one go, in ascending order (so that a row does not depend on its batch): their error grows with the
-square root of the width, while the BLAS behind eager adds up parts. Measured, MKL on Zen 4: gradients of 3 layers of 64
-0.8 times eager's error, of 256 1.7 times, of 2048 2.7 times.
+square root of the width, while the BLAS behind eager adds up parts. docs/numerics.md
+has the numbers.
 
 Left to others: which elements may differ by how much (tests/helpers.py, tests/fuzz).
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,28 @@ def one_pass(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[None, lis
 
 
 PEERS: dict[str, Step] = {"eager": eager, "MLP, store": ours("store"), "recompute": ours("recompute"), "loss": one_pass}
+Found = dict[str, float | None]  # the error of each peer; None where it has no such result
+
+
+class Sweep(NamedTuple):
+    """Networks that differ in one number, and what all of them share; `network` gives widths and batch."""
+
+    axis: str
+    shared: str
+    values: list[int]
+    network: Callable[[int], tuple[list[int], int]]
+
+
+def sweeps(quick: bool) -> list[Sweep]:
+    """Depth, width and batch."""
+    depths, widths, batches = ([2, 10], [16, 256], [1, 256]) if quick else (
+        [1, 2, 5, 10, 20, 50], [4, 16, 64, 256, 1024, 2048], [1, 16, 256, 4096, 65536]
+    )  # fmt: skip
+    return [
+        Sweep("layers", "64 wide, 256 rows", depths, lambda n: ([64] * (n + 1), 256)),
+        Sweep("wide", "3 layers, 256 rows", widths, lambda n: ([n] * 4, 256)),
+        Sweep("rows", "3 layers, 64 wide", batches, lambda n: ([64] * 4, n)),
+    ]
 
 
 def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -61,9 +85,10 @@ def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return float((difference / size) ** 0.5)
 
 
-def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> dict[str, tuple[float | None, float]]:
-    """The median errors of each peer: of the output (None if there is none) and of the gradients."""
-    found: dict[str, list[tuple[float | None, float]]] = {peer: [] for peer in PEERS}
+def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> tuple[Found, Found]:
+    """The median errors of the output and of the gradients."""
+    outputs: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    gradients: dict[str, list[float]] = {peer: [] for peer in PEERS}
     for seed in range(draws):
         torch.manual_seed(seed)
         model = mbp.MLP(sizes)
@@ -77,80 +102,106 @@ def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> dict
         output, grads = eager(exact, x.double(), target.double())
         for peer, step in PEERS.items():
             got, got_grads = step(model, x, target)
-            found[peer].append((None if got is None else relative([got], [output]), relative(got_grads, grads)))
-    medians: dict[str, tuple[float | None, float]] = {}
-    for peer, pairs in found.items():
-        outputs = [error for error, _ in pairs if error is not None]
-        gradients = statistics.median(error for _, error in pairs)
-        medians[peer] = (statistics.median(outputs) if outputs else None, gradients)
-    return medians
+            gradients[peer].append(relative(got_grads, grads))
+            if got is not None:
+                outputs[peer].append(relative([got], [output]))
+    return medians(outputs), medians(gradients)
 
 
-def float64_errors(terms: int, draws: int) -> dict[str, float]:
-    """Of sums of so many products in float64, against exact integer arithmetic: a layer and its weight gradient."""
-    found: dict[str, list[float]] = {"eager": [], "MLP, store": []}
+def float64_errors(terms: int, draws: int) -> tuple[Found, Found]:
+    """Of sums of so many products in float64, against exact integers: a layer's output, and its weight gradient."""
+    layers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "eager": F.linear,
+        "MLP, store": lambda x, weight: mbp.mlp(x, [weight]),
+        "recompute": lambda x, weight: mbp.mlp(x, [weight], activations="recompute"),
+    }
+    found: list[dict[str, list[float]]] = [{peer: [] for peer in PEERS} for _ in range(2)]
     for seed in range(draws):
         torch.manual_seed(seed)
         # Integers of 30 bits: their products need 60, more than float64 keeps.
-        x, weight = (torch.randint(-(2**30), 2**30, (4, terms)).double() for _ in range(2))
+        a, b = (torch.randint(-(2**30), 2**30, (4, terms)).double() for _ in range(2))
         want = [
-            [sum(int(a) * int(b) for a, b in zip(row, other, strict=True)) for other in weight.tolist()]
-            for row in x.tolist()
+            [sum(int(x) * int(y) for x, y in zip(row, other, strict=True)) for other in b.tolist()]
+            for row in a.tolist()
         ]
         size = sum(value**2 for row in want for value in row)
-        for name, got in (("eager", F.linear(x, weight)), ("MLP, store", mbp.mlp(x, [weight]))):
-            pairs = [pair for rows in zip(got.tolist(), want, strict=True) for pair in zip(*rows, strict=True)]
-            found[name].append(float((sum((int(one) - value) ** 2 for one, value in pairs) / size) ** 0.5))
-    return {name: statistics.median(values) for name, values in found.items()}
+        for peer, layer in layers.items():
+            weight = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+            (grad,) = torch.autograd.grad(layer(b.t(), weight), weight, a.t())  # a bᵀ too: the terms are the batch
+            for of_peer, got in zip(found, (layer(a, b), grad), strict=True):
+                pairs = [pair for rows in zip(got.tolist(), want, strict=True) for pair in zip(*rows, strict=True)]
+                of_peer[peer].append(float((sum((int(one) - value) ** 2 for one, value in pairs) / size) ** 0.5))
+    return medians(found[0]), medians(found[1])
 
 
-def print_table(title: str, rows: list[tuple[str, list[int], int, torch.dtype]], draws: int) -> None:
-    """Two rows, output and gradients, for each network."""
+def medians(values: dict[str, list[float]]) -> Found:
+    """The median of each peer's values."""
+    return {peer: statistics.median(of_peer) if of_peer else None for peer, of_peer in values.items()}
+
+
+def print_table(title: str, rows: Iterable[tuple[str, tuple[Found, Found]]]) -> None:
+    """Two rows, output and gradients, for each network; `rows` may compute them as they are printed."""
     print(f"\n**{title}**\n\n| network | error of | {' | '.join(PEERS)} |\n|---|---|{'---|' * len(PEERS)}")
-    for label, sizes, batch, dtype in rows:
-        found = errors(sizes, batch, dtype, draws)
-        for i, what in enumerate(("output", "gradients")):
-            values = [found[peer][i] for peer in PEERS]
-            cells = ["–" if value is None else f"{value:.2e}" for value in values]
+    for label, found in rows:
+        for what, of_peer in zip(("output", "gradients"), found, strict=True):
+            cells = ["–" if (value := of_peer[peer]) is None else f"{value:.2e}" for peer in PEERS]
             print(f"| {label} | {what} | {' | '.join(cells)} |", flush=True)
 
 
+def draw(path: Path, quick: bool, measured: dict[tuple[str, int], tuple[Found, Found]]) -> None:
+    """A panel for each of depth, width and batch: eager and ours, output and gradients."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for panel, sweep in zip(panels, sweeps(quick), strict=True):
+        for peer, color in (("eager", "#777777"), ("MLP, store", "#3f51b5")):
+            for i, (what, style) in enumerate((("output", "--"), ("gradients", "-"))):
+                values = [measured[sweep.axis, n][i][peer] for n in sweep.values]
+                label = f"{peer.partition(',')[0]}, {what}"
+                panel.loglog(sweep.values, values, style, color=color, marker="o", markersize=3, label=label)
+        panel.axhline(2**-24, color="black", linewidth=0.8, linestyle=":", label="unit of rounding, 2⁻²⁴")
+        panel.set_xlabel({"layers": "layers", "wide": "units in a layer", "rows": "rows of the batch"}[sweep.axis])
+        panel.set_title(sweep.shared, fontsize="medium")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error in float32")
+    panels[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    """Prints the tables."""
+    """Prints the tables, and draws the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="random networks per row; default: 5, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points: a look, not a result")
+    parser.add_argument("--figure", type=Path, help="where to draw the errors in float32 (needs matplotlib)")
     options = parser.parse_args()
     draws = options.draws or (3 if options.quick else 5)
-    depths, widths, batches = ([2, 10], [16, 256], [1, 256]) if options.quick else (
-        [1, 2, 5, 10, 20, 50], [4, 16, 64, 256, 1024, 2048], [1, 16, 256, 4096, 65536]
-    )  # fmt: skip
-    single = torch.float32
+    measured: dict[tuple[str, int], tuple[Found, Found]] = {}
+
+    def measure(dtype: torch.dtype) -> Iterable[tuple[str, tuple[Found, Found]]]:
+        single = dtype is torch.float32
+        for sweep in sweeps(options.quick):
+            for n in sweep.values if single else sweep.values[-1:] if options.quick else sweep.values[1::3]:
+                found = errors(*sweep.network(n), dtype, draws)
+                if single:
+                    measured[sweep.axis, n] = found
+                yield f"{str(dtype).removeprefix('torch.')}, {n:,} {sweep.axis} ({sweep.shared})", found
+
+    print_table("float32: depth, width and batch", measure(torch.float32))
     print_table(
-        "float32: depth, width and batch",
-        [(f"{n} layers, 64 wide, 256 rows", [64] * (n + 1), 256, single) for n in depths]
-        + [(f"3 layers, {n} wide, 256 rows", [n] * 4, 256, single) for n in widths]
-        + [(f"3 layers, 64 wide, {n} rows", [64] * 4, n, single) for n in batches],
-        draws,
+        "Halves: depth, width and batch", (row for dtype in (torch.bfloat16, torch.float16) for row in measure(dtype))
     )
-    networks = [("32-64-64-64-64-16", [32, 64, 64, 64, 64, 16], 1024)]
-    if not options.quick:
-        networks += [("784-512-512-10", [784, 512, 512, 10], 128), ("64 × 21 layers", [64] * 22, 256)]
-    halves = (torch.float32, torch.bfloat16, torch.float16)
+    terms = (100, 1000) if options.quick else (10, 100, 1000, 10_000)
     print_table(
-        "Storage types",
-        [
-            (f"{str(dtype).removeprefix('torch.')}, {name}, {batch} rows", sizes, batch, dtype)
-            for dtype in halves
-            for name, sizes, batch in networks
-        ],
-        draws,
+        "float64: sums of products, against exact integers",
+        ((f"float64, sums of {n:,} terms", float64_errors(n, draws)) for n in terms),
     )
-    print("\n**float64: sums of products, against exact integers**\n")
-    print("| terms | error of | eager | ours |\n|---|---|---|---|")
-    for terms in (100, 1000) if options.quick else (10, 100, 1000, 10_000):
-        found = float64_errors(terms, draws)
-        print(f"| float64, {terms:,} terms | output | {found['eager']:.2e} | {found['MLP, store']:.2e} |")
+    if options.figure:
+        draw(options.figure, options.quick, measured)
 
 
 if __name__ == "__main__":

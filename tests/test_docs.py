@@ -1,19 +1,25 @@
 """The code in README.md and in docs/ runs, page by page, and prints what stands below it."""
 
+import ast
 import contextlib
 import doctest
+import inspect
 import io
+import itertools
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
 import torch_manualbp as mbp
-from torch_manualbp import autograd
+from torch_manualbp import autograd, compile_backend, info, lecture, reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+# What a compiler's inner workings are made of, and what `python -m` calls: nothing to call from outside.
+UNLISTED = {compile_backend: {"Chain", "Layer", "OPTIONS", "find_chains"}, info: {"main"}}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 # A block of Python; its output, if it prints, is the block of text right after it.
@@ -45,17 +51,55 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
         assert same, f"{name(page)} says\n{want}but this prints\n{got}"
 
 
-def test_the_reference_has_every_public_name():
-    pages = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
-    described = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    public = {f"torch_manualbp.{name}" for name in mbp.__all__ if name != "__version__"}
-    functions = {
-        f"torch_manualbp.autograd.{name}"
-        for name, value in vars(autograd).items()
-        if name.endswith("Function") and value.__module__ == autograd.__name__
+def public_names(module):
+    """What a module defines for its users: functions, classes, and constants in capitals."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (name.isupper() or getattr(value, "__module__", None) == module.__name__)
+        and not isinstance(value, TypeVar)
     }
-    assert len(functions) == 3
-    assert public | functions <= described
+
+
+def described():
+    """What `docs/reference/` asks mkdocstrings for."""
+    pages = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    return set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+
+
+def test_the_reference_has_every_public_name():
+    assert {f"torch_manualbp.{name}" for name in mbp.__all__ if name != "__version__"} <= described()
+
+
+@pytest.mark.parametrize(
+    "module", [autograd, lecture, reference, info, compile_backend], ids=lambda module: module.__name__
+)
+def test_the_reference_has_every_public_name_of(module):
+    names = public_names(module) - UNLISTED.get(module, set())
+    assert names
+    whole = module.__name__ in described()
+    assert whole or {f"{module.__name__}.{name}" for name in names} <= described()
+    # Of a whole module, mkdocstrings shows what has a docstring: a constant's stands below it.
+    body = ast.parse(inspect.getsource(module)).body
+    explained = {
+        target.id
+        for statement, following in itertools.pairwise(body)
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
+    }
+    for name in names if whole else ():
+        assert name in explained or vars(vars(module)[name]).get("__doc__") or vars(module)[name].__doc__, name
+
+
+def test_what_the_inspections_return_is_in_the_reference():
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    model = mbp.MLP([3, 5, 2])
+    flow, plan = mbp.gradient_flow(model, x, y), mbp.memory(model, 4)
+    for result in (mbp.trace(model, x, y), flow, flow.layers[0], plan, plan.store):
+        assert f"{type(result).__module__}.{type(result).__name__}" in described()
 
 
 def test_every_figure_is_shown_and_exists():

@@ -24,7 +24,7 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
 
     Args:
         module: any model.
-        activations: "store" keeps every h_k for the backward pass.
+        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only.
 
     Returns:
         `module` itself. Its type changes if it is a Sequential, to a subclass of its type.
