@@ -3,6 +3,8 @@
 // and runs them.
 #pragma once
 
+#include <sys/mman.h>
+
 #define MBP_EMULATED 1
 #include "cuda_emulation.h"
 
@@ -60,6 +62,38 @@ class Buffer {
   int64_t size_, skip_;
   std::unique_ptr<unsigned char[]> memory_;
 };
+
+// Device memory of more elements than 32 bits can count: zeros, of which only what is touched takes room.
+template <typename T>
+class Reserved {
+ public:
+  explicit Reserved(int64_t size) : bytes_(size_t(size) * sizeof(T)), size_(size) {
+    void* const memory =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("cannot reserve address space");
+    madvise(memory, bytes_, MADV_NOHUGEPAGE);  // a page that is touched takes 4 KiB, not 2 MiB
+    data_ = static_cast<T*>(memory);
+  }
+  Reserved(const Reserved&) = delete;
+  ~Reserved() { munmap(data_, bytes_); }
+  T* data() { return data_; }
+  int64_t size() const { return size_; }
+  double at(int64_t i) { return double(widen(data_[i])); }
+  void set(int64_t i, double value) { data_[i] = narrow<T>(accumulator_t<T>(value)); }
+
+ private:
+  size_t bytes_;
+  int64_t size_;
+  T* data_;
+};
+
+// Runs `launch` with block (x, y) of each grid alone.
+template <typename Launch>
+void run_block(int64_t x, int64_t y, const Launch& launch) {
+  emulation::only_block() = dim3(unsigned(x), unsigned(y), 0);
+  launch();
+  emulation::only_block().reset();
+}
 
 // The same numbers in every run.
 class Random {

@@ -41,6 +41,24 @@ void test_all(bool thorough) {
   test<T>(3, 0, 0, 0, true);
 }
 
+// More elements than 32 bits can count: the blocks with the last whole vector and, if any, with the numbers behind it.
+[[maybe_unused]] void test_large(int64_t cols) {
+  using T = float16;
+  const int64_t rows = (int64_t(1) << 32) / cols + 1000, size = rows * cols;
+  begin_case("bias_relu, 64-bit indices", rows, "x", cols);
+  Reserved<T> f(size);
+  Buffer<T> bias(cols);
+  for (int64_t j = 0; j < cols; ++j) bias.set(j, double(j % 8 - 3));
+  for (int64_t i = size - 16; i < size; ++i) f.set(i, 1);
+  const int64_t last_vector = size / kVectorWidth<T> - 1, block = last_vector / kBiasReluThreads % 2048;
+  const auto launch = [&] { bias_relu<T>({rows, cols, f.data(), bias.data()}, nullptr); };
+  run_block(block, 0, launch);
+  if (size % kVectorWidth<T> != 0 && block != 0) run_block(0, 0, launch);  // what is left belongs to the first block
+  for (int64_t i = last_vector * kVectorWidth<T>; i < size; ++i) {
+    expect("f", i, f.at(i), std::max(1 + bias.at(i % cols), 0.0));
+  }
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
@@ -55,6 +73,8 @@ int main() {
 #if !defined(__SANITIZE_THREAD__)
     cuda::test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
     cuda::test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
+    cuda::test_large(64);
+    cuda::test_large(61);
 #endif
   });
 }
