@@ -71,7 +71,9 @@ def test_autocast_chooses_dtypes_as_for_plain_torch(autocast_to_bfloat16: None) 
 def instructions(gpu: str) -> dict[str, str]:
     """The machine code in the binary for this GPU: name of a kernel to text. Skips where nothing can show it."""
     triton = importlib.util.find_spec("triton")
-    of_triton = [Path(folder, "backends", "nvidia", "bin") for folder in (triton and triton.submodule_search_locations) or ()]
+    of_triton = [
+        Path(folder, "backends", "nvidia", "bin") for folder in (triton and triton.submodule_search_locations) or ()
+    ]
     program = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=":".join(map(str, of_triton)))
     if not program:
         pytest.skip("there is no cuobjdump")

@@ -348,7 +348,8 @@ class Network {
         const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
         const int64_t rows = input.size(0), width = outputs_above(lowest), blocks = narrow_blocks<T>(rows);
         const Tensor top = with_whole_rows(dh), df = turns_[0];
-        const bool sums = std::any_of(terms_.beta.begin(), terms_.beta.end(), [](const Tensor& t) { return t.defined(); });
+        const bool sums =
+            std::any_of(terms_.beta.begin(), terms_.beta.end(), [](const Tensor& t) { return t.defined(); });
         const Tensor dbeta = sums ? net_.device_.empty({blocks * width}, kDtype<A>()) : Tensor();
         NarrowBackward<T> p{};
         p.net = net_.narrow_network(rows);

@@ -146,19 +146,6 @@ inline void expect(const char* what, int64_t i, double got, double want, double 
   throw std::runtime_error(text);
 }
 
-// f(true) with threads in shuffled order, for all cases; f(false) in two other orders, for a few.
-// ThreadSanitizer does not depend on the order, and is slow: a few.
-template <typename F>
-void for_each_schedule(const F& f) {
-#if !defined(__SANITIZE_THREAD__)
-  emulation::schedule() = emulation::Schedule::shuffled;
-  f(true);
-  emulation::schedule() = emulation::Schedule::descending;
-  f(false);
-#endif
-  emulation::schedule() = emulation::Schedule::ascending;
-  f(false);
-}
 using Sizes = std::vector<int64_t>;
 
 template <typename Test>
@@ -171,6 +158,26 @@ int run_tests(const Test& test) {
   }
   std::printf("%d cases passed\n", cases());
   return 0;
+}
+
+// f(zero, true) for each type with threads in shuffled order: all cases; f(zero, false) in two other orders: a few. Then
+// once(), which takes long. ThreadSanitizer does not depend on the order, and is slow: a few cases in one order.
+template <typename... Types, typename F, typename Once>
+int run_tests(const F& f, const Once& once) {
+  return run_tests([&] {
+    const auto in_order = [&](emulation::Schedule schedule, bool thorough) {
+      emulation::schedule() = schedule;
+      (f(Types{}, thorough), ...);
+    };
+#if !defined(__SANITIZE_THREAD__)
+    in_order(emulation::Schedule::shuffled, true);
+    in_order(emulation::Schedule::descending, false);
+#endif
+    in_order(emulation::Schedule::ascending, false);
+#if !defined(__SANITIZE_THREAD__)
+    once();
+#endif
+  });
 }
 
 }  // namespace manualbp::cuda

@@ -42,7 +42,7 @@ void test_all(bool thorough) {
 }
 
 // More elements than 32 bits can count: the blocks with the last whole vector and, if any, with the numbers behind it.
-[[maybe_unused]] void test_large(int64_t cols) {
+void test_large(int64_t cols) {
   using T = float16;
   const int64_t rows = (int64_t(1) << 32) / cols + 1000, size = rows * cols;
   begin_case("bias_relu, 64-bit indices", rows, "x", cols);
@@ -62,19 +62,14 @@ void test_all(bool thorough) {
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
-    cuda::test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
-    cuda::test_large(64);
-    cuda::test_large(61);
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
+        test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
+        test_large(64);
+        test_large(61);
+      });
 }

@@ -124,7 +124,7 @@ void test_all(bool thorough) {
   for (const double value : {double(NAN), double(INFINITY), -double(INFINITY)}) test_special<T>(value);
 }
 
-[[maybe_unused]] void test_out_of_bounds() {
+void test_out_of_bounds() {
   for (const int64_t c : {int64_t(3), int64_t(-1)}) {
     begin_case("a class out of bounds:", c);
     Buffer<float> f(3);
@@ -141,7 +141,7 @@ void test_all(bool thorough) {
 }
 
 // More elements than 32 bits can count: the block with the last row. All logits are zero but for the last.
-[[maybe_unused]] void test_large() {
+void test_large() {
   begin_case("losses, 64-bit indices");
   using T = float16;
   const int64_t cols = 1 << 20, rows = 4097, size = rows * cols;
@@ -167,19 +167,14 @@ void test_all(bool thorough) {
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test_out_of_bounds();
-    cuda::test<float>(cuda::LossKind::mse, 14000, 10, 0, true);  // more elements than threads
-    cuda::test<double>(cuda::LossKind::cross_entropy, 4300, 3, 0.1, true);
-    cuda::test_large();
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test_out_of_bounds();
+        test<float>(LossKind::mse, 14000, 10, 0, true);  // more elements than threads
+        test<double>(LossKind::cross_entropy, 4300, 3, 0.1, true);
+        test_large();
+      });
 }

@@ -99,7 +99,7 @@ void test_rounding(int64_t rows, int64_t cols) {
 }
 
 // More elements than 32 bits can count: the block with the last rows, that is with the last slice.
-[[maybe_unused]] void test_large(int64_t cols) {
+void test_large(int64_t cols) {
   using T = float16;
   const int64_t rows = (int64_t(1) << 32) / cols + 100, size = rows * cols;
   begin_case("relu_backward, 64-bit indices", rows, "x", cols);
@@ -125,21 +125,16 @@ void test_rounding(int64_t rows, int64_t cols) {
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test_rounding<float>(20000, 5);
-    cuda::test_rounding<double>(3000, 12);
-    cuda::test_rounding<float16>(3000, 16);
-    cuda::test_rounding<bfloat16>(3000, 16);
-    cuda::test_large(8);
-    cuda::test_large(5);
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test_rounding<float>(20000, 5);
+        test_rounding<double>(3000, 12);
+        test_rounding<float16>(3000, 16);
+        test_rounding<bfloat16>(3000, 16);
+        test_large(8);
+        test_large(5);
+      });
 }
