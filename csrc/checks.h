@@ -46,6 +46,16 @@ inline void check_network(const char* op, const Tensor& input, const std::vector
   }
 }
 
+// Checks what a backward pass gets back: grad_output, and the output if the pass needs it, both (..., cols).
+inline void check_backward(const char* op, const Tensor& input, int64_t cols, const Tensor& grad_output,
+                           const std::optional<Tensor>& output) {
+  const auto sizes = with_last_size(input, cols);
+  check_same_shape(op, {"grad_output"}, grad_output, sizes, input);
+  if (!output) return;
+  check_same_shape(op, {"output"}, *output, sizes, input);
+  MBP_CHECK(output->is_contiguous(), op, ": `output` must be contiguous");
+}
+
 // Checks the target of a loss of an output (..., cols): the classes themselves are data, and left to the kernels.
 inline void check_loss(const char* op, const Tensor& input, const Tensor& target, int64_t cols, const std::string& loss,
                        double label_smoothing) {

@@ -189,6 +189,14 @@ def test_which_kernels_run(sizes, dtype, forward, backward, narrow):
     assert launches() == (backward if narrow else ["relu_backward"] * 2)
 
 
+def test_without_gradients_of_biases_nothing_sums_them(narrow):
+    net = integer_net(6, [5, 8, 4], torch.float32, "none").recorded()
+    output = mbp.mlp(*net)
+    launches()
+    output.backward(integers(6, 4, dtype=torch.float32))
+    assert launches() == (["narrow_backward"] if narrow else ["relu_backward"])
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_loss_goes_through_the_network_block_by_block(narrow):
     net = integer_net(20, [5, 6, 4], torch.float32)

@@ -32,12 +32,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
   const char* op = "mlp_backward";
   if (hidden) biases.resize(weights.size());  // not needed then: callers may leave them out
   check_network(op, input, weights, biases);
-  const auto output_sizes = with_last_size(input, weights.back().size(0));
-  check_same_shape(op, {"grad_output"}, grad_output, output_sizes, input);
-  if (output) {
-    check_same_shape(op, {"output"}, *output, output_sizes, input);
-    MBP_CHECK(output->is_contiguous(), op, ": `output` must be contiguous");
-  }
+  check_backward(op, input, weights.back().size(0), grad_output, output);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep_input, keep_grad;

@@ -26,7 +26,9 @@ void launch(const char* name, void (*kernel)(Params), const Grid& grid, Stream s
 #else
   constexpr int64_t kWithoutAsking = 48 << 10;
   const auto check = [&](cudaError_t error) {
-    MBP_CHECK(error == cudaSuccess, name, ": CUDA reports: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // CUDA keeps it, and torch would report it of its next launch
+    raise(name, ": CUDA reports: ", cudaGetErrorString(error));
   };
   if (grid.shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)));

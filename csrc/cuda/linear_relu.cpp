@@ -27,9 +27,7 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
                                          std::vector<bool> needs) {
   const char* op = "linear_relu_backward";
   check_layer(op, input, weight);
-  check_same_shape(op, {"grad_output"}, grad_output, with_last_size(input, weight.size(0)), input);
-  check_same_shape(op, {"output"}, output, with_last_size(input, weight.size(0)), input);
-  MBP_CHECK(output.is_contiguous(), op, ": `output` must be contiguous");
+  check_backward(op, input, weight.size(0), grad_output, output);
   MBP_CHECK(needs.size() == 3, op, ": `needs` must have 3 items, got ", needs.size());
   check_device(op, {"grad_output"}, grad_output, input);
   check_device(op, {"weight"}, weight, input);

@@ -29,14 +29,9 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
   if (hidden) biases.assign(weights.size(), std::nullopt);  // not needed then: callers may leave them out
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
-  const auto output_sizes = with_last_size(input, weights.back().size(0));
-  check_same_shape(op, {"grad_output"}, grad_output, output_sizes, input);
+  check_backward(op, input, weights.back().size(0), grad_output, output);
   check_device(op, {"grad_output"}, grad_output, input);
-  if (output) {
-    check_same_shape(op, {"output"}, *output, output_sizes, input);
-    check_device(op, {"output"}, *output, input);
-    MBP_CHECK(output->is_contiguous(), op, ": `output` must be contiguous");
-  }
+  if (output) check_device(op, {"output"}, *output, input);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     const OnDevice device(input);

@@ -348,7 +348,9 @@ class Network {
         const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
         const int64_t rows = input.size(0), width = outputs_above(lowest), blocks = narrow_blocks<T>(rows);
         const Tensor top = with_whole_rows(dh), df = turns_[0];
-        const Tensor dbeta = net_.device_.empty({blocks * width}, kDtype<A>());
+        const bool sums =
+            std::any_of(terms_.beta.begin(), terms_.beta.end(), [](const Tensor& t) { return t.defined(); });
+        const Tensor dbeta = sums ? net_.device_.empty({blocks * width}, kDtype<A>()) : Tensor();
         NarrowBackward<T> p{};
         p.net = net_.narrow_network(rows);
         p.lowest = int(lowest);
@@ -358,12 +360,12 @@ class Network {
         p.output = output ? const_data<T>(*output) : nullptr;
         p.df = data<T>(df);
         if (grads_.input.defined()) p.grad_input = data<T>(rows_of(grads_.input, first, rows));
-        p.dbeta = data<A>(dbeta);
+        p.dbeta = sums ? data<A>(dbeta) : nullptr;
         p.dbeta_row = width;
         narrow_backward(p, net_.device_.stream());
         NarrowBiases<T> biases{};
         biases.slices = blocks;
-        biases.partial = data<A>(dbeta);
+        biases.partial = p.dbeta;
         int64_t above = 0;
         for (size_t k = lowest; k < layers; ++k) {
           const int64_t d_out = net_.layers_[k].d_out();
@@ -374,7 +376,7 @@ class Network {
           biases.ends[biases.layers] = int(above);
           biases.out[biases.layers++] = terms_.beta[k].defined() ? data<T>(terms_.beta[k]) : nullptr;
         }
-        narrow_biases(biases, net_.device_.stream());
+        if (sums) narrow_biases(biases, net_.device_.stream());
       }
     }
 

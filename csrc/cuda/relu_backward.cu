@@ -38,7 +38,7 @@ void launch_relu_backward(const ReluBackward<T>& p, Stream stream) {
 template <typename T>
 int64_t relu_backward_slices(int64_t rows, int64_t cols) {
   // Slices of at least eight rows a thread, and no more blocks than 512: four on each multiprocessor of an H100, each
-  // thread of which has four rows under way (an estimate: see docs/cuda.md).
+  // thread of which has two rows under way (an estimate: kernels/relu_backward.cuh).
   const int64_t across = lanes_across(cols, kVectorWidth<T>);
   const int64_t pieces = std::max<int64_t>(ceil_div(cols, across * kVectorWidth<T>), 1);
   const int64_t most = std::max<int64_t>(512 / pieces, 1);

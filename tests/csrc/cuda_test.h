@@ -3,6 +3,8 @@
 // and runs them.
 #pragma once
 
+#include <sys/mman.h>
+
 #define MBP_EMULATED 1
 #include "cuda_emulation.h"
 
@@ -61,6 +63,38 @@ class Buffer {
   std::unique_ptr<unsigned char[]> memory_;
 };
 
+// Device memory of more elements than 32 bits can count: zeros, of which only what is touched takes room.
+template <typename T>
+class Reserved {
+ public:
+  explicit Reserved(int64_t size) : bytes_(size_t(size) * sizeof(T)), size_(size) {
+    void* const memory =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("cannot reserve address space");
+    madvise(memory, bytes_, MADV_NOHUGEPAGE);  // a page that is touched takes 4 KiB, not 2 MiB
+    data_ = static_cast<T*>(memory);
+  }
+  Reserved(const Reserved&) = delete;
+  ~Reserved() { munmap(data_, bytes_); }
+  T* data() { return data_; }
+  int64_t size() const { return size_; }
+  double at(int64_t i) { return double(widen(data_[i])); }
+  void set(int64_t i, double value) { data_[i] = narrow<T>(accumulator_t<T>(value)); }
+
+ private:
+  size_t bytes_;
+  int64_t size_;
+  T* data_;
+};
+
+// Runs `launch` with block (x, y) of each grid alone.
+template <typename Launch>
+void run_block(int64_t x, int64_t y, const Launch& launch) {
+  emulation::only_block() = dim3(unsigned(x), unsigned(y), 0);
+  launch();
+  emulation::only_block().reset();
+}
+
 // The same numbers in every run.
 class Random {
  public:
@@ -112,19 +146,6 @@ inline void expect(const char* what, int64_t i, double got, double want, double 
   throw std::runtime_error(text);
 }
 
-// f(true) with threads in shuffled order, for all cases; f(false) in two other orders, for a few.
-// ThreadSanitizer does not depend on the order, and is slow: a few.
-template <typename F>
-void for_each_schedule(const F& f) {
-#if !defined(__SANITIZE_THREAD__)
-  emulation::schedule() = emulation::Schedule::shuffled;
-  f(true);
-  emulation::schedule() = emulation::Schedule::descending;
-  f(false);
-#endif
-  emulation::schedule() = emulation::Schedule::ascending;
-  f(false);
-}
 using Sizes = std::vector<int64_t>;
 
 template <typename Test>
@@ -137,6 +158,26 @@ int run_tests(const Test& test) {
   }
   std::printf("%d cases passed\n", cases());
   return 0;
+}
+
+// f(zero, true) for each type with threads in shuffled order: all cases; f(zero, false) in two other orders: a few. Then
+// once(), which takes long. ThreadSanitizer does not depend on the order, and is slow: a few cases in one order.
+template <typename... Types, typename F, typename Once>
+int run_tests(const F& f, const Once& once) {
+  return run_tests([&] {
+    const auto in_order = [&](emulation::Schedule schedule, bool thorough) {
+      emulation::schedule() = schedule;
+      (f(Types{}, thorough), ...);
+    };
+#if !defined(__SANITIZE_THREAD__)
+    in_order(emulation::Schedule::shuffled, true);
+    in_order(emulation::Schedule::descending, false);
+#endif
+    in_order(emulation::Schedule::ascending, false);
+#if !defined(__SANITIZE_THREAD__)
+    once();
+#endif
+  });
 }
 
 }  // namespace manualbp::cuda

@@ -34,16 +34,25 @@ void test_all(bool thorough) {
   }
 }
 
+// More elements than 32 bits can count: the block with the last one.
+void test_large() {
+  const int64_t size = (int64_t(1) << 32) + 100;
+  begin_case("accumulate, 64-bit indices", size);
+  Reserved<float16> term(size), out(size);
+  Reserved<float> total(size);
+  term.set(size - 1, 3);
+  total.set(size - 1, 4);
+  run_block((size - 1) / kAccumulateThreads % 2048, 0,
+            [&] { accumulate<float16>({size, term.data(), total.data(), false, out.data()}, nullptr); });
+  expect("total", size - 1, total.at(size - 1), 7);
+  expect("out", size - 1, out.at(size - 1), 7);
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); }, [] { test_large(); });
 }

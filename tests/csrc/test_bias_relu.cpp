@@ -41,20 +41,34 @@ void test_all(bool thorough) {
   test<T>(3, 0, 0, 0, true);
 }
 
+// More elements than 32 bits can count: the blocks with the last whole vector and with the numbers behind it.
+void test_large() {
+  using T = float16;
+  const int64_t cols = 61, rows = (int64_t(1) << 32) / cols + 1000, size = rows * cols;
+  begin_case("bias_relu, 64-bit indices", rows, "x", cols);
+  Reserved<T> f(size);
+  Buffer<T> bias(cols);
+  for (int64_t j = 0; j < cols; ++j) bias.set(j, double(j % 8 - 3));
+  for (int64_t i = size - 16; i < size; ++i) f.set(i, 1);
+  const int64_t last_vector = size / kVectorWidth<T> - 1, block = last_vector / kBiasReluThreads % 2048;
+  const auto launch = [&] { bias_relu<T>({rows, cols, f.data(), bias.data()}, nullptr); };
+  run_block(block, 0, launch);
+  run_block(0, 0, launch);
+  for (int64_t i = last_vector * kVectorWidth<T>; i < size; ++i) {
+    expect("f", i, f.at(i), std::max(1 + bias.at(i % cols), 0.0));
+  }
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
-    cuda::test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test<float>(2048 * 256 * 4 / 64 + 100, 64, 0, 0, true);  // more vectors than threads: each visits several
+        test<float>((2048 * 256 * 4) / 33 + 100, 33, 3, 0, true);
+        test_large();
+      });
 }

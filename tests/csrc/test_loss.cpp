@@ -124,7 +124,7 @@ void test_all(bool thorough) {
   for (const double value : {double(NAN), double(INFINITY), -double(INFINITY)}) test_special<T>(value);
 }
 
-[[maybe_unused]] void test_out_of_bounds() {
+void test_out_of_bounds() {
   for (const int64_t c : {int64_t(3), int64_t(-1)}) {
     begin_case("a class out of bounds:", c);
     Buffer<float> f(3);
@@ -140,21 +140,41 @@ void test_all(bool thorough) {
   }
 }
 
+// More elements than 32 bits can count: the block with the last row. All logits are zero but for the last.
+void test_large() {
+  begin_case("losses, 64-bit indices");
+  using T = float16;
+  const int64_t cols = 1 << 20, rows = 4097, size = rows * cols;
+  Reserved<T> f(size), target(size);
+  const int64_t classes[1] = {cols - 1};
+  std::vector<double> sums(528);
+  const auto run = [&](LossKind kind, int64_t block) {
+    f.set(size - 1, 6);
+    run_block(block, 0, [&] {
+      loss<T>(kind, {rows, cols, f.data(), target.data(), classes, 0, -100, 0.0, 1.0, nullptr, true, sums.data()},
+              nullptr);
+    });
+    return sums[size_t(block)];
+  };
+  const int64_t block = (size - 1) / kLossThreads % int64_t(sums.size());
+  expect("mse", block, run(LossKind::mse, block), 36);
+  expect("df", size - 1, f.at(size - 1), 12);
+  const double log_total = std::log(double(cols - 1) + std::exp(6.0)), log_p = 6 - log_total;
+  expect("cross entropy", 512, run(LossKind::cross_entropy, 512), -log_p, 1e-3);
+  expect("df", size - 1, f.at(size - 1), std::exp(log_p) - 1, 1e-3);
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test_out_of_bounds();
-    cuda::test<float>(cuda::LossKind::mse, 14000, 10, 0, true);  // more elements than threads
-    cuda::test<double>(cuda::LossKind::cross_entropy, 4300, 3, 0.1, true);
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test_out_of_bounds();
+        test<float>(LossKind::mse, 14000, 10, 0, true);  // more elements than threads
+        test<double>(LossKind::cross_entropy, 4300, 3, 0.1, true);
+        test_large();
+      });
 }

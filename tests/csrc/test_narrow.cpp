@@ -200,6 +200,7 @@ void test_mma() {
 
 template <typename T>
 void test_all(bool thorough) {
+  if constexpr (sizeof(T) == 2) test_mma<T>();
   Options real, closed, bare, odd;
   real.integers = false;
   closed.final_relu = true;
@@ -229,21 +230,63 @@ void test_all(bool thorough) {
   }
 }
 
+// More elements than 32 bits can count, in h_1: the last block of a grid that has one for each tile. All numbers are
+// zero but for the last row.
+template <typename T>
+void test_large() {
+  const int64_t rows = (int64_t(1) << 32) / 128 + 3;
+  const int widths[] = {16, 128, 16};
+  begin_case("narrow, 64-bit indices", kTypeName<T>, rows);
+  Reserved<T> input(rows * 16), hidden(rows * 128), output(rows * 16), df(rows * 144), grad_input(rows * 16);
+  Buffer<T> omega_0(16 * 128), omega_1(16 * 128);
+  for (int64_t i = 0; i < 16 * 128; ++i) omega_0.set(i, 1);
+  for (int64_t i = 0; i < 16 * 128; ++i) omega_1.set(i, 1.0 / 128);
+  for (int64_t i = rows * 16 - 16; i < rows * 16; ++i) input.set(i, 1);
+  NarrowForward<T> forward{};
+  forward.net.rows = rows;
+  forward.net.layers = 2;
+  std::copy_n(widths, 3, forward.net.widths);
+  forward.net.omega[0] = omega_0.data();
+  forward.net.omega[1] = omega_1.data();
+  forward.input = input.data();
+  forward.input_row = 16;
+  forward.hidden = hidden.data();
+  forward.output = output.data();
+  const int64_t tiles = ceil_div(rows, NarrowProduct<T>::kRows);
+  Reserved<float> dbeta(tiles * 144);
+  NarrowBackward<T> backward{};
+  backward.net = forward.net;
+  backward.grad_output = input.data();  // ones in the last row
+  backward.grad_row = 16;
+  backward.hidden = hidden.data();
+  backward.df = df.data();
+  backward.grad_input = grad_input.data();
+  backward.dbeta = dbeta.data();
+  backward.dbeta_row = 144;
+  run_block(tiles - 1, 0, [&] {
+    const dim3 grid = unsigned(tiles);
+    const auto shared = size_t(shared_bytes(forward.net));
+    emulation::run(&narrow_forward_kernel<T>, grid, kNarrowThreads, shared, forward);
+    emulation::run(&narrow_backward_kernel<T>, grid, kNarrowThreads, shared, backward);
+  });
+  expect("h", rows * 128 - 1, hidden.at(rows * 128 - 1), 16);
+  expect("f", rows * 16 - 1, output.at(rows * 16 - 1), 16);
+  expect("df", rows * 128 - 1, df.at(rows * 128 - 1), 0.125);  // df_0 comes first
+  expect("dh_0", rows * 16 - 1, grad_input.at(rows * 16 - 1), 16);
+  expect("dbeta", tiles * 144 - 1, dbeta.at(tiles * 144 - 1), 1);
+  expect("dbeta", tiles * 144 - 144, dbeta.at(tiles * 144 - 144), 0.125);
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_mma<float16>();
-      cuda::test_mma<bfloat16>();
-      cuda::test_all<float>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test<float>(264 * 64 + 70, {2, 3, 1});  // more tiles than blocks
-    cuda::test<bfloat16>(264 * 128 + 130, {2, 1});
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, float16, bfloat16>([](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+                                             [] {
+                                               test<float>(264 * 64 + 70, {2, 3, 1});  // more tiles than blocks
+                                               test<bfloat16>(264 * 128 + 130, {2, 1});
+                                               test_large<float>();
+                                               test_large<bfloat16>();
+                                             });
 }

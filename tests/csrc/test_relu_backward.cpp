@@ -98,22 +98,43 @@ void test_rounding(int64_t rows, int64_t cols) {
   }
 }
 
+// More elements than 32 bits can count: the block with the last rows, that is with the last slice.
+void test_large(int64_t cols) {
+  using T = float16;
+  const int64_t rows = (int64_t(1) << 32) / cols + 100, size = rows * cols;
+  begin_case("relu_backward, 64-bit indices", rows, "x", cols);
+  Reserved<T> grad(size), h(size);
+  Buffer<T> sum(cols);
+  for (int64_t i = size - 3 * cols; i < size; ++i) {
+    grad.set(i, 5);
+    h.set(i, i >= size - cols ? 0 : 1);  // two rows pass
+  }
+  const int64_t slices = relu_backward_slices<T>(rows, cols);
+  Reserved<float> partial(slices * cols);
+  run_block(0, slices - 1, [&] {
+    relu_backward<T>({rows, cols, grad.data(), cols, 1, h.data(), grad.data(), sum.data(), slices, partial.data()},
+                     nullptr);
+  });
+  for (int64_t j = 0; j < cols; ++j) {
+    expect("df", size - cols + j, grad.at(size - cols + j), 0);
+    expect("df", size - 2 * cols + j, grad.at(size - 2 * cols + j), 5);
+    expect("partial", (slices - 1) * cols + j, partial.at((slices - 1) * cols + j), 10);
+  }
+}
+
 }  // namespace manualbp::cuda
 
 int main() {
-  using namespace manualbp;
-  return cuda::run_tests([] {
-    cuda::for_each_schedule([](bool thorough) {
-      cuda::test_all<float>(thorough);
-      cuda::test_all<double>(thorough);
-      cuda::test_all<float16>(thorough);
-      cuda::test_all<bfloat16>(thorough);
-    });
-#if !defined(__SANITIZE_THREAD__)
-    cuda::test_rounding<float>(20000, 5);
-    cuda::test_rounding<double>(3000, 12);
-    cuda::test_rounding<float16>(3000, 16);
-    cuda::test_rounding<bfloat16>(3000, 16);
-#endif
-  });
+  using namespace manualbp::cuda;
+  using manualbp::bfloat16, manualbp::float16;
+  return run_tests<float, double, float16, bfloat16>(
+      [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
+      [] {
+        test_rounding<float>(20000, 5);
+        test_rounding<double>(3000, 12);
+        test_rounding<float16>(3000, 16);
+        test_rounding<bfloat16>(3000, 16);
+        test_large(8);
+        test_large(5);
+      });
 }

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const Loss<
     }
     const A log_total = log_of(warp_sum(total));
     shifted = warp_sum(shifted);
+#pragma unroll 1  // nothing to gain, f[j] is stored before the next is read; unrolled by ptxas, float64 spills on sm_90
     for (int64_t j = lane; j < p.cols; j += kWarpSize) {
       const A log_p = widen(f[j]) - largest - log_total;
       const A at_class = j == c ? A(1) - smoothing : A(0);

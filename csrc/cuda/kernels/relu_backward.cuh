@@ -6,9 +6,9 @@
 // reduce_kernel adds the slices. The number of slices depends on the sizes alone (relu_backward.cu), not on the device,
 // so that a gradient is the same on every one and in every run.
 //
-// sm_80 and sm_90: 40 to 52 registers where it reads vectors (ptxas), 256 threads and at most 8 KiB of shared memory a
-// block: a multiprocessor holds 4 to 6 blocks, 50 to 75 % of its threads. The launch makes at most 4 for each, and the
-// loop is unrolled by 4: up to 128 bytes of each thread are under way.
+// sm_80 and sm_90: 48 to 60 registers where it reads vectors (ptxas), 256 threads and at most 8 KiB of shared memory a
+// block: a multiprocessor holds 4 or 5 blocks, 50 or 62 % of its threads. The launch makes at most 4 for each, and each
+// thread loads the 32 bytes of two rows before it waits: 64 KB under way (see bias_relu.cuh for what is needed).
 #pragma once
 
 #include "device.cuh"
@@ -16,6 +16,9 @@
 namespace manualbp::cuda {
 
 constexpr int kReluBackwardThreads = 256;
+// Rows that a thread loads before it stores the first: df may lie in dh, so the compiler moves no load over a store. Four
+// need up to 100 registers: half as many threads, and no more bytes under way.
+constexpr int kRowsAhead = 2;
 
 // N numbers at a time of each row. The block is (lanes across columns, rows), its height a power of two; blockIdx.x
 // counts the columns in pieces of lanes * N, blockIdx.y the slices of rows.
@@ -27,23 +30,24 @@ __global__ void __launch_bounds__(kReluBackwardThreads) relu_backward_kernel(con
   const int64_t first = int64_t(blockIdx.y) * slice_rows;
   const int64_t last = first + slice_rows < p.rows ? first + slice_rows : p.rows;
   A sums[N] = {};
-  if (col < p.cols) {
-#pragma unroll 4
-    for (int64_t row = first + threadIdx.y; row < last; row += blockDim.y) {
-      Vector<T, N> g, h;
-      if constexpr (N == 1) {
-        g.items[0] = p.grad[row * p.grad_row + col * p.grad_col];
-      } else {
-        g = load<N>(p.grad + row * p.grad_row + col);
+  for (int64_t row = first + threadIdx.y; col < p.cols && row < last; row += kRowsAhead * blockDim.y) {
+    Vector<T, N> g[kRowsAhead], h[kRowsAhead];
+#pragma unroll
+    for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
+      const int64_t r = row + ahead * blockDim.y;
+      if (r >= last) continue;
+      g[ahead] = load<N>(p.grad + r * p.grad_row + col * p.grad_col);
+      if (p.h) h[ahead] = load<N>(p.h + r * p.cols + col);
+    }
+#pragma unroll
+    for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
+      const int64_t r = row + ahead * blockDim.y;
+      if (r >= last) continue;
+      for (int i = 0; i < N; ++i) {
+        if (p.h && widen(h[ahead].items[i]) <= A(0)) g[ahead].items[i] = narrow<T>(A(0));
+        sums[i] += widen(g[ahead].items[i]);
       }
-      if (p.h) {
-        h = load<N>(p.h + row * p.cols + col);
-        for (int i = 0; i < N; ++i) {
-          if (widen(h.items[i]) <= A(0)) g.items[i] = narrow<T>(A(0));
-        }
-      }
-      if (p.out) store(p.out + row * p.cols + col, g);
-      for (int i = 0; i < N; ++i) sums[i] += widen(g.items[i]);
+      if (p.out) store(p.out + r * p.cols + col, g[ahead]);
     }
   }
   if (!p.sum) return;
