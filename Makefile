@@ -22,11 +22,12 @@ DRIVERS := kernels network
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan wheel release-check clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan aarch64 nehalem \
+        wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
 	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures is for those that the documentation shows"
@@ -90,11 +91,37 @@ tsan: $(DRIVERS:%=build/tsan/%)  ## the same on several threads under the thread
 	@$(call on_every_level,build/tsan/kernels threads)
 	@$(call on_every_level,build/tsan/network 10)
 
+aarch64: $(DRIVERS:%=build/aarch64/%)  ## kernels and passes on emulated Arm (g++-aarch64-linux-gnu, qemu-user)
+	@qemu-aarch64 build/aarch64/kernels 100
+	@qemu-aarch64 build/aarch64/network 2
+
+nehalem: $(DRIVERS:%=build/nehalem/%)  ## the same on an emulated x86-64 without AVX, where the baseline must be chosen (qemu-user)
+	@qemu-x86_64 -cpu Nehalem build/nehalem/kernels 100 | tee /dev/stderr | grep -q '^default: 100 passed'
+	@qemu-x86_64 -cpu Nehalem build/nehalem/network 2 | tee /dev/stderr | grep -q '^default: 2 passed'
+
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
-	@mkdir -p dist
+	@mkdir -p dist && rm -f dist/*.whl
 	@$(RUN) python -m pip wheel -qq . --no-deps --no-build-isolation --wheel-dir dist
 	@ls -l dist/*.whl
+
+sdist-check: $(VENV)/.ready  ## build a source archive, and from it wheels with and without pip's build isolation
+	@rm -rf build/sdist
+	@$(RUN) python setup.py -q sdist --dist-dir build/sdist
+	@$(RUN) python -m pip wheel -qq build/sdist/*.tar.gz --no-deps --wheel-dir build/sdist/isolated
+	@$(RUN) python -m pip wheel -qq build/sdist/*.tar.gz --no-deps --no-build-isolation --wheel-dir build/sdist/not-isolated
+	@ls -l build/sdist/*.tar.gz build/sdist/*/*.whl
+
+wheel-check: wheel $(VENV)/.audit  ## the wheel against CPython's stable ABI; dist/audited: with the tag of its glibc
+	@$(RUN) abi3audit --strict --assume-minimum-abi3 3.10 dist/*.whl
+	@rm -rf dist/audited
+	@$(RUN) auditwheel repair --plat auto --exclude 'libc10*' --exclude 'libtorch*' --exclude 'libcud*' \
+	  --wheel-dir dist/audited dist/*.whl
+	@ls -l dist/audited
+	@test $$(stat -c %s dist/audited/*.whl) -lt 2000000 || { echo "the wheel has 2 MB or more" >&2; exit 1; }
+
+matrix: wheel  ## the wheel under CPython 3.10 to 3.13 and several torch: build/matrix.md (an hour or more, gigabytes)
+	@$(RUN) python .ci/matrix.py dist/*.whl --torch-flags='$(TORCH_FLAGS)' $(ARGS)
 
 release-check:  ## try HEAD as a release, in a clone of it; dist/ then holds what was checked (REHEARSAL=1: no release yet)
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' TORCH_FLAGS='$(TORCH_FLAGS)' ARGS='$(ARGS)' REHEARSAL='$(REHEARSAL)' .ci/release-check
@@ -110,6 +137,11 @@ on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) 
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
 build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 build/tsan/%: SANITIZE := -fsanitize=thread
+# Static, so that the emulator needs no libraries; the kernels optimised as setup.py does (g++ 12 for Arm crashes on the
+# drivers at -O3).
+build/aarch64/% build/nehalem/%: SANITIZE := -static
+build/aarch64/csrc/% build/nehalem/csrc/%: SANITIZE := -static -O3
+build/aarch64/%: CXX := aarch64-linux-gnu-g++
 define sanitized
 build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
 	@mkdir -p $$(@D)
@@ -117,7 +149,7 @@ build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.
 $(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
 	@$$(CXX) $$(SANITIZE) $$^ -o $$@ -ldl -pthread
 endef
-$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
+$(foreach sanitizer,asan tsan aarch64 nehalem,$(eval $(call sanitized,$(sanitizer))))
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:
@@ -151,8 +183,9 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site; what checks a release.
-$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site; what checks a wheel,
+# and a release.
+$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.audit $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')

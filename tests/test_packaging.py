@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -39,15 +40,20 @@ def undefined_symbols(binary: Path) -> list[str]:
     return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
 
 
+def load_file(path: Path) -> ModuleType:
+    """A module that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """_build/backend.py, without lasting changes to sys.path."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("backend", ROOT / "_build" / "backend.py")
-    assert spec is not None
-    assert spec.loader is not None
-    backend = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backend)
-    return backend
+    return load_file(ROOT / "_build" / "backend.py")
 
 
 def test_version_is_that_of_the_installed_distribution() -> None:
@@ -76,6 +82,21 @@ def test_binary_uses_only_the_stable_interface_of_torch(binary: Path) -> None:
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
 def test_binary_does_not_know_python(binary: Path) -> None:
     assert [name for name in undefined_symbols(binary) if re.match(r"_?Py[A-Z_]", name)] == []
+
+
+def test_binary_is_small() -> None:
+    assert _ops.BINARY.stat().st_size < 2e6  # the wheel has it compressed
+
+
+def test_import_takes_nothing_beyond_torch_and_the_standard_library() -> None:
+    code = "import sys, torch; before = set(sys.modules); import torch_manualbp; print(*set(sys.modules) - before)"
+    command = [sys.executable, "-W", "error", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(_ops.BINARY.parent.parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "torch_manualbp.modules" in loaded
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names <= {"torch_manualbp", "torch"}
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]  # seconds
 
 
 def test_missing_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None:
@@ -146,6 +167,48 @@ def test_backend_asks_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backend, "distributions", lambda **_: [])
     assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
     assert backend.get_requires_for_build_sdist() == []  # a source archive is made without
+
+
+def test_a_source_archive_holds_all_that_is_needed_to_build_and_test(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", ".*cache", ".hypothesis", ".venv*", "build", "dist", ".git")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    folders = ("_build", ".ci", "benchmarks", "csrc", "docs", "examples", "tests", "torch_manualbp")
+    wanted = {
+        str(path.relative_to(source)) for name in folders for path in (source / name).rglob("*") if path.is_file()
+    }
+    assert "csrc/cpu/kernels/gemm-inl.h" in wanted
+    assert wanted | {"setup.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"} <= packed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        (["oldest", "2.13", "2.14", "newest"], ["2.10.0", "2.13.0", "2.14.1", "2.15.0"]),
+        (["newest", "2.15", "2.15.0"], ["2.15.0"]),
+        (["2.9", "2.1", "3"], []),  # too old; no prefix of 2.10; not there
+    ],
+)
+def test_matrix_chooses_releases(wanted: list[str], chosen: list[str]) -> None:
+    available = ["2.15.0", "2.14.1", "2.14.0", "2.13.0+cpu", "2.13.0", "2.10.0", "2.9.1"]
+    assert load_file(ROOT / ".ci" / "matrix.py").choose(available, wanted) == chosen
+
+
+def test_matrix_says_why_a_step_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = load_file(ROOT / ".ci" / "matrix.py")
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    code = (
+        "import sys; print('ERROR: no such release', file=sys.stderr); print('a notice', file=sys.stderr); sys.exit(1)"
+    )
+    with pytest.raises(matrix.StepError, match=r"^ERROR: no such release$"):
+        matrix.run(sys.executable, "-c", code)
+    assert matrix.run(sys.executable, "-c", "print('fine')") == "fine\n"
 
 
 def test_linters_have_the_same_versions_everywhere() -> None:

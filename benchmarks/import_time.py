@@ -1,0 +1,48 @@
+"""How long does `import torch_manualbp` take beyond `import torch`? Fresh processes, in turn; medians.
+
+    python benchmarks/import_time.py
+    python benchmarks/import_time.py --rounds 40
+
+Two answers: the difference between processes that import the one or the other, and, less noisy, what the second import
+takes in a process that has torch already. `python -X importtime -c "import torch_manualbp"` says where it goes.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+FIRST = "import time; start = time.perf_counter(); import {}; print(1e3 * (time.perf_counter() - start))"
+WAYS = {
+    "torch": FIRST.format("torch"),
+    "torch_manualbp (with torch)": FIRST.format("torch_manualbp"),
+    "torch_manualbp after torch": f"import torch; {FIRST.format('torch_manualbp')}",
+}
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each way in each round. One round more is run first, to warm the caches of the disk."""
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds + 1):
+        for way, code in WAYS.items():
+            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+            times[way].append(float(done.stdout))
+    return {way: values[1:] for way, values in times.items()}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    times = measure(parser.parse_args().rounds)
+    print("| import | median ms | quartiles ms |")
+    print("|---|--:|--:|")
+    for way, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        print(f"| {way} | {median:.1f} | {low:.1f} – {high:.1f} |")
+    torch, ours, after = (statistics.median(values) for values in times.values())
+    print(f"\nAbove torch: {ours - torch:.1f} ms between processes, {after:.1f} ms within one.")
+
+
+if __name__ == "__main__":
+    main()
