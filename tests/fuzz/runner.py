@@ -4,6 +4,7 @@ A fuzzer is a module with draw(seed) → case, check(case), which raises where t
 cases that have less of something. The repr of a case is Python that makes it.
 """
 
+import faulthandler
 import itertools
 import os
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 
 from fuzz.differential import UndecidableError
 
+CASE_SECONDS = 20.0  # what takes longer counts as a crash; the slowest case of 100,000 took one second
+SHRINK_SECONDS = 20.0  # to make a failing case small
 PATHS = [Path(__file__).parents[2], Path(__file__).parents[1]]  # of the library and the tests, for the other process
 
 
@@ -35,7 +38,7 @@ class Report:
         """One line."""
         return (
             f"{self.cases:,} cases, {self.undecidable:,} of them undecidable: "
-            f"{len(self.failures)} mismatches, {len(self.crashes)} crashes"
+            f"{len(self.failures)} mismatches, {len(self.crashes)} crashes or hangs"
         )
 
 
@@ -55,18 +58,19 @@ def run(
             if problem is UndecidableError:
                 report.undecidable += 1
             elif problem:
-                small = shrink(fuzzer, case, time.monotonic() + 20)
+                small = shrink(fuzzer, case, time.monotonic() + SHRINK_SECONDS, lambda seed=seed: watch(seed))
                 report.failures.append(_text(fuzzer, seed, small, str(_problem(fuzzer, small))))
                 break
     return report
 
 
-def shrink(fuzzer: ModuleType, case: Any, stop: float) -> Any:
+def shrink(fuzzer: ModuleType, case: Any, stop: float, watch: Callable[[], None]) -> Any:
     """The simplest case that still fails, as far as small steps lead."""
     while True:
         for candidate in fuzzer.simpler(case):
             if time.monotonic() > stop:
                 return case
+            watch()
             problem = _problem(fuzzer, candidate)
             if problem and problem is not UndecidableError:
                 case = candidate
@@ -104,43 +108,50 @@ def _text(fuzzer: ModuleType, seed: int, case: Any, problem: str) -> str:
 _CHILD = """
 import importlib, sys
 from fuzz import runner
-name, first, count, seconds, mark = sys.argv[1:]
-runner.child(importlib.import_module(name), int(first), int(count), float(seconds), mark)
+name, first, count, stop, case_seconds, mark = sys.argv[1:]
+runner.child(importlib.import_module(name), int(first), int(count), float(stop), float(case_seconds), mark)
 """
 
 
-def child(fuzzer: ModuleType, first: int, count: int, seconds: float, mark: str) -> None:
-    """What the other process runs: writes the seed that it is at into `mark`, and the report to its output."""
+def child(fuzzer: ModuleType, first: int, count: int, stop: float, case_seconds: float, mark: str) -> None:
+    """What the other process runs: writes the seed that it is at into `mark`, and the report to its output.
+
+    A case that takes too long ends the process with a traceback, even where it computes outside of Python.
+    """
     getattr(fuzzer, "prepare", lambda: None)()
     with open(mark, "wb", buffering=0) as file:
 
         def watch(seed: int) -> None:
             os.pwrite(file.fileno(), b"%20d" % seed, 0)
+            faulthandler.dump_traceback_later(case_seconds, exit=True)
 
-        report = run(fuzzer, iter(range(first, first + count)), seconds, watch)
+        report = run(fuzzer, iter(range(first, first + count)), stop - time.monotonic(), watch)
+        faulthandler.cancel_dump_traceback_later()
     print(report.cases, report.undecidable)
     print("".join(report.failures), end="")
 
 
-def run_apart(fuzzer: str, first: int, count: int, seconds: float, mark: Path) -> Report:
-    """The same in a process of its own: a crash is a finding, and the rest of the cases follow it.
+def run_apart(
+    fuzzer: str, first: int, count: int, seconds: float, mark: Path, case_seconds: float = CASE_SECONDS
+) -> Report:
+    """The same in a process of its own: a crash or a hang is a finding, and the rest of the cases follow it.
 
     A failure does not end the run either, but ten do.
     """
-    total, stop, seed = Report(), time.monotonic() + seconds, first
+    total, stop, seed = Report(), time.monotonic() + seconds, first  # both processes have this clock
     module = sys.modules[fuzzer]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     while seed < first + count and time.monotonic() < stop and len(total.failures) + len(total.crashes) < 10:
-        left = max(stop - time.monotonic(), 0.0)
-        arguments = [fuzzer, str(seed), str(first + count - seed), str(left), str(mark)]
+        mark.unlink(missing_ok=True)
+        arguments = [fuzzer, str(seed), str(first + count - seed), str(stop), str(case_seconds), str(mark)]
+        patience = stop - time.monotonic() + SHRINK_SECONDS + 2 * case_seconds  # it ends itself before
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _CHILD, *arguments], env=env, capture_output=True, text=True, timeout=left + 120
+                [sys.executable, "-c", _CHILD, *arguments], env=env, capture_output=True, text=True, timeout=patience
             )
             status, out, err = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as error:
-            status, out, err = -1, "", f"no answer for two minutes: {error}"
-        at = int(mark.read_bytes() or b"-1") if mark.exists() else seed
+            status, out, err = -1, "", str(error)
         if status == 0:
             counts, *text = out.splitlines(keepends=True)
             cases, undecidable = map(int, counts.split())
@@ -151,8 +162,10 @@ def run_apart(fuzzer: str, first: int, count: int, seconds: float, mark: Path) -
                 seed += cases
                 continue
             break
+        at = int(mark.read_bytes() or seed) if mark.exists() else seed
         total.cases += at - seed + 1
-        total.crashes.append(_text(module, at, module.draw(at), f"exit status {status}\n# {err.strip()[-500:]}"))
+        said = "\n# ".join([f"exit status {status}", *err.splitlines()[-12:]])
+        total.crashes.append(_text(module, at, module.draw(at), said))
         seed = at + 1
     return total
 
