@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -147,6 +148,7 @@ def release_check(tmp_path, init=INIT, notes=NOTES, change=None, tag=None):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 @pytest.mark.parametrize(
     ("repository", "message"),
     [
@@ -167,6 +169,7 @@ def test_release_check_refuses_what_cannot_be_a_release(tmp_path, repository, me
     assert "cloned to" not in result.stdout
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_release_check_goes_on_where_nothing_is_against_it(tmp_path):
     result = release_check(tmp_path, tag="v1.2.2")
     assert "cloned to" in result.stdout
