@@ -8,7 +8,6 @@ import io
 import itertools
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import pytest
@@ -55,12 +54,23 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
 def public_names(module):
     """What a module defines for its users: functions, classes, and constants in capitals."""
 
-    def defined(name, value):
-        if isinstance(value, (ModuleType, TypeVar)):
-            return False
-        return value.__module__ == module.__name__ if hasattr(value, "__module__") else name.isupper()
+    body = ast.parse(inspect.getsource(module)).body
+    stored = {
+        target.id
+        for statement in body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
+        if isinstance(target, ast.Name)
+    }
 
-    return {name for name, value in vars(module).items() if not name.startswith("_") and defined(name, value)}
+    def defined(name, value):
+        return (name in stored and name.isupper()) or getattr(value, "__module__", None) == module.__name__
+
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, TypeVar) and defined(name, value)
+    }
 
 
 def described():
