@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 from pathlib import Path
-from typing import TypeVar
+from types import FunctionType
 
 import pytest
 import torch
@@ -51,25 +51,24 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
         assert same, f"{name(page)} says\n{want}but this prints\n{got}"
 
 
+def constants(module):
+    """The constants in capitals that a module defines, and whether a docstring stands below each."""
+    found, body = {}, ast.parse(inspect.getsource(module)).body
+    for statement, following in itertools.pairwise([*body, ast.Pass()]):
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(target, ast.Name) and target.id.isupper() and not target.id.startswith("_"):
+                found[target.id] = explained
+    return found
+
+
 def public_names(module):
-    """What a module defines for its users: functions, classes, and constants in capitals."""
-
-    body = ast.parse(inspect.getsource(module)).body
-    stored = {
-        target.id
-        for statement in body
-        if isinstance(statement, (ast.Assign, ast.AnnAssign))
-        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
-        if isinstance(target, ast.Name)
-    }
-
-    def defined(name, value):
-        return (name in stored and name.isupper()) or getattr(value, "__module__", None) == module.__name__
-
-    return {
-        name
+    """What a module defines for its users, and whether it has a docstring."""
+    return constants(module) | {
+        name: bool(value.__doc__)
         for name, value in vars(module).items()
-        if not name.startswith("_") and not isinstance(value, TypeVar) and defined(name, value)
+        if not name.startswith("_") and isinstance(value, (type, FunctionType)) and value.__module__ == module.__name__
     }
 
 
@@ -87,23 +86,12 @@ def test_the_reference_has_every_public_name():
     "module", [autograd, lecture, reference, info, compile_backend], ids=lambda module: module.__name__
 )
 def test_the_reference_has_every_public_name_of(module):
-    names = public_names(module) - UNLISTED.get(module, set())
+    names = {name: text for name, text in public_names(module).items() if name not in UNLISTED.get(module, set())}
     assert names
-    whole = module.__name__ in described()
-    assert whole or {f"{module.__name__}.{name}" for name in names} <= described()
-    # Of a whole module, mkdocstrings shows what has a docstring: a constant's stands below it.
-    body = ast.parse(inspect.getsource(module)).body
-    explained = {
-        target.id
-        for statement, following in itertools.pairwise(body)
-        if isinstance(statement, (ast.Assign, ast.AnnAssign))
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
-    }
-    for name in names if whole else ():
-        value = vars(module)[name]
-        assert value.__doc__ if hasattr(value, "__module__") else name in explained, f"{name} has no docstring"
+    if module.__name__ in described():  # of a whole module, mkdocstrings shows what has a docstring
+        assert [name for name, text in names.items() if not text] == []
+    else:
+        assert {f"{module.__name__}.{name}" for name in names} <= described()
 
 
 def test_what_the_inspections_return_is_in_the_reference():
