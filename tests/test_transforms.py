@@ -232,7 +232,6 @@ def test_a_shared_layer_gets_its_gradient_once_in_a_graph_of_gradients():
 @pytest.mark.parametrize("name", APPLIED)
 @pytest.mark.parametrize("transform", [None, "grad", "vmap"])
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo does, to capture it
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.10's Dynamo reads it
 def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
     # Captured, their raw ops would be taken for what they are: ops whose derivative is zero.
     functions = _applied(name)
@@ -244,10 +243,8 @@ def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
         functions, args = [vmap(f) for f in functions], tuple(torch.stack([arg, -arg]) for arg in args)
     ours, plain = functions
     torch.compiler.reset()
-    if (name, transform) != (
-        "MLPLossFunction",
-        "grad",
-    ):  # mse_loss under grad after a graph break: Dynamo fails, loudly
+    # Under grad, after a graph break, Dynamo fails, loudly: at mse_loss; with torch 2.10 at any function written in Python.
+    if transform != "grad" or (name != "MLPLossFunction" and torch.__version__ >= (2, 13)):
         assert_close(torch.compile(lambda *args: ours(*args), backend="eager")(*args), plain(*args))
     torch.compiler.reset()
     with pytest.raises(Exception, match=r"torch\.compile cannot capture (LinearReLU|MLP|MLPLoss)Function\.apply: call"):
