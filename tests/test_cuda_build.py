@@ -63,9 +63,7 @@ def test_autocast_chooses_dtypes_as_for_plain_torch(autocast_to_bfloat16: None) 
         assert model(input).dtype is plain.dtype
         assert mbp.mlp(input, weights).dtype is plain.dtype
         assert mbp.linear_relu(input, weights[0]).dtype is plain.dtype
-        loss = mbp.mlp_loss(input, target, weights)
-        assert loss.dtype is F.mse_loss(plain, target).dtype is torch.float32
-        assert {grad.dtype for grad in torch.autograd.grad(loss, weights)} == {torch.float32}
+        assert mbp.mlp_loss(input, target, weights).dtype is F.mse_loss(plain, target).dtype is torch.float32
 
 
 def instructions(gpu: str) -> dict[str, str]:
