@@ -22,7 +22,7 @@ DRIVERS := kernels network
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan wheel clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -90,6 +90,29 @@ tsan: $(DRIVERS:%=build/tsan/%)  ## the same on several threads under the thread
 	@$(call on_every_level,build/tsan/kernels threads)
 	@$(call on_every_level,build/tsan/network 10)
 
+# The package in build/coverage is this tree's modules and a binary that counts: not optimised, so that lines stay apart.
+coverage: $(VENV)/.coverage  ## which lines of Python and C++ the tests reach: two tables (half an hour)
+	@rm -rf build/coverage
+	@mkdir -p build/coverage/package/torch_manualbp
+	@ln -s $(abspath $(wildcard torch_manualbp/[!_]* torch_manualbp/__init__.py torch_manualbp/_[!C_]*)) \
+	  build/coverage/package/torch_manualbp
+	@echo "==> building what counts its lines"
+	@$(MAKE) $(DRIVERS:%=build/coverage/%) $(EMULATED:%=build/coverage/%)
+	@$(RUN) CFLAGS="$(COUNTED)" LDFLAGS=--coverage FORCE_CUDA=0 python setup.py -q build_ext \
+	  --build-lib build/coverage/package --build-temp build/coverage/extension >build/coverage/build.log 2>&1 || { \
+	  cat build/coverage/build.log >&2; exit 1; }
+	@echo "==> running"
+	@$(call on_every_level,build/coverage/kernels 300)
+	@$(call on_every_level,build/coverage/kernels threads)
+	@$(call on_every_level,build/coverage/network 2)
+	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
+	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS)
+	@$(RUN) coverage combine -q
+	@$(RUN) coverage report
+	@$(RUN) gcovr $(GCOVR) build/coverage
+	@for level in default avx2 avx512; do echo "kernels, level $$level:"; \
+	  $(RUN) gcovr $(GCOVR) build/coverage/csrc/cpu/kernels/$$level.gcda | grep -- -inl.h; done
+
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
 	@mkdir -p dist
@@ -105,8 +128,10 @@ clean:  ## remove all that was made here
 # their own. 77: not a level of this machine.
 on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
+COUNTED := -O0 -w --coverage -fprofile-update=atomic
 build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 build/tsan/%: SANITIZE := -fsanitize=thread
+build/coverage/%: SANITIZE := $(COUNTED)
 define sanitized
 build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
 	@mkdir -p $$(@D)
@@ -114,7 +139,13 @@ build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.
 $(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
 	@$$(CXX) $$(SANITIZE) $$^ -o $$@ -ldl -pthread
 endef
-$(foreach sanitizer,asan tsan,$(eval $(call sanitized,$(sanitizer))))
+$(foreach sanitizer,asan tsan coverage,$(eval $(call sanitized,$(sanitizer))))
+
+# The kernels of CUDA, each in a program that emulates it.
+EMULATED := $(patsubst tests/csrc/%.cpp,%,$(wildcard tests/csrc/test_*.cpp))
+GCOVR := --root . --filter csrc/ --merge-lines --gcov-executable $(or $(GCOV),gcov)
+$(EMULATED:%=build/coverage/%): build/coverage/%: build/coverage/tests/csrc/%.o
+	@$(CXX) --coverage $< -o $@ -pthread
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:
@@ -149,7 +180,7 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@touch $@
 
 # The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site.
-$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.coverage: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')
