@@ -22,8 +22,8 @@ DRIVERS := kernels network
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan aarch64 nehalem \
-        wheel wheel-check sdist-check matrix release-check clean FORCE
+.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
+        aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -97,6 +97,29 @@ aarch64: $(DRIVERS:%=build/aarch64/%)  ## kernels and passes on an emulated Arm 
 nehalem: $(DRIVERS:%=build/nehalem/%)  ## the same on an x86-64 without AVX: the baseline must be chosen (qemu-user)
 	@$(call on_the_baseline,qemu-x86_64 -cpu Nehalem)
 
+# The package in build/coverage is this tree's modules and a binary that counts: not optimised, so that lines stay apart.
+coverage: $(VENV)/.coverage  ## which lines of Python and C++ the tests reach: two tables (half an hour)
+	@rm -rf build/coverage
+	@mkdir -p build/coverage/package/torch_manualbp
+	@ln -s $(abspath $(wildcard torch_manualbp/[!_]* torch_manualbp/__init__.py torch_manualbp/_[!C_]*)) \
+	  build/coverage/package/torch_manualbp
+	@echo "==> building what counts its lines"
+	@$(MAKE) $(DRIVERS:%=build/coverage/%) $(EMULATED:%=build/coverage/%)
+	@$(RUN) CFLAGS="$(COUNTED)" LDFLAGS=--coverage FORCE_CUDA=0 python setup.py -q build_ext \
+	  --build-lib build/coverage/package --build-temp build/coverage/extension >build/coverage/build.log 2>&1 || { \
+	  cat build/coverage/build.log >&2; exit 1; }
+	@echo "==> running"
+	@$(call on_every_level,build/coverage/kernels 300)
+	@$(call on_every_level,build/coverage/kernels threads)
+	@$(call on_every_level,build/coverage/network 2)
+	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
+	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS)
+	@$(RUN) coverage combine -q
+	@$(RUN) coverage report
+	@$(RUN) gcovr $(GCOVR) build/coverage
+	@for level in default avx2 avx512; do echo "kernels, level $$level:"; \
+	  $(RUN) gcovr $(GCOVR) build/coverage/csrc/cpu/kernels/$$level.gcda | grep -- -inl.h; done
+
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
 	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
 	@mkdir -p dist && rm -f dist/*.whl
@@ -136,21 +159,29 @@ on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) 
 on_the_baseline = for run in "kernels 40" "network 0"; do \
   said=$$(MANUALBP_ISA= $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "default: $${run\#* } passed" ] || exit 1; done
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
-build/asan/%: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-build/tsan/%: SANITIZE := -fsanitize=thread
+COUNTED := -O0 -w --coverage -fprofile-update=atomic
+build/asan/%: DRIVER_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+build/tsan/%: DRIVER_FLAGS := -fsanitize=thread
 # Static, so that the emulator needs no libraries; the kernels optimised as setup.py does (g++ 12 for Arm crashes on the
 # drivers at -O3).
-build/aarch64/% build/nehalem/%: SANITIZE := -static
-build/aarch64/csrc/% build/nehalem/csrc/%: SANITIZE := -static -O3
+build/aarch64/% build/nehalem/%: DRIVER_FLAGS := -static
+build/aarch64/csrc/% build/nehalem/csrc/%: DRIVER_FLAGS := -static -O3
 build/aarch64/%: CXX := aarch64-linux-gnu-g++
-define sanitized
+build/coverage/%: DRIVER_FLAGS := $(COUNTED)
+define drivers
 build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
 	@mkdir -p $$(@D)
-	@$$(CXX) -std=c++17 -O1 -g1 $$(SANITIZE) -Wall -Wextra -Itests/csrc/torch_stub -c $$< -o $$@
+	@$$(CXX) -std=c++17 -O1 -g1 $$(DRIVER_FLAGS) -Wall -Wextra -Itests/csrc/torch_stub -c $$< -o $$@
 $(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
-	@$$(CXX) $$(SANITIZE) $$^ -o $$@ -ldl -pthread
+	@$$(CXX) $$(DRIVER_FLAGS) $$^ -o $$@ -ldl -pthread
 endef
-$(foreach sanitizer,asan tsan aarch64 nehalem,$(eval $(call sanitized,$(sanitizer))))
+$(foreach kind,asan tsan aarch64 nehalem coverage,$(eval $(call drivers,$(kind))))
+
+# The kernels of CUDA, each in a program that emulates it.
+EMULATED := $(patsubst tests/csrc/%.cpp,%,$(wildcard tests/csrc/test_*.cpp))
+GCOVR := --root . --filter csrc/ --merge-lines --gcov-executable $(or $(GCOV),gcov)
+$(EMULATED:%=build/coverage/%): build/coverage/%: build/coverage/tests/csrc/%.o
+	@$(CXX) --coverage $< -o $@ -pthread
 
 # venv puts pip there last, so that an interrupted set-up starts again.
 $(VENV)/bin/pip:
@@ -187,6 +218,9 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 # The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site; what checks a wheel,
 # and a release.
 $(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.audit $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+
+# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site.
+$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.coverage: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')
