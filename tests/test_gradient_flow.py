@@ -291,8 +291,12 @@ def test_what_the_kernels_refuse(change, message):
     _ops.flow_backward(**valid)
     with pytest.raises(RuntimeError, match=message):
         _ops.flow_backward(**{**valid, **change})
-    with pytest.raises(RuntimeError, match="`copies` must have shape"):
+    with pytest.raises(RuntimeError, match="`copies` must have an item for each of all weights"):
         _ops.flow_update(weights, torch.ones(24))
+    with pytest.raises(RuntimeError, match="`copies` must have shape"):
+        _ops.flow_update(weights, torch.ones(26))
+    with pytest.raises(RuntimeError, match="`copies` must be contiguous"):
+        _ops.flow_update(weights, torch.ones(1).expand(25))
 
 
 def test_more_dimensions_are_more_examples():

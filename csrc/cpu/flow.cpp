@@ -24,11 +24,13 @@ struct FlowNetwork {
     for (size_t k = 0; k < layers.size(); ++k) {
       layers[k].omega = as_matrix<T>(weights[k]);
       layers[k].beta = as_bias<T>(biases[k]);
-      starts.push_back(starts.back() + layers[k].d_out());
-      widest = std::max(widest, layers[k].d_out());
-      parameters += layers[k].d_in() * layers[k].d_out();
     }
     check_countable(rows, layers);
+    for (const auto& layer : layers) {
+      starts.push_back(starts.back() + layer.d_out());
+      widest = std::max(widest, layer.d_out());
+      parameters += layer.d_in() * layer.d_out();
+    }
   }
 
   // of_rows(first, count, who) for each thread's share of the rows.
@@ -194,9 +196,12 @@ Tensor flow_update(std::vector<Tensor> weights, Tensor copies) {
   for (size_t k = 0; k < weights.size(); ++k) {
     MBP_CHECK(weights[k].dim() == 2, op, ": `weights[", k, "]` must be a matrix, got ", shape_of(weights[k]));
     check_dtype(op, {"weights", int64_t(k)}, weights[k], copies);
+    MBP_CHECK(weights[k].numel() <= copies.numel() - size, op,
+              ": `copies` must have an item for each of all weights, got ", shape_of(copies));
     size += weights[k].numel();
   }
   check_same_shape(op, {"copies"}, copies, {size}, copies);
+  MBP_CHECK(copies.is_contiguous(), op, ": `copies` must be contiguous");
   return dispatch(op, copies, [&](auto zero) {
     using T = decltype(zero);
     const Tensor norms = empty({int64_t(weights.size())}, aoti_torch_dtype_float64());

@@ -21,8 +21,10 @@ from torch_manualbp import _ops
 
 __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
-OPS = ("linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss")
-OPTIONAL = ("bias", "biases", "hidden", "output")
+OPS = (
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "flow_update",
+)  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
 
@@ -114,6 +116,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "ignore_index": {"too large": lambda v: 2**63, "text": lambda v: "0", "missing": lambda v: None},
     "store": {"text": lambda v: "yes"},
+    "relus": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
 }
 CLASSES: dict[str, Callable[[Tensor], Any]] = {
     "class too large": lambda t: t + 3,
@@ -169,6 +172,9 @@ def _places(case: Case) -> list[str]:
         "mlp": ["input", *network, "store"],
         "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs"],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
+        "flow_forward": ["input", *network, "relus"],
+        "flow_backward": ["grad_output", "input", *network, "relus", "f"],
+        "flow_update": [*(f"weights[{k}]" for k in layers), "weights", "copies"],
     }[case.op]
 
 
@@ -200,6 +206,14 @@ def _valid(case: Case) -> dict[str, Any]:
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
         return {**parameters, **kept, "needs": needs}
+    if case.op == "flow_update":
+        return {"weights": net.weights, "copies": torch.ones(sum(weight.numel() for weight in net.weights))}
+    if case.op.startswith("flow"):
+        relus = [k % 2 == 0 for k in range(len(net.weights))]
+        rest = {"input": input, "weights": net.weights, "biases": net.biases, "relus": relus}
+        size = case.rows * sum(case.sizes[1:])
+        f = torch.ones(size) if case.stored and size < 2**20 else None
+        return rest if case.op == "flow_forward" else {"grad_output": grad, **rest, "f": f}
     is_class = case.loss == "cross_entropy"
     target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
     rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}
@@ -258,6 +272,9 @@ def _largest_result(case: Case) -> int:
         "mlp_backward": [input],
         # Classes are read, all of them, before anything is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
+        "flow_forward": [hidden + output],
+        "flow_backward": [hidden + output],
+        "flow_update": [0],
     }[case.op]
     return case.rows * max(widths)
 
