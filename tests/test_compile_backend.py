@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from helpers import assert_equal, integers, smooth_net
 from torch_manualbp import _function
@@ -169,6 +170,25 @@ def input_changed_between(net, x):
     return F.relu(f), h
 
 
+def input_changed_by_an_op(net, x):
+    h = x * 1
+    f = net.fc0(h)
+    torch.ops.aten.add_.Tensor(h, 1)
+    return F.relu(f), h
+
+
+def something_opaque_between(net, x):
+    f = net.fc0(x)
+    g = checkpoint(torch.sin, x, use_reentrant=False)
+    return F.relu(f), g
+
+
+def pure_ops_between(net, x):
+    f = net.fc0(x)
+    g = torch.ops.aten.neg.default(x)
+    return F.relu(f), g.sigmoid()
+
+
 def used_as_weight(net, x):
     h = F.relu(net.fc0(x))
     return F.linear(torch.ones(2, 6, dtype=torch.float64), h)
@@ -192,6 +212,8 @@ LEFT = {
     activation_used_twice: ["4–6 linear_relu"],
     skip_connection: ["4–6–5 mlp, ReLU at its end"],
     changed_before_relu: [],
+    something_opaque_between: [],
+    pure_ops_between: ["4–6 linear_relu"],
     used_as_weight: ["4–6 linear_relu"],
     used_as_input_and_weight: ["4–6 linear_relu", "6–7 linear_relu"],
     other_activations: [],
@@ -208,7 +230,7 @@ def test_what_is_used_elsewhere_is_not_fused_away(forward, capsys):
     assert_equal(got, want)
 
 
-@pytest.mark.parametrize("forward", [changed_after_linear_in_place, input_changed_between])
+@pytest.mark.parametrize("forward", [changed_after_linear_in_place, input_changed_between, input_changed_by_an_op])
 def test_nothing_is_moved_across_a_change_in_place(forward, capsys):
     net, x = Net(forward), integers(7, 4)
     with torch.no_grad():  # with gradients, eager refuses these

@@ -246,10 +246,14 @@ def _saved(model):
     return torch.load(file, weights_only=False)
 
 
+def _pickled(protocol):
+    return lambda model: pickle.loads(pickle.dumps(model, protocol))
+
+
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model)), _saved],
-    ids=["deepcopy", "copy", "pickle", "torch.save"],
+    [copy.deepcopy, copy.copy, *(_pickled(protocol) for protocol in (0, 2, 5)), _saved],
+    ids=["deepcopy", "copy", "pickle 0", "pickle 2", "pickle 5", "torch.save"],
 )
 @pytest.mark.parametrize("make", [Residual, small, lambda: small(Named)], ids=["Residual", "Sequential", "subclass"])
 def test_copies_of_a_fused_model_are_fused_and_can_be_unfused(make, copied):
@@ -261,6 +265,28 @@ def test_copies_of_a_fused_model_are_fused_and_can_be_unfused(make, copied):
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
     plain = [type(module) for module in make().modules()]
     assert [type(module) for module in mbp.unfuse(twin).modules()] == plain
+
+
+def _remade(width):
+    return mbp.fuse(Remade(width))
+
+
+class Remade(nn.Sequential):
+    """A Sequential that says itself how it is copied."""
+
+    def __init__(self, width):
+        super().__init__(nn.Linear(4, width), nn.ReLU())
+
+    def __reduce__(self):
+        return _remade, (self[0].out_features,)
+
+
+def test_a_class_that_says_how_it_is_copied_is_copied_so():
+    model = mbp.fuse(Remade(5))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        assert twin[0].weight.shape == (5, 4)
+        assert type(mbp.unfuse(twin)) is Remade
 
 
 def test_a_deep_copy_is_independent():

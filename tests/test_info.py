@@ -1,6 +1,7 @@
 """`python -m torch_manualbp.info`: what a bug report needs is there and true."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_info_tells_versions_machine_and_what_is_in_use():
 def test_info_follows_the_number_of_threads():
     torch.set_num_threads(3)
     assert info.info()["threads"] == "3"
+
+
+def test_info_on_other_machines(monkeypatch, tmp_path):
+    monkeypatch.setattr(_ops, "has_cuda_kernels", True)
+    assert info.info()["CUDA kernels"] == _ops.CUDA_BINARY.name
+    # On aarch64 /proc/cpuinfo names no model; elsewhere there is none.
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(info, "Path", lambda path: cpuinfo)
+    assert info.info()["cpu"] == "aarch64"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert info.info()["cpu"] == "aarch64"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU\n")
+    assert info.info()["cpu"] == "Some CPU"
 
 
 def test_main_prints_a_line_per_fact(capsys):

@@ -398,6 +398,7 @@ import torch_manualbp.info
 torch_manualbp.info.info()
 """
     env = {**os.environ, "HOME": str(tmp_path / "no home"), "PYTHONPATH": ""}
+    env.pop("COVERAGE_PROCESS_CONFIG", None)  # which would write at the end
     command = [sys.executable, "-W", "error", "-c", code, str(site)]
     done = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, check=False)
     for path in [site, *files]:

@@ -14,6 +14,7 @@ from torch import nn
 import torch_manualbp as mbp
 from helpers import DTYPES, LARGE, assert_equal, calls_of, integer_net, integers, normal_net, oracle
 from torch_manualbp.inspection._layers import layers_of
+from torch_manualbp.inspection._verify import Differences
 
 NAN, INF = float("nan"), float("inf")
 DOUBLE = torch.float64
@@ -169,6 +170,23 @@ def test_verify_finds_what_is_wrong(name):
         t.verify(tolerance=-1)
 
 
+def test_verify_finds_a_wrong_shape():
+    net = normal_net(4, [3, 5, 2])
+    t = mbp.trace(network(net), net.input, torch.randn(4, 2, dtype=DOUBLE))
+    t.dl_dbeta[1].unsqueeze_(0)
+    with pytest.raises(AssertionError, match=re.escape("verify: dl_dbeta[1] has the shape (1, 2), not (2,)")):
+        t.verify()
+
+
+def test_differences_compare_as_the_largest_of_them():
+    differences = Differences({"f[0]": 0.0, "dl_df[0]": 2.0, "loss": 1.0})
+    assert float(differences) == 2.0
+    assert [differences < 2, differences <= 2, differences > 2, differences >= 2] == [False, True, False, True]
+    assert [differences < 3, differences <= 1, differences > 1, differences >= 3] == [True, False, True, False]
+    differences["h[0]"] = float("nan")
+    assert [differences < 3, differences <= 3, differences > 3, differences >= 3] == [False] * 4
+
+
 def test_verify_finds_a_wrong_derivative_of_the_loss_by_finite_differences():
     class Wrong(torch.autograd.Function):  # a backward that autograd believes
         @staticmethod
@@ -250,6 +268,21 @@ def test_print_shows_the_passes_in_the_order_of_the_lecture():
         "∂ℓ/∂β_0 = ∂ℓ/∂f_0 = -60",
         "∂ℓ/∂ω_0 = ∂ℓ/∂f_0 · h_0 = -30",
     ]
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "gradient"),
+    [
+        ("mse", "Σ_d (f_0 − y_i)² / 2", "2(f_0 − y_i) / 2"),
+        ("cross_entropy", "−log softmax[f_0]_y", "softmax[f_0] − onehot[y_i]"),
+        ("bce_with_logits", "−log p(y_i | sigmoid[f_0]) / 2", "(sigmoid[f_0] − y_i) / 2"),
+    ],
+)
+def test_print_shows_the_formulas_of_the_losses(loss, value, gradient):
+    target = torch.tensor([1]) if loss == "cross_entropy" else torch.zeros(1, 2)
+    text = str(mbp.trace(mbp.MLP([3, 2]), torch.randn(1, 3), target, loss, "mean"))
+    rows = dict(re.findall(r"^ +(\S+) += (.+?)  ", text, re.MULTILINE))
+    assert (rows["ℓ_i"], rows["∂ℓ_i/∂f_0"]) == (value, gradient)
 
 
 def test_print_shows_shapes_and_norms_of_a_batch():

@@ -86,7 +86,9 @@ class _Fused(FusedForward):
     _original_class: type[nn.Sequential]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        rebuild, args, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        rebuild, args, *state = cast(
+            tuple[Any, ...], super().__reduce_ex__(max(protocol, 2))
+        )  # before 2 it names the class
         if rebuild is not copyreg.__newobj__:  # type: ignore[attr-defined]  # absent from the stubs
             return (rebuild, args, *state)
         return (_new, (self._original_class,), *state)
