@@ -361,12 +361,14 @@ import memory_growth
 torch.set_num_threads(1)
 for way in memory_growth.WAYS:
     held = memory_growth.growth(way, 2000)
-    print(held[-1] - held[len(held) // 2])  # the first half may load code and fill caches
+    # The first half may load code and fill caches, and the system may hand out a huge page: a leak is in both quarters.
+    half, quarters = len(held) // 2, len(held) * 3 // 4
+    print(min(held[-1] - held[quarters], held[quarters] - held[half]))
 """
     done = run_python(code, str(Path(__file__).parents[1] / "benchmarks"))
     assert done.returncode == 0, done.stderr
     growth = [int(line) for line in done.stdout.split()]
-    assert max(growth) < 1 << 20
+    assert max(growth) < 1 << 19
 
 
 # --- nothing may be written -------------------------------------------------------------------------------------------
