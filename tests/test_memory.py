@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_manualbp as mbp
-from torch_manualbp.inspection.memory import MODES
+from torch_manualbp.inspection.memory import MODES, _readable
 
 MIB = 2**20
 PEAK_MEMORY = Path(__file__).parent.parent / "benchmarks" / "peak_memory.py"
@@ -30,13 +30,19 @@ NETWORKS = {
 
 
 def peak_of(mode, sizes, batch, dtype=torch.float32):
+    """The peak of an `MLP`."""
+    model = mbp.MLP(sizes, activations="recompute" if mode == "recompute" else "store", dtype=dtype)
+    return peak_of_step(nn.Sequential(*model) if mode == "eager" else model, mode, batch)
+
+
+def peak_of_step(model, mode, batch):
     """The most bytes that were allocated at one time during a step, by torch's profiler.
 
     It does not see pieces below 64 KiB of our ops' workspace, which come from malloc.
     """
-    model = mbp.MLP(sizes, activations="recompute" if mode == "recompute" else "store", dtype=dtype)
-    model = nn.Sequential(*model) if mode == "eager" else model
-    x, y = torch.randn(batch, sizes[0]).to(dtype), torch.randn(batch, sizes[-1]).to(dtype)
+    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    x = torch.randn(batch, weights[0].shape[1]).to(weights[0].dtype)
+    y = torch.randn(batch, weights[-1].shape[0]).to(x.dtype)
 
     def step():
         (model.loss(x, y) if mode == "loss" else F.mse_loss(model(x), y)).backward()
@@ -57,6 +63,28 @@ def peak_of(mode, sizes, batch, dtype=torch.float32):
 def test_the_eager_peak_is_exact(case):
     sizes, batch = NETWORKS[case]
     assert mbp.memory(mbp.MLP(sizes), batch).eager.peak == pytest.approx(peak_of("eager", sizes, batch), rel=1e-3)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_eager_peak_is_exact_where_layers_follow_one_another_without_a_relu(closed):
+    model = nn.Sequential(nn.Linear(40, 300), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 90, bias=False))
+    model = nn.Sequential(*model, nn.ReLU()) if closed else model
+    assert mbp.memory(model, 3000).eager.peak == pytest.approx(peak_of_step(model, "eager", 3000), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536 * 1024, "1.5 MiB"),
+        (2**30, "1.0 GiB"),
+        (5000 * 2**30, "5,000.0 GiB"),
+    ],
+)
+def test_sizes_are_readable(size, text):
+    assert _readable(size) == text
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])

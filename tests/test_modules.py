@@ -289,6 +289,33 @@ def test_hooks_on_the_whole_network_run():
     assert calls_of(ours, integers(7, 4)) == ["mlp"]
 
 
+class Tagged(torch.Tensor):
+    """A subclass of Tensor, which sees each function that it takes part in."""
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_of_a_subclass_go_through_torch(name):
+    ours = mbp.MLP([4, 5, 3])
+    theirs = nn.Sequential(*copy.deepcopy(ours))
+    for model in (ours, theirs):
+        setattr(model[0], name, nn.Parameter(getattr(model[0], name).detach().as_subclass(Tagged)))
+    input = torch.randn(7, 4)
+    assert_equal(ours(input), theirs(input))
+    assert type(ours(input)) is Tagged
+    assert calls_of(ours, input) == []
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_weights_go_through_torch():
+    ours, theirs = mbp.MLP([4, 5, 3]), nn.Sequential(*mbp.MLP([4, 5, 3]))
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        model[2].weight = nn.Parameter(model[2].weight.detach().to_sparse_csr())
+    input = torch.randn(7, 4)
+    assert_equal(ours(input), theirs(input))
+    assert calls_of(ours, input) == []
+
+
 def test_global_hooks_see_every_child():
     model, seen = mbp.MLP([4, 5, 3]), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))

@@ -161,6 +161,17 @@ def test_no_graph_is_kept_alive():
         assert seen() is None
 
 
+def test_what_is_no_step_is_not_measured():
+    model = mbp.MLP(SIZES)
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        output = model(torch.randn(4, SIZES[0])).sum()
+        output.backward(retain_graph=True)
+        output.backward()  # the same step again
+        model(torch.randn(0, SIZES[0])).sum().backward()  # nothing to measure
+        model.loss_backward(torch.randn(4, SIZES[0]), torch.randn(4, SIZES[-1]))
+    assert [flow.step for flow in monitor.history] == [1, 3]
+
+
 def test_accumulated_gradients_wait_for_the_step():
     model = mbp.MLP(SIZES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -272,6 +272,18 @@ def test_an_output_without_elements_takes_no_time_however_many_rows_it_has():
     assert _ops.linear_relu(torch.ones(1, 1).expand(2**50, 1), torch.ones(0, 1), None).shape == (2**50, 0)
 
 
+@pytest.mark.parametrize("op", ["linear_relu", "mlp"])
+def test_without_cuda_kernels_the_devices_are_named(op):
+    # What is called where a tensor is on a GPU, but the package is built for the CPU.
+    kernel = _ops._reject_mixed_devices(op)
+    meta, cpu = torch.empty(2, 3, device="meta"), torch.empty(5, 3)
+    many = (lambda weight: weight) if op == "linear_relu" else (lambda weight: [weight])
+    with pytest.raises(RuntimeError, match=r"`weight(s\[0\])?` must be on the device of `input` \(meta\), got cpu"):
+        kernel(meta, many(cpu), many(None))
+    with pytest.raises(RuntimeError, match=f"{op}: no kernel for tensors on meta"):
+        kernel(meta, many(cpu.to("meta")), many(None))
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_a_tensor_whose_storage_was_freed_is_an_error(which):
     args = list(linear_relu_args(torch.float32)[1])

@@ -230,8 +230,7 @@ def _up(value: int, step: int) -> int:
 
 
 def _readable(size: int) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1024  # type: ignore[assignment]
-    raise AssertionError
+    if size < 1024:
+        return f"{size} bytes"
+    power = 1 if size < 1024**2 else 2 if size < 1024**3 else 3
+    return f"{size / 1024**power:,.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
