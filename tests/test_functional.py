@@ -169,6 +169,7 @@ LINEAR_RELU_ERRORS = {
     "integers": ((X.long(), W.long(), B.long()), RuntimeError, r"`input` must be float64, .* got int64"),
     "booleans": ((X.bool(), W.bool(), None), RuntimeError, r"`input` must be float64, .* got bool"),
     "complex": ((X.cfloat(), W.cfloat(), None), RuntimeError, r"`input` must be float64, .* got complex64"),
+    "float8": ((X.to(torch.float8_e4m3fn), W, B), RuntimeError, r"`weight` .*dtype of `input` \(an unsupported dtype\)"),
     "weight device": ((X, W.to("meta"), B), RuntimeError, r"`weight` .* device of `input` \(cpu\), got meta"),
     "bias device": ((X, W, B.to("meta")), RuntimeError, r"`bias` .* device of `input` \(cpu\), got meta"),
     "input device": ((X.to("meta"), W, B), RuntimeError, r"device"),  # torch's own message: meta runs as plain torch
