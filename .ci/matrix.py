@@ -104,6 +104,7 @@ def test(program: Path, wheel: Path, label: str) -> tuple[str, bool]:
             raise StepError(f"the installed {name} is not the one of the wheel")
     run(program, "-W", "error", "-m", "torch_manualbp.info", log=FOLDER / f"{label}-info.txt")
     report = FOLDER / f"{label}.xml"
+    report.unlink(missing_ok=True)  # that of an earlier run
     # pytest's own program: `python -m pytest` would import the package of the checkout.
     pytest = [program.with_name("pytest"), "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     try:

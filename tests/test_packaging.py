@@ -212,6 +212,25 @@ def test_matrix_says_why_a_step_failed(tmp_path: Path, monkeypatch: pytest.Monke
     assert matrix.run(sys.executable, "-c", "print('fine')") == "fine\n"
 
 
+def test_matrix_does_not_take_an_earlier_report_for_that_of_a_run_that_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = load_file(ROOT / ".ci" / "matrix.py")
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(matrix, "binaries", lambda wheel: {})
+    earlier = '<testsuites><testsuite tests="1" failures="0" errors="0" skipped="0"/></testsuites>'
+    (tmp_path / "here.xml").write_text(earlier)
+
+    def run(*command: object, log: Path | None = None) -> str:
+        if any(str(part).startswith("--junitxml") for part in command):
+            raise matrix.StepError("killed")
+        return ""
+
+    monkeypatch.setattr(matrix, "run", run)
+    with pytest.raises(matrix.StepError, match="killed"):
+        matrix.test(tmp_path / "python", tmp_path / "wheel.whl", "here")
+
+
 def test_linters_have_the_same_versions_everywhere() -> None:
     pins = set(re.findall(r"(?:ruff|clang-format)==[\d.]+", (ROOT / "pyproject.toml").read_text()))
     assert set(re.findall(r"(?:ruff|clang-format)==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())) == pins
