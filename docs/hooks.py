@@ -15,6 +15,7 @@ PAGES = {  # where what those files link to is in the site
     "docs": ".",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "design/contributing.md",
+    "SECURITY.md": "security.md",
     "csrc/README.md": "design/csrc.md",
 }
 
