@@ -30,15 +30,18 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_loss(Tensor input, Tensor target, Tensor[] weights, Tensor?[] biases, str loss, bool mean, int ignore_index,"
       " float label_smoothing, bool[] needs, bool flat) -> Tensor[]");
-  // For GradientFlowMonitor, on the CPU: the output of a network, and f_0 ... f_{K-1} flat. relus: after which layers a
-  // ReLU follows.
-  m.def("flow_forward(Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus) -> (Tensor output, Tensor f)");
-  // Of each layer, in float64 (7, K): sums of squares of f_k, h_k and df_k, numbers of units that are off and on for all
-  // rows, sum of Omega_k and of its squares; f and df flat, and a copy of the weights, flat. f: as flow_forward made it,
-  // or None, then it is computed.
+  // For GradientFlowMonitor, on the CPU: the output of a network. relus: after which layers a ReLU follows. Written:
+  // f_0 ... f_{K-1}, flat, and h_1 ... h_{K-1} in a memory of the same size. (The monitor brings the same memory each
+  // time: to map fresh pages took as long as both passes.)
   m.def(
-      "flow_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor? f)"
-      " -> (Tensor sums, Tensor f, Tensor df, Tensor copies)");
+      "flow_forward(Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor(a!) f, Tensor(b!) h)"
+      " -> Tensor");
+  // Of each layer, in float64 (7, K): sums of squares of f_k, h_k and df_k, numbers of units that are off and on for all
+  // rows, sum of Omega_k and of its squares. Written, all flat: f, unless has_f says that flow_forward did; df; and a
+  // copy of the weights.
+  m.def(
+      "flow_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor(a!) f,"
+      " bool has_f, Tensor(b!) df, Tensor(c!) copies) -> Tensor");
   // How far each weight has moved from its copy: the norms of the differences, float64 (K).
   m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
   // The instruction-set level in use.

@@ -247,7 +247,10 @@ def test_the_kernels_measure_what_plain_torch_does(sizes, relus, rows, dtype, la
         return gradient
 
     plain = _compose_passes(x, weights, biases, relus, of_output)
-    for passes in (run_passes(layers, x, of_output), run_passes(layers, x, gradient)):
+    memory = run_passes(layers, -x, -gradient)
+    runs = [run_passes(layers, x, of_output), run_passes(layers, x, gradient), run_passes(layers, x, gradient, memory)]
+    assert runs[2].f is memory.f
+    for passes in runs:
         for got, want in zip(passes, plain, strict=True):
             torch.testing.assert_close(got, want.to(got.dtype), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
@@ -266,6 +269,9 @@ def test_the_kernels_measure_the_same_on_one_thread_and_on_two():
     assert results[0] == results[1]
 
 
+MEMORY = torch.ones(28)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -275,7 +281,12 @@ def test_the_kernels_measure_the_same_on_one_thread_and_on_two():
         ({"grad_output": torch.ones(4, 3)}, "`grad_output` must have shape"),
         ({"grad_output": torch.ones(4, 2).double()}, "`grad_output` must have the dtype of `input`"),
         ({"f": torch.ones(4)}, "`f` must have shape"),
-        ({"f": torch.ones(2 * 4 * 7)[::2]}, "`f` must be contiguous"),
+        ({"df": torch.ones(2 * 4 * 7)[::2]}, "`df` must be contiguous"),
+        ({"copies": torch.ones(26)}, "`copies` must have shape"),
+        ({"input": MEMORY[:12].view(4, 3)}, "`f` must not share memory with another argument"),
+        ({"grad_output": MEMORY[20:].view(2, 4).t()}, "`f` must not share memory with another argument"),
+        ({"biases": [None, MEMORY[26:]]}, "`f` must not share memory with another argument"),
+        ({"df": MEMORY}, "`f` must not share memory with another argument"),
     ],
 )
 def test_what_the_kernels_refuse(change, message):
@@ -286,11 +297,18 @@ def test_what_the_kernels_refuse(change, message):
         "weights": weights,
         "biases": [None, torch.ones(2)],
         "relus": [True, False],
-        "f": None,
+        "f": MEMORY,
+        "has_f": False,
+        "df": torch.empty(28),
+        "copies": torch.empty(25),
     }
     _ops.flow_backward(**valid)
     with pytest.raises(RuntimeError, match=message):
         _ops.flow_backward(**{**valid, **change})
+    for name in ("f", "h"):
+        forward = {key: valid[key] for key in ("input", "weights", "biases", "relus", "f")}
+        with pytest.raises(RuntimeError, match=f"`{name}` must have shape \\(28,\\), got \\(5,\\)"):
+            _ops.flow_forward(**{**forward, "h": torch.ones(28), name: torch.ones(5)})
     with pytest.raises(RuntimeError, match="`copies` must have an item for each of all weights"):
         _ops.flow_update(weights, torch.ones(24))
     with pytest.raises(RuntimeError, match="`copies` must have shape"):

@@ -134,7 +134,20 @@ def test_every_and_rows():
     assert str(monitor).startswith("GradientFlowMonitor: 9 steps seen, 3 measured")
     train(model, autograd, steps=1)
     assert len(monitor.history) == 3  # it is over
-    assert not model._forward_hooks
+    assert not model._watchers
+
+
+def test_batches_may_differ_in_size_and_models_in_dtype():
+    model = mbp.MLP(SIZES)
+    reference = copy.deepcopy(model)
+    seen, expected = [], []
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        for rows, dtype in ((40, torch.float32), (9, torch.float32), (9, torch.float64), (40, torch.float32)):
+            x, y = torch.randn(rows, 6, dtype=dtype), torch.randn(rows, 3, dtype=dtype)
+            autograd(model.to(dtype), x, y)
+            expected.append(mbp.gradient_flow(reference, x.float(), y.float()).layers[0].f)
+    seen = [flow.layers[0].f for flow in monitor.history]
+    assert seen == pytest.approx(expected, rel=1e-5)
 
 
 def test_sampled_rows_stand_for_the_batch():
@@ -325,4 +338,4 @@ def test_an_error_in_training_passes_and_removes_the_hook():
     model = mbp.MLP(SIZES)
     with pytest.raises(ZeroDivisionError), mbp.GradientFlowMonitor(model):
         raise ZeroDivisionError
-    assert not model._forward_hooks
+    assert not model._watchers

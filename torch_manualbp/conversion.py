@@ -66,7 +66,7 @@ def unfuse(module: _M) -> _M:
     for child in module.modules():
         if isinstance(child, _Fused):
             child.__class__ = child._original_class  # type: ignore[assignment]
-            for name in ("activations", "_plan"):
+            for name in ("activations", "_plan", "_watchers"):
                 child.__dict__.pop(name, None)
     return module
 

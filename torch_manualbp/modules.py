@@ -5,9 +5,9 @@ way in which forward computes is ours.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +171,16 @@ def _fusable_kinds(children: Iterable[nn.Module]) -> list[type | None]:
     return kinds
 
 
+class _Watcher(Protocol):
+    """What `FusedForward` tells of its passes."""
+
+    def after_forward(self, input: Tensor, output: Tensor) -> None:
+        """The network has computed its output."""
+
+    def before_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """It is about to compute a loss and its gradients at once."""
+
+
 class FusedForward(nn.Sequential):
     """An ``nn.Sequential`` that computes each run of Linear, ReLU, Linear, … among its children in one call.
 
@@ -191,10 +201,23 @@ class FusedForward(nn.Sequential):
         if torch.compiler.is_compiling():
             return self._capture(input)
         if global_hooks_exist():
-            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-        for step in self._steps():
-            input = step(input, self.activations) if isinstance(step, _Run) else step(input)
-        return input
+            output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+        else:
+            output = input
+            for step in self._steps():
+                output = step(output, self.activations) if isinstance(step, _Run) else step(output)
+        for watcher in self.__dict__.get("_watchers", ()):
+            watcher.after_forward(input, output)
+        return output
+
+    def _watch(self, watcher: "_Watcher") -> Callable[[], None]:
+        """Tells `watcher` of each pass, until the function that is returned is called.
+
+        As a hook would, but it costs no more than its own call, and sees passes that make no output.
+        """
+        watchers = self.__dict__.setdefault("_watchers", [])
+        watchers.append(watcher)
+        return lambda: watchers.remove(watcher)
 
     def _capture(self, input: Tensor) -> Tensor:
         """Forward as Dynamo traces it: the plan is made anew, for it is the graph that is kept."""
@@ -288,7 +311,7 @@ class MLP(FusedForward):
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
-        if self._forward_hooks and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._announce(input, target, spec)
         return compute_loss(input, target, *parameters, spec)
 
@@ -331,8 +354,7 @@ class MLP(FusedForward):
             )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-        if self._forward_hooks:
-            self._announce(input, target, spec)
+        self._announce(input, target, spec)
         weights, biases = parameters
         needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
         value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
@@ -354,15 +376,13 @@ class MLP(FusedForward):
 
     def _is_observed(self) -> bool:
         own = self.__dict__
-        if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-        hooks = own["_forward_hooks"]
-        return bool(hooks) and not all(hasattr(hook, "before_loss") for hook in hooks.values())
+        return bool(
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
 
     def _announce(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """Tells hooks that have a method for it (see inspection/monitor.py) of a pass that makes no output."""
-        for hook in self._forward_hooks.values():
-            cast(Any, hook).before_loss(input, target, spec)
+        for watcher in self.__dict__.get("_watchers", ()):
+            watcher.before_loss(input, target, spec)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""

@@ -44,9 +44,8 @@ struct FlowNetwork {
     });
   }
 
-  // Writes all f_k, and the output unless that is nullptr.
-  void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* output) const {
-    const Buffer<T> memory(rows * widest);
+  // Writes all f_k, all h_{k+1} but the last, and that, the output, unless it is nullptr.
+  void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* h_next, T* output) const {
     run([&](int64_t first, int64_t count, const Workers& who) {
       Matrix<const T> h{input.data + first * input.row_stride, count, input.cols, input.row_stride, input.col_stride};
       for (size_t k = 0; k < layers.size(); ++k) {
@@ -55,7 +54,7 @@ struct FlowNetwork {
         h = Matrix<const T>::contiguous(f_k, count, layers[k].d_out());
         const bool last = k + 1 == layers.size();
         if (last ? !output : !relus[k]) continue;
-        T* const next = last ? output + first * h.cols : memory.data + first * widest;
+        T* const next = last ? output + first * h.cols : at(h_next, k, first);
         relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, false, who);  // f masked by itself is a[f]
         h = Matrix<const T>::contiguous(next, count, h.cols);
       }
@@ -80,6 +79,9 @@ struct FlowNetwork {
     });
   }
 
+  // Numbers in all f_k, or all df_k.
+  int64_t size() const { return rows * starts.back(); }
+
   // Rows of f_k or df_k, from `first` on.
   template <typename P>
   P* at(P* flat, size_t k, int64_t first) const {
@@ -98,6 +100,34 @@ void check_flow(const char* op, const Tensor& input, const std::vector<Tensor>& 
   MBP_CHECK(input.dim() == 2, op, ": `input` must be a matrix, got ", shape_of(input));
   MBP_CHECK(relus.size() == weights.size(), op, ": `relus` must have one item per weight (", weights.size(), "), got ",
             relus.size());
+}
+
+// The bytes that a tensor lies in.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
+  if (t.numel() == 0) return {0, 0};
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const auto begin = reinterpret_cast<uintptr_t>(const_data<char>(t));
+  return {begin, begin + uintptr_t((last + 1) * item_size(dtype_of(t)))};
+}
+
+// What a pass writes into: flat, of so many items, and apart from whatever it reads or writes besides.
+void check_memory(const char* op, Name name, const Tensor& t, int64_t size, const Tensor& input,
+                  const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                  const std::vector<Tensor>& others) {
+  check_same_shape(op, name, t, {size}, input);
+  MBP_CHECK(t.is_contiguous(), op, ": `", name, "` must be contiguous");
+  const auto [begin, end] = extent(t);
+  const auto check_apart = [&](const Tensor& other) {
+    const auto [first, last] = extent(other);
+    MBP_CHECK(last <= begin || end <= first, op, ": `", name, "` must not share memory with another argument");
+  };
+  check_apart(input);
+  for (const auto& weight : weights) check_apart(weight);
+  for (const auto& bias : biases) {
+    if (bias) check_apart(*bias);
+  }
+  for (const auto& other : others) check_apart(other);
 }
 
 // The rows of a matrix are contiguous, in a copy if need be.
@@ -124,38 +154,35 @@ Moments moments(Matrix<const T> m, const T* other, T* copy) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> flow_forward(Tensor input, std::vector<Tensor> weights,
-                                        std::vector<std::optional<Tensor>> biases, std::vector<bool> relus) {
+Tensor flow_forward(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                    std::vector<bool> relus, Tensor f, Tensor h) {
   const char* op = "flow_forward";
   check_flow(op, input, weights, biases, relus);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     const FlowNetwork<T> net(input.size(0), weights, biases);
-    const Tensor f = empty({net.rows * net.starts.back()}, dtype_of(input));
+    check_memory(op, {"f"}, f, net.size(), input, weights, biases, {h});
+    check_memory(op, {"h"}, h, net.size(), input, weights, biases, {f});
     const Tensor output = empty({net.rows, weights.back().size(0)}, dtype_of(input));
-    net.forward(as_matrix<T>(input), relus, data<T>(f), data<T>(output));
-    return std::make_tuple(output, f);
+    net.forward(as_matrix<T>(input), relus, data<T>(f), data<T>(h), data<T>(output));
+    return output;
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
-                                                         std::vector<std::optional<Tensor>> biases,
-                                                         std::vector<bool> relus, std::optional<Tensor> forward) {
+Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                     std::vector<std::optional<Tensor>> biases, std::vector<bool> relus, Tensor f, bool has_f,
+                     Tensor df, Tensor copies) {
   const char* op = "flow_backward";
   check_flow(op, input, weights, biases, relus);
   check_same_shape(op, {"grad_output"}, grad_output, {input.size(0), weights.back().size(0)}, input);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     const FlowNetwork<T> net(input.size(0), weights, biases);
-    const int64_t layers = int64_t(weights.size()), size = net.rows * net.starts.back();
-    if (forward) {
-      check_same_shape(op, {"f"}, *forward, {size}, input);
-      MBP_CHECK(forward->is_contiguous(), op, ": `f` must be contiguous");
-    }
-    const Tensor f = forward ? *forward : empty({size}, dtype_of(input));
-    if (!forward) net.forward(as_matrix<T>(input), relus, data<T>(f), nullptr);
-    const Tensor df = empty({size}, dtype_of(input));
-    const Tensor copies = empty({net.parameters}, dtype_of(input));
+    const int64_t layers = int64_t(weights.size());
+    check_memory(op, {"f"}, f, net.size(), input, weights, biases, {grad_output, df, copies});
+    check_memory(op, {"df"}, df, net.size(), input, weights, biases, {grad_output, f, copies});
+    check_memory(op, {"copies"}, copies, net.parameters, input, weights, biases, {grad_output, f, df});
+    if (!has_f) net.forward(as_matrix<T>(input), relus, data<T>(f), /*h=*/data<T>(df), nullptr);
     const Tensor sums = empty({7, layers}, aoti_torch_dtype_float64());
     const T* const f_data = const_data<T>(f);
     net.backward(as_matrix<T>(grad_output), relus, f_data, data<T>(df));
@@ -171,7 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Ten
     double* const out = data<double>(sums);
     out[layers] = moments<T>(with_contiguous_rows<T>(input, keep.back()), nullptr, nullptr).square;
     const Team<T> team(1, 1);
-    const double work = 4.0 * double(2 * size + net.parameters);  // 4: an element costs as much as 4 multiply-adds
+    const double work =
+        4.0 * double(2 * net.size() + net.parameters);  // 4: an element costs as much as 4 multiply-adds
     team.workers.run(layers, work, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const size_t i = size_t(k);
@@ -185,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Ten
         if (k + 1 < layers) out[layers + k + 1] = s.h;  // what enters the next layer
       }
     });
-    return std::make_tuple(sums, f, df, copies);
+    return sums;
   });
 }
 

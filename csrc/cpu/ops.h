@@ -29,12 +29,12 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat);
 
-std::tuple<Tensor, Tensor> flow_forward(Tensor input, std::vector<Tensor> weights,
-                                        std::vector<std::optional<Tensor>> biases, std::vector<bool> relus);
+Tensor flow_forward(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                    std::vector<bool> relus, Tensor f, Tensor h);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
-                                                         std::vector<std::optional<Tensor>> biases,
-                                                         std::vector<bool> relus, std::optional<Tensor> forward);
+Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                     std::vector<std::optional<Tensor>> biases, std::vector<bool> relus, Tensor f, bool has_f,
+                     Tensor df, Tensor copies);
 
 Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
 

@@ -172,8 +172,8 @@ def _places(case: Case) -> list[str]:
         "mlp": ["input", *network, "store"],
         "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs"],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
-        "flow_forward": ["input", *network, "relus"],
-        "flow_backward": ["grad_output", "input", *network, "relus", "f"],
+        "flow_forward": ["input", *network, "relus", "f", "h"],
+        "flow_backward": ["grad_output", "input", *network, "relus", "f", "df", "copies"],
         "flow_update": [*(f"weights[{k}]" for k in layers), "weights", "copies"],
     }[case.op]
 
@@ -206,14 +206,17 @@ def _valid(case: Case) -> dict[str, Any]:
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
         return {**parameters, **kept, "needs": needs}
+    copies = torch.ones(sum(weight.numel() for weight in net.weights))
     if case.op == "flow_update":
-        return {"weights": net.weights, "copies": torch.ones(sum(weight.numel() for weight in net.weights))}
+        return {"weights": net.weights, "copies": copies}
     if case.op.startswith("flow"):
         relus = [k % 2 == 0 for k in range(len(net.weights))]
         rest = {"input": input, "weights": net.weights, "biases": net.biases, "relus": relus}
         size = case.rows * sum(case.sizes[1:])
-        f = torch.ones(size) if case.stored and size < 2**20 else None
-        return rest if case.op == "flow_forward" else {"grad_output": grad, **rest, "f": f}
+        f, other = torch.ones(2, size if 0 <= size < 2**20 else 0)
+        if case.op == "flow_forward":
+            return {**rest, "f": f, "h": other}
+        return {"grad_output": grad, **rest, "f": f, "has_f": case.stored, "df": other, "copies": copies}
     is_class = case.loss == "cross_entropy"
     target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
     rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}

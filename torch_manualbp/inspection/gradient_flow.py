@@ -280,18 +280,31 @@ class Passes(NamedTuple):
     """A copy of all Ω_k, flat."""
 
 
-def run_passes(layers: Sequence[Layer], rows: Tensor, output_gradient: Tensor | Callable[[Tensor], Tensor]) -> Passes:
-    """Runs both passes in the dtype of `rows`, from ∂ℓ/∂output (rows, D_K), or what gives it for the output."""
+def run_passes(
+    layers: Sequence[Layer],
+    rows: Tensor,
+    output_gradient: Tensor | Callable[[Tensor], Tensor],
+    memory: Passes | None = None,
+) -> Passes:
+    """Runs both passes in the dtype of `rows`, from ∂ℓ/∂output (rows, D_K), or what gives it for the output.
+
+    The kernels write into `memory`, what a call with the same layers and as many rows of the same dtype has returned.
+    """
     weights = [_as(rows.dtype, layer.weight) for layer in layers]
     biases = [None if layer.bias is None else _as(rows.dtype, layer.bias) for layer in layers]
     relus = [layer.relu for layer in layers]
     if rows.device.type != "cpu":
         return _compose_passes(rows, weights, biases, relus, output_gradient)
-    f: Tensor | None = None
+    if memory is None:
+        units = len(rows) * sum(omega.shape[0] for omega in weights)
+        f, df, copies = rows.new_empty(units), rows.new_empty(units), rows.new_empty(sum(map(torch.numel, weights)))
+    else:
+        _, f, df, copies = memory
+    has_f = not isinstance(output_gradient, Tensor)
     if not isinstance(output_gradient, Tensor):
-        output, f = _ops.flow_forward(rows, weights, biases, relus)
-        output_gradient = output_gradient(output)
-    return Passes(*_ops.flow_backward(_as(rows.dtype, output_gradient), rows, weights, biases, relus, f))
+        output_gradient = output_gradient(_ops.flow_forward(rows, weights, biases, relus, f, df))
+    gradient = _as(rows.dtype, output_gradient)
+    return Passes(_ops.flow_backward(gradient, rows, weights, biases, relus, f, has_f, df, copies), f, df, copies)
 
 
 def _compose_passes(
@@ -330,7 +343,8 @@ def weight_changes(layers: Sequence[Layer], before: Tensor) -> Tensor:
         changes: Tensor = _ops.flow_update(weights, before)
         return changes
     pieces = torch.split(before, [omega.numel() for omega in weights])
-    return torch.stack([(omega.flatten() - old).norm() for omega, old in zip(weights, pieces, strict=True)])
+    pairs = zip(weights, pieces, strict=True)
+    return torch.stack([(omega.detach().flatten() - old).norm() for omega, old in pairs])
 
 
 def _gradient_ratios(passes: Passes, layers: Sequence[Layer], rows: Tensor) -> list[float]:

@@ -1,9 +1,9 @@
 """`GradientFlowMonitor`: `gradient_flow` for a training loop, every so many steps, without changing what it computes.
 
-It watches the model's own forward pass by one hook on the model, and asks the output for the gradient that training
-sends back. From the input, that gradient and the weights of this moment it computes both passes again, on a part of the
-rows: so a fused network, which calls no layer, is seen like a plain one, and nothing of the graph is kept. `MLP.loss`
-and `MLP.loss_backward` have no output to ask; they announce what they are about to compute (modules.py).
+It is told of the model's forward passes (by a fused network itself, by one hook on a plain one) and asks the output for
+the gradient that training sends back. From the input, that gradient and the weights of this moment it computes both
+passes again, on a part of the rows: so a fused network, which calls no layer, is seen like a plain one, and nothing of
+the graph is kept. `MLP.loss` and `MLP.loss_backward` have no output to ask; they tell what they are about to compute.
 
 Left to others: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
 """
@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import GradientFlow, Passes, describe, run_passes, weight_changes
+from torch_manualbp.modules import FusedForward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,22 +72,31 @@ class GradientFlowMonitor:
         self._model, self._every, self._rows = model, every, rows
         self._steps = 0
         self._pending: _Record | None = None  # the last one, until a step has changed the weights
+        # Of the last one, used again: to map fresh pages took as long as both passes.
+        self._memory: Passes | None = None
+        self._memory_is_for: tuple[torch.dtype, int] | None = None
         self._writers: list[tuple[Any, str]] = []
-        self._handle: Any = None
+        self._release: Callable[[], None] | None = None
 
     def __enter__(self) -> "Self":
-        if self._handle is not None:
+        if self._release is not None:
             raise RuntimeError("GradientFlowMonitor: it is active already; use one monitor per `with`")
         self._layers = layers_of(self._model, "GradientFlowMonitor")
-        self._handle = self._model.register_forward_hook(Watcher(self), with_kwargs=True)
+        watcher = _Watcher(self)
+        if isinstance(self._model, FusedForward):
+            self._release = self._model._watch(watcher)
+        else:
+            self._release = self._model.register_forward_hook(watcher.hook, with_kwargs=True).remove
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._handle.remove()
-        self._handle = None
+        if self._release is not None:
+            self._release()
+        self._release = None
         self._see_update(last=True)
+        self._memory = self._memory_is_for = None
 
     @property
     def history(self) -> list[GradientFlow]:
@@ -143,17 +153,9 @@ class GradientFlowMonitor:
         return (self._steps - 1) % self._every == 0
 
     def _forward_done(self, input: Tensor, output: Tensor) -> None:
-        step, stride, waiting = self._steps, self._stride(input), True
-        rows = self._sample(input, stride)
-
-        def gradient_arrived(gradient: Tensor) -> None:
-            nonlocal rows, waiting
-            if waiting:  # a second backward pass through the same graph is no other step
-                waiting = False
-                self._measure(step, rows, self._sample(gradient, stride))
-                rows = rows[:0]
-
-        output.register_hook(gradient_arrived)  # type: ignore[no-untyped-call]
+        stride = self._stride(input)
+        awaited = _Awaited(self, self._steps, self._sample(input, stride), stride, output.output_nr)
+        cast(Any, output.grad_fn).register_prehook(awaited)
 
     def _loss_begins(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
         stride, is_class = self._stride(input), spec.name == "cross_entropy"
@@ -165,7 +167,8 @@ class GradientFlowMonitor:
         )
 
     def _stride(self, input: Tensor) -> int:
-        return max(-(-input.shape[:-1].numel() // self._rows), 1)
+        rows = input.shape[0] if input.dim() == 2 else input.shape[:-1].numel()
+        return max(-(-rows // self._rows), 1)
 
     def _sample(self, tensor: Tensor, stride: int) -> Tensor:
         """Rows of (…, D), evenly spaced."""
@@ -175,14 +178,18 @@ class GradientFlowMonitor:
         return matrix if stride == 1 else matrix[::stride]
 
     def _measure(self, step: int, rows: Tensor, output_gradient: Tensor | Callable[[Tensor], Tensor]) -> None:
-        if len(rows) == 0:
+        if rows.shape[0] == 0:
             return
-        self._see_update(last=True)
+        if self._pending is not None:
+            self._see_update(last=True)
         dtype = self._layers[0].weight.dtype
-        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        with torch.no_grad(), _without_autocast(rows.device.type):
-            passes = run_passes(self._layers, rows if rows.dtype is dtype else rows.to(dtype), output_gradient)
-        self._pending = _Record(step, self._layers, len(rows), passes)
+        dtype = torch.float32 if dtype is torch.float16 or dtype is torch.bfloat16 else dtype
+        memory = self._memory if self._memory_is_for == (dtype, rows.shape[0]) else None
+        rows = rows if rows.dtype is dtype else rows.to(dtype)
+        with _plain_arithmetic(rows.device.type):
+            passes = run_passes(self._layers, rows, output_gradient, memory)
+        self._memory, self._memory_is_for = passes, (dtype, rows.shape[0])
+        self._pending = _Record(step, self._layers, rows.shape[0], passes)
         self._history.append(self._pending)
 
     def _see_update(self, last: bool = False) -> None:
@@ -197,6 +204,23 @@ class GradientFlowMonitor:
         self._pending = None
         for writer, prefix in self._writers:
             _write(record.flow, writer, prefix)
+
+
+class _Awaited:
+    """A hook on the node that made the output: measures when the first gradient comes back."""
+
+    __slots__ = ("_monitor", "_number", "_rows", "_step", "_stride")
+
+    def __init__(self, monitor: GradientFlowMonitor, step: int, rows: Tensor, stride: int, number: int) -> None:
+        self._monitor, self._step, self._stride, self._number = monitor, step, stride, number
+        self._rows: Tensor | None = rows
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Before the node's backward pass. A second one through the same graph is no other step."""
+        rows, gradient = self._rows, gradients[self._number]
+        if rows is not None and gradient is not None:
+            self._rows = None
+            self._monitor._measure(self._step, rows, self._monitor._sample(gradient, self._stride))
 
 
 class _Record:
@@ -216,7 +240,6 @@ class _Record:
         """Since the measurement."""
         return self._versions() != self._version
 
-    @torch.no_grad()
     def measure_update(self) -> None:
         """‖ΔΩ_k‖ of the change."""
         assert self._before is not None
@@ -237,10 +260,17 @@ class _Record:
         return self._flow
 
 
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Asks first: to enter torch's context costs 10 µs."""
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+def _plain_arithmetic(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No graph, no autocast. Asks first whether they are on: to enter torch's contexts costs 10 µs."""
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
@@ -251,26 +281,31 @@ def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
                 writer.add_scalar(f"{prefix}/{quantity}/{layer.name or 'model'}", value, flow.step)
 
 
-class Watcher:
-    """The forward hook of a monitor. A copied or unpickled model gets one that watches nothing."""
+class _Watcher:
+    """What a model tells a monitor. A copied or unpickled model tells nobody."""
 
     def __init__(self, monitor: GradientFlowMonitor | None = None) -> None:
-        self._monitor = None if monitor is None else weakref.ref(monitor)
+        self._monitor: Callable[[], GradientFlowMonitor | None] = weakref.ref(monitor) if monitor else _nobody
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After a forward pass."""
-        if torch.compiler.is_compiling() or (monitor := self._active()) is None:
-            return
-        if isinstance(output, Tensor) and output.requires_grad and monitor._count():
-            monitor._forward_done(args[0] if args else kwargs["input"], output)
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The forward hook of a plain model."""
+        if not torch.compiler.is_compiling():
+            self.after_forward(args[0] if args else kwargs["input"], output)
+
+    def after_forward(self, input: Tensor, output: Any) -> None:
+        """After a forward pass: whose backward pass is to be measured?"""
+        monitor = self._monitor()
+        if monitor is not None and isinstance(output, Tensor) and output.requires_grad and monitor._count():
+            monitor._forward_done(input, output)
 
     def before_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """Before a pass that computes loss and gradients at once; its sign in `MLP` that it lets such passes be."""
-        if (monitor := self._active()) is not None and monitor._count():
+        """Before a pass that computes loss and gradients at once."""
+        if (monitor := self._monitor()) is not None and monitor._count():
             monitor._loss_begins(input, target, spec)
 
-    def _active(self) -> GradientFlowMonitor | None:
-        return None if self._monitor is None else self._monitor()
-
     def __reduce__(self) -> Any:
-        return (Watcher, ())
+        return (_Watcher, ())
+
+
+def _nobody() -> None:
+    return None
