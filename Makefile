@@ -217,12 +217,10 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site; what checks a wheel,
-# and a release.
-$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.audit $(VENV)/.release: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
-
-# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site.
-$(VENV)/.lint $(VENV)/.bench $(VENV)/.docs $(VENV)/.coverage: $(VENV)/.%: pyproject.toml | $(VENV)/.ready
+# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site, counts lines, checks a
+# wheel, and a release.
+EXTRAS := lint bench docs coverage audit release
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("torch_manualbp") if "$*" in r.partition(";")[2]))')

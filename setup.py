@@ -19,7 +19,10 @@ MACROS = [
     ("TORCH_TARGET_VERSION", "0x020A000000000000"),  # the oldest torch that the binaries run with: 2.10
     ("TORCH_STABLE_ONLY", None),  # headers outside the stable ABI become errors
 ]
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+    f"-fmacro-prefix-map={Path(__file__).resolve().parent}=.",  # __FILE__: the same binary, wherever it is built
+]
 
 
 def why_not_cuda() -> str | None:

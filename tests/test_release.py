@@ -221,3 +221,14 @@ def test_security_policy_names_every_variable_that_the_library_reads():
     policy = (ROOT / "SECURITY.md").read_text()
     assert read
     assert read == set(re.findall(r"MANUALBP_\w+", policy))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_targets_of_make_install_the_extras_that_they_need(tmp_path):
+    rules = re.findall(r"^[\w-]+:(?!=)(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = {name for rule in rules for name in re.findall(r"\$\(VENV\)/\.(\w+)", rule)} - {"ready"}
+    extras |= set(re.findall(r"^make \.venv/\.(\w+)", (ROOT / ".ci" / "release-check").read_text(), re.MULTILINE))
+    assert {"lint", "audit", "release"} <= extras
+    command = ["make", "-n", f"VENV={tmp_path}", *(f"{tmp_path}/.{name}" for name in sorted(extras))]
+    plan = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert set(re.findall(r"installing the extra '(\w+)'", plan)) == extras
