@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manualbp as mbp
-from helpers import Net, integer_net, one_layer, plain_mlp, recomputing_mlp
+from helpers import Net, integer_net, one_layer, plain_mlp, recomputing_mlp, run_python
 
 PRODUCT = 2 * 6  # 2·B of (B, D_in) with (D_in, D_out)
 
@@ -72,3 +72,20 @@ def test_networks_without_units_or_rows_count_nothing():
     net = integer_net(0, [5, 7, 3])
     assert flops(mbp.mlp, *net) == (0, {"manualbp.mlp"})
     assert flops(mbp.mlp, *Net(torch.ones(6, 5), [torch.ones(0, 5)], [None])) == (0, {"manualbp.mlp"})
+
+
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "torch_manualbp"])
+def test_the_counter_may_be_imported_before_or_after(first):
+    code = f"""
+import sys, torch, {first}
+finders = len(sys.meta_path)
+import torch_manualbp
+assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} == "torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+assert len(sys.meta_path) == finders - ({first!r} == "torch_manualbp")
+with FlopCounterMode(display=False) as counter:
+    torch_manualbp.MLP([5, 3])(torch.ones(2, 5))
+assert counter.get_total_flops() == 2 * 2 * 5 * 3
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr

@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-from torch_manualbp import _flops as _flops  # formulas, which torch's counter finds where they are registered
 from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
+from torch_manualbp._flops import register_when_needed
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.inspection.gradient_flow import gradient_flow
@@ -30,3 +30,6 @@ __all__ = [
     "trace",
     "unfuse",
 ]
+
+register_when_needed()
+del register_when_needed

@@ -2,15 +2,23 @@
 
 A product of (B, D_in) with (D_in, D_out) is 2·B·D_in·D_out. Forward has one per layer, f_k = β_k + Ω_k h_k; backward
 has ∂ℓ/∂Ω_k where it is asked for, and ∂ℓ/∂h_k where something below is.
+
+Torch's counter imports Triton, if that is installed, which takes 0.2 s. So the formulas wait until somebody else
+imports the counter.
 """
 
+import importlib.util
 import math
+import sys
 from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
-from torch.utils.flop_counter import register_flop_formula
-
 from torch_manualbp import _ops
+
+_COUNTER = "torch.utils.flop_counter"
 
 _Shape = Sequence[int]
 
@@ -29,24 +37,20 @@ def _backward(input: _Shape, weights: Sequence[_Shape], needs: Sequence[bool]) -
     return count
 
 
-@register_flop_formula(_ops.linear_relu.overloadpacket)
 def _linear_relu(input: _Shape, weight: _Shape, *rest: Any, **kwargs: Any) -> int:
     return sum(_layers(input, [weight]))
 
 
-@register_flop_formula(_ops.linear_relu_backward.overloadpacket)
 def _linear_relu_backward(
     grad_output: _Shape, input: _Shape, weight: _Shape, output: _Shape, needs: Sequence[bool], **kwargs: Any
 ) -> int:
     return _backward(input, [weight], needs)
 
 
-@register_flop_formula(_ops.mlp.overloadpacket)
 def _mlp(input: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
     return sum(_layers(input, weights))
 
 
-@register_flop_formula(_ops.mlp_backward.overloadpacket)
 def _mlp_backward(
     grad_output: _Shape,
     input: _Shape,
@@ -61,7 +65,48 @@ def _mlp_backward(
     return again + _backward(input, weights, needs)
 
 
-@register_flop_formula(_ops.mlp_loss.overloadpacket)
 def _mlp_loss(input: _Shape, target: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
     needs = rest[-2]
     return sum(_layers(input, weights)) + _backward(input, weights, needs)
+
+
+_FORMULAS = {
+    _ops.linear_relu: _linear_relu,
+    _ops.linear_relu_backward: _linear_relu_backward,
+    _ops.mlp: _mlp,
+    _ops.mlp_backward: _mlp_backward,
+    _ops.mlp_loss: _mlp_loss,
+}
+
+
+def _register(counter: Any) -> None:
+    for op, formula in _FORMULAS.items():
+        counter.register_flop_formula(op.overloadpacket)(formula)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds the counter as others would, once, and has the formulas registered as soon as it has been executed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Of the counter; None for every other module."""
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_needed() -> None:
+    """Gives the formulas to torch's counter: now, if it has been imported, or when it is."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())
