@@ -94,7 +94,7 @@ def test_import_takes_nothing_beyond_torch_and_the_standard_library() -> None:
     environment = {**os.environ, "PYTHONPATH": str(_ops.BINARY.parent.parent)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
-    assert "torch_manualbp.modules" in loaded
+    assert {f"torch_manualbp.{name}" for name in ("autograd", "lecture", "modules")} <= loaded
     assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names <= {"torch_manualbp", "torch"}
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]  # seconds
 

@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
+from torch_manualbp import autograd as autograd
+from torch_manualbp import lecture as lecture
 from torch_manualbp._flops import register_when_needed
 from torch_manualbp.conversion import fuse, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
