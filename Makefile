@@ -115,7 +115,8 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	@$(call on_every_level,build/coverage/kernels threads)
 	@$(call on_every_level,build/coverage/network 2)
 	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
-	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS)
+	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS) \
+	  --deselect tests/test_packaging.py::test_binary_is_small  # what counts is larger
 	@$(RUN) coverage combine -q
 	@$(RUN) coverage report
 	@$(RUN) gcovr $(GCOVR) build/coverage

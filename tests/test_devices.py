@@ -55,6 +55,19 @@ def test_modules_on_meta_learn_shapes_only():
         assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
 
 
+def test_per_sample_gradients_on_meta_are_shapes():
+    model, input, target = (
+        mbp.MLP([4, 6, 3], device="meta"),
+        torch.empty(7, 4, device="meta"),
+        torch.empty(7, 3, device="meta"),
+    )
+    assert mbp.per_sample_gradient_norms(model, input, target).shape == (7,)
+    each, clipped = mbp.per_sample_gradients(model, input, target), mbp.clipped_gradients(model, input, target, 1.0)
+    for name, parameter in model.named_parameters():
+        assert each[name].shape == (7, *parameter.shape)
+        assert clipped[name].shape == parameter.shape
+
+
 def test_an_input_on_another_device_than_the_weights_raises_as_torch_does():
     model = mbp.MLP([4, 6, 3])
     for function in (nn.Sequential(*model), model, mbp.LinearReLU(4, 3)):
@@ -102,11 +115,14 @@ PRETEND = """
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(compute, "PrivateUse1")
     # Torch's own would resize its output, which a tensor there cannot do.
-    aten.impl("mse_loss", lambda *args: compute(torch.ops.aten.mse_loss.default, *args), "PrivateUse1")
+    for name in ("abs", "mse_loss"):
+        op = getattr(torch.ops.aten, name).default
+        aten.impl(name, lambda *args, op=op: compute(op, *args), "PrivateUse1")
 """
 
 CHECK = """
     import itertools
+    import math
     import torch.nn.functional as F
     from torch import nn
     import torch_manualbp as mbp
@@ -173,6 +189,40 @@ CHECK = """
                     if way == "loss":
                         loss.backward()
                 assert_same_gradients(moved, model)
+
+    def assert_all_the_same(got, want):
+        assert got.keys() == want.keys()
+        for name in want:
+            assert_same(got[name], want[name])
+
+    torch.manual_seed(2)
+    model = mbp.MLP(sizes, dtype=dtype)
+    torch.manual_seed(2)
+    moved = move(mbp.MLP(sizes, dtype=dtype))
+    here, away = (input.detach(), target), (there(input.detach()), there(target))
+    assert_all_the_same(mbp.per_sample_gradients(moved, *away), mbp.per_sample_gradients(model, *here))
+    assert_all_the_same(mbp.clipped_gradients(moved, *away, 0.5), mbp.clipped_gradients(model, *here, 0.5))
+    assert_same(mbp.per_sample_gradient_norms(moved, *away), mbp.per_sample_gradient_norms(model, *here))
+    traces = mbp.trace(moved, *away), mbp.trace(model, *here)
+    for one, other in zip(*([*t.f, *t.dl_df, *t.dl_domega] for t in traces), strict=True):
+        assert_same(one, other)
+    traces[0].verify()
+
+    flows = [[], []]
+    for net, (x, t), measured in ((moved, away, flows[0]), (model, here, flows[1])):
+        measured.append(mbp.gradient_flow(net, x, t))
+        with mbp.GradientFlowMonitor(net) as monitor:
+            F.mse_loss(net(x), t).backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.sub_(parameter.grad)
+        measured += monitor.history
+    for one, other in zip(*flows, strict=True):
+        for got, want in zip(one.layers, other.layers, strict=True):
+            for name, value in vars(want).items():
+                same = math.isclose(getattr(got, name), value) if isinstance(value, float) else getattr(got, name) == value
+                assert same, (name, got, want)
+    assert all(layer.update_ratio > 0 for layer in flows[0][1].layers)
 
     assert any("mm" in op for op in computed), computed
     assert not any("manualbp" in op for op in computed), computed

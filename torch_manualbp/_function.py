@@ -4,6 +4,7 @@ The only file that touches private names of torch; each is looked up with a safe
 renames one makes us slower, not wrong.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -96,6 +97,19 @@ def _is_ordinary(input: Tensor, weights: Iterable[Tensor]) -> bool:
 def backward_is_composed(grad_output: Tensor) -> bool:
     """Whether backward must be made of torch ops: gradients of gradients are wanted, or backward itself is batched."""
     return torch.is_grad_enabled() or _transforms_active() or _is_legacy_batched(grad_output)
+
+
+def plain_arithmetic(device: str) -> contextlib.ExitStack:
+    """A context, entered already: no graph is recorded, and autocast leaves dtypes alone.
+
+    Only what is on is switched off: to enter torch's contexts costs 10 µs, and not every device has an autocast.
+    """
+    stack = contextlib.ExitStack()
+    if torch.is_grad_enabled():
+        stack.enter_context(torch.no_grad())
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def refuse_capture(function: str) -> NoReturn:

@@ -10,7 +10,6 @@ gradients Σ_i c_i ∂ℓ_i/∂Ω_k is one product of matrices, (c ⊙ ∂ℓ/�
 Left to others: which layers a model has (inspection/_layers.py); noise and privacy accounting, that is, DP-SGD itself.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import kernels_apply, torch_is_faster
+from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import layers_of
 
@@ -73,7 +72,7 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
     """
     net = _Network("per_sample_gradients", model, input, target, loss)
     found: dict[str, Tensor] = {}
-    with _by_hand(input):
+    with plain_arithmetic(input.device.type):
         for learner, df, h in net.backward(input, target):
             if learner.weight:
                 out = _huge_pages.empty((len(df), df.shape[1], h.shape[1]), like=df)
@@ -114,7 +113,7 @@ def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, l
     """
     net = _Network("per_sample_gradient_norms", model, input, target, loss)
     norms = input.new_zeros(len(input))
-    with _by_hand(input):
+    with plain_arithmetic(input.device.type):
         for rows in net.tiles(len(input)):
             if passes := list(net.backward(input[rows], target[rows])):
                 norms[rows] = _norms(passes)
@@ -159,7 +158,7 @@ def clipped_gradients(
     net = _Network("clipped_gradients", model, input, target, loss)
     parameters = dict(model.named_parameters())
     total = {name: parameters[name].new_zeros(parameters[name].shape, dtype=_sum_dtype(input)) for name in net.names}
-    with _by_hand(input):
+    with plain_arithmetic(input.device.type):
         for rows in net.tiles(len(input)):
             if not (passes := list(net.backward(input[rows], target[rows]))):
                 break
@@ -248,13 +247,6 @@ class _Network:
             f = F.linear(h[-1], omega, beta)
             h.append(torch.relu(f) if relu else f)
         return h[:-1], h[-1]
-
-
-@contextlib.contextmanager
-def _by_hand(input: Tensor) -> Iterator[None]:
-    """Nothing is recorded, and everything is computed in the dtype of the parameters, under autocast too."""
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        yield
 
 
 def check_example_target(op: str, loss: Loss, target: Tensor, batch: int, outputs: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
+from torch_manualbp._function import plain_arithmetic
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
 
@@ -247,7 +248,7 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
     check_example_target("gradient_flow", loss, target, len(rows), layers[-1].weight.shape[0])
     if target.is_floating_point():
         target = target.to(widest_dtype(input.device))
-    with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+    with plain_arithmetic(input.device.type):
         rows = rows.to(widest_dtype(input.device))
         passes = run_passes(layers, rows, lambda output: output_gradient(loss, output, target))
         return GradientFlow(describe(layers, len(rows), passes.sums, _gradient_ratios(passes, layers, rows)))

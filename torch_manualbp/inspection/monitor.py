@@ -8,7 +8,6 @@ the graph is kept. `MLP.loss` and `MLP.loss_backward` have no output to ask; the
 Left to others: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
 """
 
-import contextlib
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from torch_manualbp._function import plain_arithmetic
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import GradientFlow, Passes, describe, run_passes, weight_changes
@@ -186,7 +186,7 @@ class GradientFlowMonitor:
         dtype = torch.float32 if dtype is torch.float16 or dtype is torch.bfloat16 else dtype
         memory = self._memory if self._memory_is_for == (dtype, rows.shape[0]) else None
         rows = rows if rows.dtype is dtype else rows.to(dtype)
-        with _plain_arithmetic(rows.device.type):
+        with plain_arithmetic(rows.device.type):
             passes = run_passes(self._layers, rows, output_gradient, memory)
         self._memory, self._memory_is_for = passes, (dtype, rows.shape[0])
         self._pending = _Record(step, self._layers, rows.shape[0], passes)
@@ -258,19 +258,6 @@ class _Record:
                 ratios = (self._update.to(self._sums.dtype) / self._sums[6].sqrt()).tolist()
             self._flow = GradientFlow(describe(self._layers, self._rows, self._sums, ratios), self._step)
         return self._flow
-
-
-def _plain_arithmetic(device: str) -> contextlib.AbstractContextManager[Any]:
-    """No graph, no autocast. Asks first whether they are on: to enter torch's contexts costs 10 µs."""
-    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
-        return _NOTHING
-    stack = contextlib.ExitStack()
-    stack.enter_context(torch.no_grad())
-    stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
