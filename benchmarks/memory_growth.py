@@ -100,7 +100,7 @@ def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
     axes.set_ylabel("growth of resident memory (MiB)")
     axes.set_title("Memory over many steps")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
