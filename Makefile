@@ -111,7 +111,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	  -isystem $$torch/include csrc/ops.cpp $(filter-out $(KERNELS),$(wildcard csrc/cpu/*.cpp)) build/coverage/fast/*.o \
 	  -L$$torch/lib -ltorch -ltorch_cpu -o build/coverage/package/torch_manualbp/_C.abi3.so
 	@echo "==> running"
-	@$(call on_every_level,build/coverage/kernels 300)
+	@$(call on_every_level,build/coverage/kernels 1000)
 	@$(call on_every_level,build/coverage/kernels threads)
 	@$(call on_every_level,build/coverage/network 2)
 	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
