@@ -1,5 +1,6 @@
 # The commands of the project; `make help` lists them. They work on a machine with Python >= 3.10, a C++17 compiler
-# and make, and change nothing outside of $(VENV), build/, dist/ and the compiled torch_manualbp/_C*.abi3.so.
+# and make, and write to $(VENV), build/, dist/, the compiled torch_manualbp/_C*.abi3.so and caches (`make clean` removes
+# them all); `make format` rewrites sources.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -80,7 +81,7 @@ bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers
 fuzz: $(VENV)/.ready  ## random calls against float64 autograd, random arguments against crashes, for SECONDS=120
 	@$(RUN) PYTHONPATH=tests python -m fuzz --seconds $(SECONDS) $(ARGS)
 
-fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer, however long they take
+fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer (half an hour; a day at most)
 	@$(RUN) PYTHONPATH=tests python -m fuzz --cases 100000 --seconds 86400 $(ARGS)
 
 asan: $(DRIVERS:%=build/asan/%)  ## kernels and passes under the address and undefined-behaviour sanitizers, on every level

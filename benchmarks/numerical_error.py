@@ -6,11 +6,9 @@
 An error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` is float64 autograd on
 the same numbers (for float64: of one layer, against integers of Python, which are exact). Each cell is the median over
 random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part
-of the error of the gradients, and grows with the number of units. Sums over the batch are made in slices and blocks,
-which makes them better than a plain sum; halves are summed in float32 and rounded where a tensor is stored. Sums over
-features are made in one go, in ascending order (so that a row does not depend on its batch): their error grows with the
-square root of the width, while the BLAS behind eager adds up parts. docs/numerics.md
-has the numbers.
+of the error of the gradients, and grows with the number of units. Sums are made in parts of 64 terms, those over the
+batch in slices and blocks besides, which errs less than one sum; halves are summed in float32 and rounded where a
+tensor is stored. docs/numerics.md has the numbers.
 
 Left to others: which elements may differ by how much (tests/helpers.py, tests/fuzz).
 """

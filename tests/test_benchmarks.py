@@ -235,7 +235,7 @@ def test_numerical_errors_are_not_far_from_eagers(training_step, monkeypatch, ca
     for row in table:
         eager, *ours = (float(cell) for cell in row[2:] if cell.strip() != "–")
         assert eager > 0
-        assert max(ours) <= 2.5 * eager, row  # one sum in ascending order: 1.7 times eager's with 256 terms
+        assert max(ours) <= (2.5 if ", 1 rows" in row[0] else 1.5) * eager, row  # docs/numerics.md
 
 
 def test_scaling_sets_the_threads_of_each_peer_anew(training_step):

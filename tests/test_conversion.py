@@ -396,6 +396,39 @@ def test_what_is_not_a_module_is_a_type_error(function, value):
         function(value)
 
 
+def test_an_mlp_in_a_model_keeps_its_memory_mode():
+    model = nn.Sequential(mbp.MLP([4, 3]), nn.Tanh())
+    mbp.fuse(model, activations="recompute")
+    assert model[0].activations == "store"
+
+
+def test_attributes_and_children_called_activations_stay():
+    class Block(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 5), nn.ReLU())
+            self.activations = ["mine"]
+
+    named = nn.Sequential(OrderedDict(linear=nn.Linear(4, 5), activations=nn.ReLU()))
+    relu = named.activations
+    block = Block()
+    mbp.fuse(nn.ModuleList([block, named]), activations="recompute")
+    assert block.activations == ["mine"]
+    assert named.activations is relu
+    assert named(torch.ones(2, 4)).shape == (2, 5)
+    mbp.unfuse(block)
+    assert block.activations == ["mine"]
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_a_slice_of_a_fused_model_computes_what_a_slice_of_the_plain_one_does(mode):
+    model, x = small(), torch.randn(3, 4)
+    want = model[:2](x)
+    part = mbp.fuse(model, activations=mode)[:2]
+    torch.testing.assert_close(part(x), want)
+    assert part._manualbp_activations == mode
+    assert type(mbp.unfuse(part)) is nn.Sequential
+
+
 def test_unknown_activations_mode_is_a_value_error_and_changes_nothing():
     model = small()
     with pytest.raises(ValueError, match="fuse: `activations` must be one of"):

@@ -85,6 +85,7 @@ def test_no_call_waits_for_the_device(loss):
     torch.cuda.set_sync_debug_mode("error")
     try:
         model.loss_backward(input, target, loss)
+        model.loss(input, target, loss).backward()
         model(input).backward(torch.ones(64, 4, device="cuda"))
         recomputing_mlp(input, [model[0].weight]).backward(torch.ones(64, 32, device="cuda"))
     finally:

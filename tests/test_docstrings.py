@@ -32,8 +32,9 @@ def test_everything_public_tells_its_arguments_errors_and_an_example(name):
     text = inspect.getdoc(getattr(mbp, name))
     assert "Args:" in text
     assert "Raises:" in text
+    assert "Example:" in text
 
 
-def test_all_names_exist_and_are_sorted_in():
+def test_all_names_exist_once():
     assert all(hasattr(mbp, name) for name in mbp.__all__)
     assert len(set(mbp.__all__)) == len(mbp.__all__)

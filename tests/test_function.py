@@ -401,6 +401,32 @@ def test_tensor_subclasses_keep_their_type(case):
     assert_close(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor))
 
 
+class Wrapped(torch.Tensor):
+    """A subclass that holds another tensor, as quantised weights do."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        assert op.namespace == "aten"
+        return op(*(arg.held if isinstance(arg, Wrapped) else arg for arg in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_parameters_that_are_subclasses_go_to_torch(where):
+    x, weight, bias = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
+    w, b = (Wrapped(weight), bias) if where == "weight" else (weight, Wrapped(bias))
+    want = F.linear(x, weight, bias)
+    assert_close(mbp.linear_relu(x, w, b), want.relu())
+    assert_close(mbp.mlp(x, [w], [b]), want)
+    assert_close(mbp.mlp_loss(x, want + 1, [w], [b]), torch.tensor(1.0))
+
+
 def test_deterministic_mode_and_default_device_change_nothing(case):
     function, plain, net = case
     torch.use_deterministic_algorithms(True)

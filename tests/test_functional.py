@@ -161,6 +161,7 @@ X, W, B = torch.ones(2, 3), torch.ones(5, 3), torch.ones(5)
 LINEAR_RELU_ERRORS = {
     "input width": ((X[:, :2], W, B), RuntimeError, r"`weight` has 3 columns but `input` has 2 .*\(5, 3\).*\(2, 2\)"),
     "input without dimensions": ((X[0, 0], W, B), RuntimeError, r"`input` must have at least one dimension.*\(\)"),
+    "weight without dimensions": ((X, W[0, 0], B[:1]), RuntimeError, r"`weight` must be .*got shape \(\)"),
     "weight of 3 dimensions": ((X, W[None], B), RuntimeError, r"`weight` must be .*got shape \(1, 5, 3\)"),
     "bias length": ((X, W, B[:4]), RuntimeError, r"`bias` must have shape \(5,\).*\(5, 3\), got \(4,\)"),
     "weight dtype": ((X, W.double(), B), RuntimeError, r"`weight` .* dtype of `input` \(float32\), got float64"),

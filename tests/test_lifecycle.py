@@ -72,6 +72,15 @@ def test_eight_threads_train_one_module_at_once(step, threads):
         assert all(pool.map(train, range(8)))
 
 
+@pytest.fixture
+def hasty_threads():
+    """Python changes threads so often that it happens between any two lines."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_eight_threads_add_to_the_gradients_of_one_module(model):
     # Integers: the order in which the threads come changes no bit.
@@ -91,6 +100,24 @@ def test_eight_threads_add_to_the_gradients_of_one_module(model):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(train, data))
     assert_equal([parameter.grad for parameter in model.parameters()], want)
+
+
+def test_threads_add_by_hand_to_the_same_gradients(hasty_threads):
+    torch.set_num_threads(1)
+    model, calls = mbp.MLP([8, 1024, 1024, 4]), 200  # so large that threads meet in the middle of an addition
+    input, target = torch.randn(1, 8), torch.randn(1, 4)
+    model.loss_backward(input, target)
+    want = [3 * calls * parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+
+    def train(_):
+        for _ in range(calls):
+            model.loss_backward(input, target)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(train, range(3)))
+    for parameter, total in zip(model.parameters(), want, strict=True):
+        assert (parameter.grad - total).abs().max() < 2e-4 * total.abs().max()  # one that is lost: 1.7e-3
 
 
 @pytest.mark.parametrize("of", ["output", "loss"])

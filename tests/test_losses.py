@@ -334,11 +334,13 @@ def test_transforms_go_through_plain_torch(loss):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", ["class probabilities", "target that requires grad", "images"])
+@pytest.mark.parametrize("kind", ["class probabilities", "bytes", "target that requires grad", "images"])
 def test_targets_that_only_torch_knows(kind):
     net = normal_net(6, [5, 3])
     if kind == "class probabilities":
         loss, target = "cross_entropy", torch.rand(6, 3).softmax(1).double()
+    elif kind == "bytes":
+        loss, target = "cross_entropy", torch.randint(3, (6,), dtype=torch.uint8)
     elif kind == "target that requires grad":
         loss, target = "mse", torch.randn(6, 3).double().requires_grad_()
     else:  # classes lie in the second dimension, so an input of three dimensions has them in the middle
@@ -346,6 +348,13 @@ def test_targets_that_only_torch_knows(kind):
     assert_equal(step(fused(loss), net, target), step(plain(loss), net, target))
     if target.requires_grad:
         assert_equal(*(torch.autograd.grad(f(loss)(net, target), target) for f in (fused, plain)))
+
+
+def test_an_option_that_is_refused_spoils_no_later_call():
+    net, target = normal_net(6, [5, 3]), torch.randint(3, (6,))
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        fused("cross_entropy", ignore_index=-100.0)(net, target)
+    torch.testing.assert_close(*(f("cross_entropy", ignore_index=-100)(net, target) for f in (fused, plain)))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
@@ -451,6 +452,10 @@ def test_wrong_sizes_are_named(sizes, error, message):
 def test_unknown_activations_mode_of_mlp_is_a_value_error():
     with pytest.raises(ValueError, match=r"MLP: `activations` must be one of .*, got 'all'"):
         mbp.MLP([4, 2], activations="all")
+    model = mbp.MLP([4, 2])
+    with pytest.raises(ValueError, match=r"MLP: `activations` must be one of .*, got 'all'"):
+        model.activations = "all"
+    assert model.activations == "store"
 
 
 def test_an_input_that_does_not_fit_is_an_error_that_names_the_argument():
@@ -464,3 +469,36 @@ def test_an_input_that_does_not_fit_is_an_error_that_names_the_argument():
 def test_widths_of_zero_work():
     model = mbp.MLP([4, 0, 2])
     assert_equal(model(torch.randn(3, 4)), model[2].bias.expand(3, 2))
+
+
+class TenTimes(mbp.MLP):
+    """A forward of its own."""
+
+    def forward(self, input):
+        return 10 * super().forward(input)
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_the_loss_is_that_of_a_forward_which_was_overridden(where):
+    model, x, y = (TenTimes if where == "class" else mbp.MLP)([4, 5, 3]), torch.randn(8, 4), torch.randn(8, 3)
+    if where == "instance":
+        plain = model.forward
+        model.forward = lambda input: 10 * plain(input)
+    want = F.mse_loss(model(x), y)
+    wanted = torch.autograd.grad(want, list(model.parameters()))
+    assert_equal(model.loss(x, y), want)
+    assert_equal(model.loss_backward(x, y), want.detach())
+    assert_equal([parameter.grad for parameter in model.parameters()], list(wanted))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_loss_backward_needs_no_graph_and_leaves_ordinary_gradients(mode, watched):
+    model, x, y = mbp.MLP([4, 5, 3]), torch.randn(8, 4), torch.randn(8, 3)
+    if watched:
+        model[0].weight.register_hook(lambda grad: grad)
+    with mode():
+        model.loss_backward(x, y)
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    model.loss_backward(x, y)
+    assert_equal([parameter.grad for parameter in model.parameters()], [2 * grad for grad in once])

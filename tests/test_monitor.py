@@ -134,7 +134,7 @@ def test_every_and_rows():
     assert str(monitor).startswith("GradientFlowMonitor: 9 steps seen, 3 measured")
     train(model, autograd, steps=1)
     assert len(monitor.history) == 3  # it is over
-    assert not model._watchers
+    assert not model._manualbp_watchers
 
 
 def test_batches_may_differ_in_size_and_models_in_dtype():
@@ -334,8 +334,14 @@ def test_misuse():
             mbp.GradientFlowMonitor(model, **{name: 0})
 
 
+def test_a_target_that_does_not_fit_is_named_as_without_a_monitor():
+    model, x = mbp.MLP(SIZES), torch.randn(5, SIZES[0])
+    with mbp.GradientFlowMonitor(model), pytest.raises(RuntimeError, match="`target` must have shape"):
+        model.loss_backward(x, torch.randn(5, SIZES[-1] + 1))
+
+
 def test_an_error_in_training_passes_and_removes_the_hook():
     model = mbp.MLP(SIZES)
     with pytest.raises(ZeroDivisionError), mbp.GradientFlowMonitor(model):
         raise ZeroDivisionError
-    assert not model._watchers
+    assert not model._manualbp_watchers

@@ -217,6 +217,30 @@ def test_float16_norms_do_not_overflow_in_the_squares():
     assert norm.item() == pytest.approx(800, rel=1e-2)  # its square is above 65504
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e24])
+def test_squares_that_float32_does_not_hold(size):
+    model, input, target = problem(5, [3, 5, 2], dtype=torch.float32)
+
+    def loss(output, target):
+        return size * (output * target).sum()
+
+    each = mbp.per_sample_gradients(model, input, target, loss)
+    wanted = torch.cat([grad.double().flatten(1) for grad in each.values()], 1).norm(dim=1)
+    norms = mbp.per_sample_gradient_norms(model, input, target, loss)
+    torch.testing.assert_close(norms.double(), wanted, rtol=1e-5, atol=0)
+    one = mbp.clipped_gradients(model, input[:1], target[:1], size / 100, loss)
+    clipped = torch.cat([grad.double().flatten() for grad in one.values()]).norm()
+    assert clipped.item() == pytest.approx(size / 100, rel=1e-5)
+
+
+def test_a_gradient_that_is_expanded():
+    model, input, target = problem(5, [3, 5, 2])
+    for loss in (lambda output, target: output.sum(), lambda output, target: (output * target).sum()):
+        each = mbp.per_sample_gradients(model, input, target, loss)
+        clipped = mbp.clipped_gradients(model, input, target, 1e9, loss)
+        torch.testing.assert_close(clipped, {name: grad.sum(0) for name, grad in each.items()})
+
+
 def test_clipping_bounds_each_example_and_leaves_small_gradients_alone():
     model, input, target = problem(5, [3, 5, 2])
     total = {name: g.sum(0) for name, g in mbp.per_sample_gradients(model, input, target).items()}

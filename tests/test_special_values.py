@@ -35,6 +35,13 @@ def test_every_pair_of_special_values_multiplies_as_in_torch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_no_output_is_minus_zero_in_a_batch_only(dtype):
+    batch = mbp.mlp(torch.zeros(100, 1, dtype=dtype), [torch.tensor([[-1.0]], dtype=dtype)])
+    one = mbp.mlp(torch.zeros(1, 1, dtype=dtype), [torch.tensor([[-1.0]], dtype=dtype)])
+    assert torch.equal(torch.signbit(batch), torch.signbit(one).expand(100, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 16, 33])
 def test_a_special_row_leaves_the_other_rows_alone(width, dtype):
     net = integer_net(20, [5, width, 3], dtype)

@@ -1,6 +1,6 @@
 """Argument errors that are found in Python: each names the argument, what was expected and what came.
 
-Shapes and dtypes are checked by the ops themselves (csrc/cpu/tensor.h), where it costs nothing.
+Shapes and dtypes are checked by the ops themselves (csrc/checks.h), where it costs nothing.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Base class of our autograd Functions, and the question when kernels may run.
 
-The only file that touches private names of torch; each is looked up with a safe default, so that a torch that
-renames one makes us slower, not wrong.
+Private functions of torch are looked up here, each with a safe default, so that a torch that renames one makes us
+slower, not wrong.
 """
 
 import contextlib
@@ -42,55 +42,59 @@ def torch_is_faster(input: Tensor, weights: Sequence[Tensor]) -> bool:
     return parameters >= 1 << 20 or rows * parameters >= 8 << 20
 
 
-def kernels_apply(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    return kind is Tensor or kind is Parameter
+
+
+def kernels_apply(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bool:
     """Whether our kernels compute this call; if not, the caller composes it from plain torch, which always works.
 
     Not on other devices, nor for sparse or nested tensors and tensor subclasses; not under transforms that must see
     through the computation (torch.func, forward-mode AD, torch.export, torch.jit.trace); not under autocast, which
     chooses dtypes by op. In a graph that torch.compile captures, `joins_graph` is the question.
     """
-    kind = type(input)
     return (
         not torch.compiler.is_compiling()
-        and (kind is Tensor or kind is Parameter)
+        and _is_plain(input)
         and not _transforms_active()
         and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
         and _tracing_state() is None
-        and _is_ordinary(input, weights)
+        and _is_ordinary(input, parameters)
+        and all(parameter is None or _is_plain(parameter) for parameter in parameters)
     )
 
 
-def joins_graph(input: Tensor, weights: Iterable[Tensor] = ()) -> bool:
+def joins_graph(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bool:
     """Whether a call that torch.compile captures becomes one op of the graph (`_graph`). Dynamo guards what this reads.
 
     bfloat16 is left to torch where the CPU has instructions for it: from how many rows on torch is faster would be a
     condition on the batch size, and so a recompilation.
     """
-    kind = type(input)
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
-        and (kind is Tensor or kind is Parameter)
+        and _is_plain(input)
         and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
-        and _is_ordinary(input, weights)
+        and _is_ordinary(input, parameters)
+        and all(parameter is None or _is_plain(parameter) for parameter in parameters)
     )
 
 
 def kernels_apply_in_graph(input: Tensor, weights: Iterable[Tensor]) -> bool:
     """The same question where such a graph is lowered, with torch's stand-ins for tensors, or run as it is."""
-    kind = type(input)
-    is_plain = kind is Tensor or kind is Parameter or kind.__module__.startswith("torch._subclasses.")
+    is_plain = _is_plain(input) or type(input).__module__.startswith("torch._subclasses.")
     return is_plain and input.is_cpu and not _transforms_active() and _is_ordinary(input, weights)
 
 
-def _is_ordinary(input: Tensor, weights: Iterable[Tensor]) -> bool:
+def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
     """Dense tensors, and no mode at work that gives the same call another meaning."""
     return (
         input.layout is torch.strided
         and not input.is_nested
         and getattr(forward_ad, "_current_level", 0) < 0
         and not torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-        and all(weight.layout is torch.strided for weight in weights)
+        and all(parameter is None or parameter.layout is torch.strided for parameter in parameters)
     )
 
 
@@ -110,6 +114,11 @@ def plain_arithmetic(device: str) -> contextlib.ExitStack:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """In which statistics are made: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def refuse_capture(function: str) -> NoReturn:

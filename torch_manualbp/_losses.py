@@ -86,7 +86,7 @@ class LossSpec:
 
 
 # One object per combination of options: checking them again at each step would cost 1 µs.
-_cached_spec = functools.lru_cache(maxsize=256)(LossSpec)
+_cached_spec = functools.lru_cache(maxsize=256, typed=True)(LossSpec)
 
 
 def loss_spec(name: str, reduction: str, ignore_index: int, label_smoothing: float) -> LossSpec:

@@ -133,8 +133,9 @@ class MLPLossFunction(ManualFunction):
             if grads is None:
                 weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
                 _, *grads = ctx.loss.run(input, target, weights, biases, ctx.needs)
-            scale = grad_output.item()
-            if scale != 1.0:  # the usual one costs a pass over all gradients
+            if grad_output.is_cuda:  # to look at the number would wait for the device
+                torch._foreach_mul_(grads, grad_output)
+            elif (scale := grad_output.item()) != 1.0:  # the usual one costs a pass over all gradients
                 torch._foreach_mul_(grads, scale)
         spread = _spread(ctx.needs, grads)
         return spread[0], None, None, None, *spread[1:]

@@ -24,7 +24,8 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
 
     Args:
         module: any model.
-        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only.
+        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only. An
+            `MLP` in the model is fused already, and keeps its own setting.
 
     Returns:
         `module` itself. Its type changes if it is a Sequential, to a subclass of its type.
@@ -44,7 +45,7 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
         if isinstance(child, nn.Sequential) and _has_sequential_forward(child):
             child.__class__ = _fused_class(cast(Any, type(child)))
         if isinstance(child, _Fused):
-            child.__dict__["activations"] = activations
+            child.__dict__["_manualbp_activations"] = activations
     return module
 
 
@@ -61,12 +62,17 @@ def unfuse(module: _M) -> _M:
 
     Raises:
         TypeError: `module` is not an ``nn.Module``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> type(unfuse(fuse(model))) is nn.Sequential
+        True
     """
     _check_module("unfuse", module)
     for child in module.modules():
         if isinstance(child, _Fused):
             child.__class__ = child._original_class  # type: ignore[assignment]
-            for name in ("activations", "_plan", "_watchers"):
+            for name in ("_manualbp_activations", "_manualbp_plan", "_manualbp_watchers"):
                 child.__dict__.pop(name, None)
     return module
 
@@ -84,6 +90,13 @@ class _Fused(FusedForward):
     """What `fuse` mixes into a class. Such classes are made at run time, so pickling names the original class."""
 
     _original_class: type[nn.Sequential]
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A child, or for a slice a Sequential of the same kind, as fused as this one."""
+        item = super().__getitem__(idx)
+        if isinstance(idx, slice):
+            item.__dict__["_manualbp_activations"] = self._manualbp_activations
+        return item
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         rebuild, args, *state = cast(

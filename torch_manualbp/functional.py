@@ -41,10 +41,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     check_tensor("linear_relu", "bias", bias, optional=True)
     # F.linear also takes a weight without rows and a bias that broadcasts: rare, left to torch.
     broadcasts = weight.dim() == 1 or (
-        bias is not None and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
+        bias is not None and weight.dim() > 0 and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
     )
-    if broadcasts or not kernels_apply(input, (weight,)) or torch_is_faster(input, (weight,)):
-        if not broadcasts and joins_graph(input, (weight,)):
+    if broadcasts or not kernels_apply(input, (weight, bias)) or torch_is_faster(input, (weight,)):
+        if not broadcasts and joins_graph(input, (weight, bias)):
             return layers_in_graph(input, (weight,), (bias,), final_relu=True)
         return F.relu(F.linear(input, weight, bias))
     if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
@@ -100,8 +100,8 @@ def run_layers(
     """`mlp`, with a ReLU after the last layer too if `final_relu`."""
     check_tensor("mlp", "input", input)
     weights, biases = check_layers("mlp", weights, biases)
-    if not kernels_apply(input, weights):
-        if joins_graph(input, weights):
+    if not kernels_apply(input, (*weights, *biases)):
+        if joins_graph(input, (*weights, *biases)):
             return layers_in_graph(input, weights, biases, final_relu, activations == "store")
         output, _ = reference.mlp_forward(input, weights, biases, final_relu)
         return output
@@ -185,8 +185,8 @@ def mlp_loss(
     check_tensor("mlp_loss", "target", target)
     weights, biases = check_layers("mlp_loss", weights, biases)
     spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-    if not (kernels_apply(input, weights) and target_is_plain(input, target, spec)):
-        if joins_graph(input, weights):
+    if not (kernels_apply(input, (*weights, *biases)) and target_is_plain(input, target, spec)):
+        if joins_graph(input, (*weights, *biases)):
             return spec.of(layers_in_graph(input, weights, biases, final_relu=False), target)
         output, _ = reference.mlp_forward(input, weights, biases)
         return spec.of(output, target)
@@ -209,5 +209,8 @@ def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec) -> bool:
         isinstance(target, Tensor)
         and target.layout is torch.strided
         and not target.requires_grad
-        and not (spec.name == "cross_entropy" and (target.is_floating_point() or input.dim() > 2))
+        and not (
+            spec.name == "cross_entropy"
+            and (target.is_floating_point() or target.dtype is torch.uint8 or input.dim() > 2)
+        )
     )

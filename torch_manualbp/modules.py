@@ -4,10 +4,11 @@ Parameters, initialisation, state_dict keys, indexing and hooks are those of `nn
 way in which forward computes is ours.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,9 @@ def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tenso
     return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
 
 
+# Two threads that add to the same gradients take turns, as in torch's engine.
+_ADDING = threading.Lock()
+
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
 
@@ -177,8 +181,8 @@ class _Watcher(Protocol):
     def after_forward(self, input: Tensor, output: Tensor) -> None:
         """The network has computed its output."""
 
-    def before_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """It is about to compute a loss and its gradients at once."""
+    def after_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """It has computed a loss and its gradients at once."""
 
 
 class FusedForward(nn.Sequential):
@@ -190,7 +194,8 @@ class FusedForward(nn.Sequential):
     may come and go.
     """
 
-    activations: str
+    # Names that no subclass of nn.Sequential has for something else: any may be fused.
+    _manualbp_activations = "store"
 
     def forward(self, input: Tensor) -> Tensor:
         """The children in turn, run by run."""
@@ -205,8 +210,8 @@ class FusedForward(nn.Sequential):
         else:
             output = input
             for step in self._steps():
-                output = step(output, self.activations) if isinstance(step, _Run) else step(output)
-        for watcher in self.__dict__.get("_watchers", ()):
+                output = step(output, self._manualbp_activations) if isinstance(step, _Run) else step(output)
+        for watcher in self.__dict__.get("_manualbp_watchers", ()):
             watcher.after_forward(input, output)
         return output
 
@@ -215,7 +220,7 @@ class FusedForward(nn.Sequential):
 
         As a hook would, but it costs no more than its own call, and sees passes that make no output.
         """
-        watchers = self.__dict__.setdefault("_watchers", [])
+        watchers = self.__dict__.setdefault("_manualbp_watchers", [])
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
 
@@ -225,16 +230,16 @@ class FusedForward(nn.Sequential):
         if global_hooks_exist():
             return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         for step in _Plan(children, _fusable_kinds(children)).steps:
-            input = step.capture(input, self.activations) if isinstance(step, _Run) else step(input)
+            input = step.capture(input, self._manualbp_activations) if isinstance(step, _Run) else step(input)
         return input
 
     def _steps(self) -> list[_Run | nn.Module]:
         own = self.__dict__
         children = list(cast(Iterable[nn.Module], own["_modules"].values()))
         kinds = _fusable_kinds(children)
-        plan: _Plan | None = own.get("_plan")
+        plan: _Plan | None = own.get("_manualbp_plan")
         if plan is None or plan.children != children or plan.kinds != kinds:
-            own["_plan"] = plan = _Plan(children, kinds)
+            own["_manualbp_plan"] = plan = _Plan(children, kinds)
         return plan.steps
 
 
@@ -244,7 +249,8 @@ class MLP(FusedForward):
     Args:
         sizes: D_0, D_1, …, D_K: the widths of the input, of each hidden layer, and of the output.
         bias: whether the layers learn an additive bias β_k.
-        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input only.
+        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input only. The attribute of
+            that name may be set at any time.
         device: where the parameters are made.
         dtype: dtype of the parameters; the input must have it too.
 
@@ -265,6 +271,8 @@ class MLP(FusedForward):
         >>> model(torch.ones(3, 4)).shape
         torch.Size([3, 1])
     """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["activations"]
 
     def __init__(
         self,
@@ -290,6 +298,16 @@ class MLP(FusedForward):
         super().__init__(*layers[:-1])
         self.activations = activations
 
+    @property
+    def activations(self) -> str:
+        """The memory mode, "store" or "recompute"; may be set at any time."""
+        return self._manualbp_activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        check_activations("MLP", value)
+        self.__dict__["_manualbp_activations"] = value
+
     def loss(
         self,
         input: Tensor,
@@ -311,9 +329,10 @@ class MLP(FusedForward):
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
+        value = compute_loss(input, target, *parameters, spec)
         if torch.is_grad_enabled():
-            self._announce(input, target, spec)
-        return compute_loss(input, target, *parameters, spec)
+            self._tell(input, target, spec)
+        return value
 
     def loss_backward(
         self,
@@ -341,6 +360,11 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[2].bias.grad.shape
             (False, torch.Size([1]))
         """
+        if torch.is_inference_mode_enabled():  # what it would leave in .grad, no later step could add to
+            with torch.inference_mode(False):
+                return self.loss_backward(
+                    input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+                )
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if _distributed.is_initialized():
             _distributed.refuse_data_parallel("MLP.loss_backward", self)
@@ -349,26 +373,30 @@ class MLP(FusedForward):
         if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
             learners = _unwatched(*parameters)
         if parameters is None or learners is None:
-            value = self.loss(
-                input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
-            )
+            with torch.enable_grad():
+                value = self.loss(
+                    input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+                )
             value.backward()  # type: ignore[no-untyped-call]
             return value.detach()
-        self._announce(input, target, spec)
         weights, biases = parameters
         needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
         value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
-        for parameter, grad in zip(learners, grads, strict=True):
-            if parameter.grad is None:
-                parameter.grad = grad
-            else:
-                with torch.no_grad():
-                    parameter.grad += grad
+        self._tell(input, target, spec)
+        with _ADDING:
+            for parameter, grad in zip(learners, grads, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = grad
+                else:
+                    with torch.no_grad():
+                        parameter.grad += grad
         return value
 
     def _whole(self, input: Any) -> _Parameters | None:
         """The parameters of the network as one run of layers, if that is what it (still) is and the kernels apply."""
         if torch.compiler.is_compiling() or global_hooks_exist() or self._is_observed():
+            return None
+        if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
             return None
         steps = self._steps()
         run = steps[0] if len(steps) == 1 else None
@@ -380,9 +408,9 @@ class MLP(FusedForward):
             own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
         )
 
-    def _announce(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        for watcher in self.__dict__.get("_watchers", ()):
-            watcher.before_loss(input, target, spec)
+    def _tell(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        for watcher in self.__dict__.get("_manualbp_watchers", ()):
+            watcher.after_loss(input, target, spec)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster
+from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster, widest_dtype
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import layers_of
 
@@ -139,7 +139,8 @@ def clipped_gradients(
 
     Returns:
         Parameter name → the clipped sum, in the shape and dtype of the parameter. Frozen parameters are left out and do
-        not count in the norm. A gradient that is NaN or infinite makes the sum NaN: clipping cannot hide it.
+        not count in the norm. In halves a shortened gradient may be longer than `max_norm` by rounding. A gradient that
+        is NaN or infinite makes the sum NaN: clipping cannot hide it.
 
     Raises:
         TypeError: `model` has other modules, or an argument is no tensor.
@@ -265,7 +266,7 @@ def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     """∂ℓ_i/∂output_i (B, D_K), one row per example, of the losses that `per_sample_gradients` describes."""
     if callable(loss):
         rows: Tensor = torch.func.vmap(torch.func.grad(loss))(output, target)
-        return rows
+        return rows.clone(memory_format=torch.contiguous_format)  # it may be expanded, or somebody else's
     # Row i of the gradient of the sum over all examples is that of ℓ_i: no other ℓ depends on output_i.
     rows = LossSpec(loss).output_gradient(output, target)
     return rows if loss == "cross_entropy" else rows.div_(max(output.shape[1], 1))  # the others are means over D_K
@@ -284,11 +285,11 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _norms(passes: Sequence[_Pass]) -> Tensor:
     """‖g_i‖ (rows,): the norm of the norms ‖∂ℓ_i/∂f_k‖ · √(‖h_k‖² + 1) of the layers."""
-    norms = []
+    norms, wide = [], widest_dtype(passes[0][1].device)  # the squares of float32 numbers may under- and overflow
     for learner, df, h in passes:
-        norm = torch.linalg.vector_norm(df, dim=1, dtype=_sum_dtype(df))
+        norm = torch.linalg.vector_norm(df, dim=1, dtype=wide)
         if learner.weight:
-            of_h = torch.linalg.vector_norm(h, dim=1, dtype=_sum_dtype(h))
+            of_h = torch.linalg.vector_norm(h, dim=1, dtype=wide)
             norm = norm * (torch.hypot(of_h, torch.ones_like(of_h)) if learner.bias else of_h)
         if any(learner):
             norms.append(norm)

@@ -1,7 +1,7 @@
 """The command line of the fuzzers.
 
 python -m fuzz                                    2 minutes (in tests/, with the library on the path; or `make fuzz`)
-python -m fuzz --cases 100000 --seconds 36000     the night form
+python -m fuzz --cases 100000 --seconds 86400     the night form
 python -m fuzz --seed 4711 --cases 1              one case again
 """
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import plain_arithmetic
+from torch_manualbp._function import plain_arithmetic, widest_dtype
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
 
@@ -260,11 +260,6 @@ def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
     if input.dim() < 2 or input.shape[-1] != d_in or input.shape[:-1].numel() == 0:
         raise ValueError(f"{op}: `input` must have shape (…, {d_in}) and hold examples, got {tuple(input.shape)}")
     return input.detach().flatten(0, -2)
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """In which statistics are made: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Passes(NamedTuple):

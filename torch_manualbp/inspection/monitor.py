@@ -3,7 +3,7 @@
 It is told of the model's forward passes (by a fused network itself, by one hook on a plain one) and asks the output for
 the gradient that training sends back. From the input, that gradient and the weights of this moment it computes both
 passes again, on a part of the rows: so a fused network, which calls no layer, is seen like a plain one, and nothing of
-the graph is kept. `MLP.loss` and `MLP.loss_backward` have no output to ask; they tell what they are about to compute.
+the graph is kept. `MLP.loss` and `MLP.loss_backward` have no output to ask; they tell what they have computed.
 
 Left to others: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
 """
@@ -157,7 +157,7 @@ class GradientFlowMonitor:
         awaited = _Awaited(self, self._steps, self._sample(input, stride), stride, output.output_nr)
         cast(Any, output.grad_fn).register_prehook(awaited)
 
-    def _loss_begins(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+    def _loss_done(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
         stride, is_class = self._stride(input), spec.name == "cross_entropy"
         targets = target.reshape(-1)[::stride] if is_class else self._sample(target, stride)
         terms = int((target != spec.ignore_index).sum()) if is_class else target.numel()
@@ -285,10 +285,10 @@ class _Watcher:
         if monitor is not None and isinstance(output, Tensor) and output.requires_grad and monitor._count():
             monitor._forward_done(input, output)
 
-    def before_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """Before a pass that computes loss and gradients at once."""
+    def after_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+        """After a pass that computed loss and gradients at once."""
         if (monitor := self._monitor()) is not None and monitor._count():
-            monitor._loss_begins(input, target, spec)
+            monitor._loss_done(input, target, spec)
 
     def __reduce__(self) -> Any:
         return (_Watcher, ())

@@ -432,7 +432,7 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
   T* const c = p.c;
   if (p.k == 1 && p.a_m == 1) {
     const T *a = p.a, omega = p.b[0];
-    for (int64_t i = 0; i < m; ++i) c[i] = a[i] * omega;
+    for (int64_t i = 0; i < m; ++i) c[i] = multiply_add(a[i], omega, T(0));  // as a sum: never -0
   } else {
     Gemm<T, T> row{1, p.m, p.k, p.b, p.b_n, p.b_k, p.a, p.a_k, p.a_m, p.c, p.m};
     gemm_accumulated<T>(row, workspace);

@@ -84,8 +84,16 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const Loss<
        row += int64_t(gridDim.x) * kWarps) {
     T* const f = p.f + row * p.cols;
     const int64_t c = p.classes[row * p.class_stride];
-    if (c == p.ignore_index) {
-      for (int64_t j = lane; p.gradient && j < p.cols; j += kWarpSize) f[j] = narrow<T>(A(0));
+    if (c == p.ignore_index) {  // df_i = 0 softmax(f_i): NaN if there is a NaN, a +Inf, or nothing but -Inf in f_i
+      if (!p.gradient) continue;
+      A nothing = 0, most = -INFINITY;
+      for (int64_t j = lane; j < p.cols; j += kWarpSize) {
+        const A x = widen(f[j]);
+        nothing += (x < A(0) ? A(0) : x) * A(0);
+        most = x > most ? x : most;
+      }
+      nothing = warp_sum(nothing) + warp_max(most) * A(0);
+      for (int64_t j = lane; j < p.cols; j += kWarpSize) f[j] = narrow<T>(nothing);
       continue;
     }
     if (c < 0 || c >= p.cols) fail("cross_entropy: `target` is out of bounds");
