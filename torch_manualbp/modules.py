@@ -148,7 +148,7 @@ def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tenso
 
 
 # Two threads that add to the same gradients take turns, as in torch's engine.
-_ADDING = threading.Lock()
+_ADDING = threading.RLock()
 
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
