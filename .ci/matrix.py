@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "matrix"
 OLDEST = (2, 10)  # TORCH_TARGET_VERSION in setup.py
 PYTHONS = ["python3.10", "python3.11", "python3.12", "python3.13"]
-# What depends on the versions of torch and Python: results, torch.func, state_dict, error classes.
-NAMES = "functional info layouts losses modules ops properties special_values transforms"
+# What depends on the versions of torch and Python: results, torch.func, compile, export, state_dict, error classes.
+NAMES = "compile_backend function functional graph info layouts losses modules ops properties special_values transforms"
 TESTS = [ROOT / "tests" / f"test_{name}.py" for name in NAMES.split()]
 NEEDED = ["expecttest", "hypothesis", "pytest"]
 

@@ -73,7 +73,7 @@ def joins_graph(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bool
     """
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not getattr(torch.compiler, "_is_exporting_flag", True)  # is_exporting() is True to Dynamo of torch 2.10
         and _is_plain(input)
         and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
         and _is_ordinary(input, parameters)
