@@ -89,12 +89,11 @@ def test_sizes_are_readable(size, text):
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize("case", NETWORKS)
-def test_our_peaks_are_within_3_percent_or_a_third_of_a_mebibyte(case, mode):
-    # Pieces of up to 64 KiB come from malloc: they are counted, and not measured here.
+def test_our_peaks_are_within_3_percent_or_a_quarter_mebibyte(case, mode):
     sizes, batch = NETWORKS[case]
     measured = peak_of(mode, sizes, batch)
     counted = getattr(mbp.memory(mbp.MLP(sizes), batch), mode).peak
-    assert counted == pytest.approx(measured, rel=0.03, abs=MIB / 3), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
+    assert counted == pytest.approx(measured, rel=0.03, abs=MIB / 4), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

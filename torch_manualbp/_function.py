@@ -47,7 +47,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return kind is Tensor or kind is Parameter
 
 
-def kernels_apply(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bool:
+def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool:
     """Whether our kernels compute this call; if not, the caller composes it from plain torch, which always works.
 
     Not on other devices, nor for sparse or nested tensors and tensor subclasses; not under transforms that must see
@@ -65,7 +65,7 @@ def kernels_apply(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bo
     )
 
 
-def joins_graph(input: Tensor, parameters: Iterable[Tensor | None] = ()) -> bool:
+def joins_graph(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool:
     """Whether a call that torch.compile captures becomes one op of the graph (`_graph`). Dynamo guards what this reads.
 
     bfloat16 is left to torch where the CPU has instructions for it: from how many rows on torch is faster would be a
