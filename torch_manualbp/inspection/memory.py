@@ -12,10 +12,15 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from torch_manualbp import _ops
+from torch_manualbp._function import torch_is_faster
 from torch_manualbp.inspection._layers import Layer, layers_of
 
-_PANEL = 16  # columns that are packed together
-_BLOCK_COLS, _BLOCK_DEPTH = 256, 384 + 16  # of the part of a matrix that a thread packs, and a strip of the other
+# Of csrc/cpu/kernels/gemm-inl.h, by instruction set: bytes of a vector, rows of a tile.
+_LEVELS = {"default": (16, 6), "avx2": (32, 6), "avx512": (64, 12)}
+_BLOCK_DEPTH, _BLOCK_BYTES = 384, 384 * 1024  # of the part of a matrix that a thread packs
+_DIRECT_STRIDE = 512  # up to which a row of a weight is read where it lies
+_UNIT_ROWS = 128  # whose sum is one term of ∂ℓ/∂β_k
 
 MODES = ("eager", "store", "recompute", "loss")
 
@@ -68,8 +73,8 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     - in the plain network: every h_k (B, D_k) that the lecture's backward pass needs, and ∂ℓ/∂f_k on the way back
     - in our modes: the h_k if they are stored, and a workspace for the block of rows that is being computed
 
-    Not counted are an optimizer's state and the libraries' own buffers (BLAS). For a few rows, whose weights our ops
-    may leave unpacked, the count is an upper bound.
+    bfloat16 that is left to torch, where the CPU has instructions for it, is counted as the plain network. Not counted
+    are an optimizer's state, the libraries' own buffers (BLAS, oneDNN), and half a byte for each row in `MLP.loss`.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not; all four modes are
@@ -77,7 +82,7 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
         batch: B, the number of rows.
 
     Returns:
-        A `MemoryPlan`, to be printed. Checked against measured peaks: see tests/test_memory.py for how closely.
+        A `MemoryPlan`, to be printed. Its peaks are what torch allocates, to the byte (tests/test_memory.py).
 
     Raises:
         TypeError: `model` has other modules, or `batch` is no int.
@@ -101,14 +106,18 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     output = batch * layers[-1].weight.shape[0] * itemsize
     hidden = batch * cut.hidden * itemsize
     gradients = sum(p.numel() for layer in layers for p in (layer.weight, layer.bias) if p is not None) * itemsize
-    # A loss outside of the network makes two temporaries (B, D_K), then the gradient of the output.
-    outside = output + max(2 * output, output + cut.backward(0) + gradients)
-    again = output + max(2 * output, output + cut.backward(len(layers) - 1) + gradients)
+    # A loss outside of the network makes temporaries (B, D_K), then the gradient of the output.
+    temporaries = _loss_temporaries(itemsize) * output
+    outside = output + max(temporaries, output + cut.backward(0) + gradients)
+    again = output + max(temporaries, output + cut.backward(len(layers) - 1) + gradients)
+    eager = _eager(layers, batch, itemsize)
+    store = ModeMemory(hidden + output, hidden + max(output + cut.forward(kept=True), outside))
+    input = torch.empty((), dtype=layers[0].weight.dtype).expand(batch, layers[0].weight.shape[1])
     return MemoryPlan(
         batch=batch,
         parameters=gradients,
-        eager=_eager(layers, batch, itemsize),
-        store=ModeMemory(hidden + output, hidden + max(output + cut.forward(kept=True), outside)),
+        eager=eager,
+        store=eager if torch_is_faster(input, [layer.weight for layer in layers]) else store,
         recompute=ModeMemory(output, max(output + cut.forward(kept=False), again)),
         loss=ModeMemory(0, cut.backward(len(layers)) + gradients),
     )
@@ -133,8 +142,8 @@ def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
             now -= f
         kept = now
     output = batch * widths[-1]
-    make(2 * output)  # mse_loss: temporaries, of which one stays until its backward
-    now -= output
+    temporaries = make(_loss_temporaries(itemsize) * output)  # of which one stays until the loss's backward
+    now -= temporaries - output
     df = make(output)
     now -= output  # the output itself lives as long as the loss
     for k in reversed(range(len(layers))):
@@ -151,78 +160,122 @@ def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
     return ModeMemory(kept * itemsize, peak * itemsize)
 
 
+def _loss_temporaries(itemsize: int) -> int:
+    """How many tensors like the output ``F.mse_loss`` makes: differences and squares; of halves, also in float32."""
+    return 2 if itemsize >= 4 else 4
+
+
 class _Cut:
     """How our ops cut a batch, and what they allocate for it: the counterpart of `Network` in csrc/cpu/network.h."""
 
     def __init__(self, batch: int, layers: Sequence[Layer]) -> None:
         self.batch = batch
+        self.threads = torch.get_num_threads()
         self.itemsize = layers[0].weight.element_size()
         self.wide_itemsize = max(self.itemsize, 4)  # sums of halves are made in float32
-        self.threads = torch.get_num_threads()
-        widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
-        self.widest, self.top = max(widths), widths[-1]
-        self.hidden, self.widest_hidden = sum(widths[1:-1]), max(widths[1:-1], default=0)
-        self.parameters = sum(layer.weight.numel() for layer in layers) + sum(widths[1:])
+        vector_bytes, self.tile_rows = _LEVELS[_ops.isa()]
+        self.panel = 2 * vector_bytes // self.wide_itemsize  # columns that are packed together
+        self.widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
+        self.widest, self.top = max(self.widths), self.widths[-1]
+        self.hidden, self.widest_hidden = sum(self.widths[1:-1]), max(self.widths[1:-1], default=0)
+        self.parameters = sum((d_in + 1) * d_out for d_in, d_out in pairwise(self.widths))
+        self.work = (batch + 8) * self.parameters
         self.slice_rows = self._slice_rows()
         self.tall = self.slice_rows < batch
-        work = (batch + 8) * self.parameters
         self.short = (
             not self.tall
-            and (batch > 16 or work < 2 << 20)
-            and work <= (8 << 20) * len(layers)
+            and (batch > 16 or self.work < 2 << 20)
+            and self.work <= (8 << 20) * len(layers)
             and self.parameters <= 1 << 20
             and batch * (self.hidden + self.top) <= 4 << 20
         )
-        # Weights packed for the forward pass, and for the backward pass, which needs no gradient of the input.
-        forward = sum(d_in * _up(d_out, _PANEL) for d_in, d_out in pairwise(widths))
-        backward = sum(d_out * _up(d_in, _PANEL) for d_in, d_out in pairwise(widths[1:]))
-        packs = (self.tall or self.short) * self.wide_itemsize
-        self.packed, self.packed_backward = forward * packs, backward * packs
-        # Each thread's own: a block of a matrix that is being multiplied.
-        self.team = self.threads * min(_up(self.widest, _PANEL), _BLOCK_COLS) * _BLOCK_DEPTH * self.wide_itemsize
+
+    def forward(self, kept: bool) -> int:
+        """Workspace of the forward pass: packed weights and, if h_k are not kept, two buffers a thread."""
+        fixed = self._team(self.widest) + self._packed_transposed()
+        if kept:
+            return fixed
+        if not (self.tall or self.short):
+            rows = min(self.batch, self._long_rows(2 * self.widest_hidden))
+            return fixed + 2 * rows * self.widest_hidden * self.itemsize
+        rows = min(self._block_rows(2 * self.widest), self._share_rows())
+        return fixed + 2 * rows * self.widest_hidden * self.itemsize * self.threads
+
+    def backward(self, again: int) -> int:
+        """Workspace of the backward pass if the first `again` layers are computed again."""
+        packed = self._packed() + (self._packed_transposed(again) if again else 0)
+        if self.short:  # ∂ℓ/∂f_k of all layers, and what is computed again
+            numbers = self.batch * (self.hidden + self.top + (self.hidden if again else 0))
+            return self._team(self.batch) + packed + self._sums(1) + numbers * self.itemsize
+        touched = 2 * self.widest + (self.hidden if again else 0)
+        if self.tall:
+            rows = min(self.slice_rows, self._block_rows(touched))
+        else:
+            rows = self._long_rows(touched) if again else self.batch
+        fixed = self._team(rows) + packed
+        each = rows * (2 * max(self.widest_hidden, self.top) + (self.hidden if again else 0)) * self.itemsize
+        if self.tall:
+            return fixed + self._sums(-(-self.batch // self.slice_rows)) + each * self.threads
+        units = -(-rows // _UNIT_ROWS)
+        dbeta = units * max(self.widths[1:]) * self.wide_itemsize if units > 1 or rows < self.batch else 0
+        return fixed + self._sums(1) + each + dbeta
+
+    def _team(self, depth: int) -> int:
+        """Each thread's own: a block of a matrix, a strip of the other, and their like (`Workspace`)."""
+        depth = min(max(self.widest, depth), _BLOCK_DEPTH)
+        cols = min(_BLOCK_BYTES // (_BLOCK_DEPTH * self.wide_itemsize), _up(self.widest, self.panel))
+        chunk = 16 * self.tile_rows * cols if self.itemsize < self.wide_itemsize else 0
+        numbers = (depth + 1) * cols + self.tile_rows * (self.panel + depth) + chunk
+        return self.threads * _up(numbers * self.wide_itemsize, 64)
+
+    def _packed_transposed(self, layers: int | None = None) -> int:
+        """The weights of the first layers, all unless said, packed for the forward pass."""
+        sizes = [d_in * _up(d_out, self.panel) for d_in, d_out in pairwise(self.widths) if d_out > 1]
+        return sum(sizes[:layers]) * self.wide_itemsize if self._packs() else 0
+
+    def _packed(self) -> int:
+        """Weights packed for the backward pass, which needs no gradient of the input."""
+        sizes = [
+            d_out * _up(d_in, self.panel)
+            for d_in, d_out in pairwise(self.widths[1:])
+            if d_in > 1 and not self._reads_in_place(d_in)
+        ]
+        return sum(sizes) * self.wide_itemsize if self._packs() else 0
+
+    def _packs(self) -> bool:
+        """Whether weights are packed once for all rows."""
+        shared = self.threads > 1 and self.work >= 2 << 20
+        return self.tall or (self.short and not (shared and self._share_rows() <= 32))
+
+    def _reads_in_place(self, d_in: int) -> bool:
+        few = self.batch <= 2 * self.tile_rows
+        near, whole = d_in <= _DIRECT_STRIDE, d_in % self.panel == 0
+        return self.short and self.itemsize == self.wide_itemsize and (few or (near and whole))
+
+    def _sums(self, slices: int) -> int:
+        """Where gradients are summed, unless that is where they end."""
+        direct = slices == 1 and self.itemsize == self.wide_itemsize
+        return 0 if direct else slices * self.parameters * self.wide_itemsize
+
+    def _share_rows(self) -> int:
+        """Rows that a thread takes through all layers."""
+        step = 48 if self.batch >= 4 * 48 * self.threads else 16
+        return max(_up(-(-self.batch // self.threads), step), step)
 
     def _slice_rows(self) -> int:
         size = max(self.parameters, 1) * self.wide_itemsize
         slices = min(32, (16 << 20) // size, self.batch // (64 if size <= 384 << 10 else 512))
         return self.batch if slices < 4 else _up(-(-self.batch // slices), 16)
 
-    def forward(self, kept: bool) -> int:
-        """Workspace of the forward pass: packed weights and, if h_k are not kept, two buffers a thread."""
-        if kept:
-            return self.team + self.packed
-        if not (self.tall or self.short):
-            rows = min(self.batch, self._long_rows(2 * self.widest_hidden))
-            return self.team + 2 * rows * self.widest_hidden * self.itemsize
-        rows = min(self._block_rows(2 * self.widest), max(_up(-(-self.batch // self.threads), 16), 16))
-        return self.team + self.packed + 2 * rows * self.widest_hidden * self.itemsize * self.threads
-
-    def backward(self, again: int) -> int:
-        """Workspace of the backward pass if the first `again` layers are computed again."""
-        fixed = self.team + self.packed_backward + (self.packed if again else 0)
-        if self.short:  # ∂ℓ/∂f_k of all layers, and what is computed again
-            numbers = self.batch * (self.hidden + self.top + (self.hidden if again else 0))
-            return fixed + numbers * self.itemsize
-        touched = 2 * self.widest + (self.hidden if again else 0)
-        if self.tall:
-            rows = min(self.slice_rows, self._block_rows(touched))
-        else:
-            rows = self._long_rows(touched) if again else self.batch
-        each = rows * (2 * max(self.widest_hidden, self.top) + (self.hidden if again else 0)) * self.itemsize
-        if not self.tall:
-            return fixed + each
-        slices = -(-self.batch // self.slice_rows)
-        sums = slices * self.parameters * self.wide_itemsize
-        return fixed + sums + each * self.threads
-
     def _long_rows(self, width: int) -> int:
-        """The same for rows that go layer by layer over all threads: up to 32 MiB, blocks alike."""
-        most = max((32 << 20) // self.itemsize // max(width, 1), 128)
+        """Rows of a block that goes layer by layer over all threads: up to 32 MiB, blocks alike."""
+        most = max((32 << 20) // self.itemsize // max(width, 1), _UNIT_ROWS)
         blocks = max(-(-self.batch // most), 1)
-        return max(_up(-(-self.batch // blocks), 128), 128)
+        return max(_up(-(-self.batch // blocks), _UNIT_ROWS), _UNIT_ROWS)
 
     def _block_rows(self, width: int) -> int:
         """Rows of a block of which a thread touches `width` features again and again: half of a 1 MiB cache."""
-        return min(max(128 * 1024 // max(width, 1) // 128, 1), 4) * 128
+        return min(max(128 * 1024 // max(width, 1) // _UNIT_ROWS, 1), 4) * _UNIT_ROWS
 
 
 def _up(value: int, step: int) -> int:
