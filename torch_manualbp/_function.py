@@ -42,9 +42,7 @@ def torch_is_faster(input: Tensor, weights: Sequence[Tensor]) -> bool:
     return parameters >= 1 << 20 or rows * parameters >= 8 << 20
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    return kind is Tensor or kind is Parameter
+PLAIN: frozenset[type] = frozenset({Tensor, Parameter})  # subclasses may give any op another meaning
 
 
 def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool:
@@ -56,12 +54,12 @@ def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bo
     """
     return (
         not torch.compiler.is_compiling()
-        and _is_plain(input)
+        and type(input) in PLAIN
         and not _transforms_active()
         and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
         and _tracing_state() is None
         and _is_ordinary(input, parameters)
-        and all(parameter is None or _is_plain(parameter) for parameter in parameters)
+        and all(parameter is None or type(parameter) in PLAIN for parameter in parameters)
     )
 
 
@@ -74,16 +72,16 @@ def joins_graph(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool
     return (
         torch.compiler.is_compiling()
         and not getattr(torch.compiler, "_is_exporting_flag", True)  # is_exporting() is True to Dynamo of torch 2.10
-        and _is_plain(input)
+        and type(input) in PLAIN
         and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
         and _is_ordinary(input, parameters)
-        and all(parameter is None or _is_plain(parameter) for parameter in parameters)
+        and all(parameter is None or type(parameter) in PLAIN for parameter in parameters)
     )
 
 
 def kernels_apply_in_graph(input: Tensor, weights: Iterable[Tensor]) -> bool:
     """The same question where such a graph is lowered, with torch's stand-ins for tensors, or run as it is."""
-    is_plain = _is_plain(input) or type(input).__module__.startswith("torch._subclasses.")
+    is_plain = type(input) in PLAIN or type(input).__module__.startswith("torch._subclasses.")
     return is_plain and input.is_cpu and not _transforms_active() and _is_ordinary(input, weights)
 
 

@@ -13,11 +13,10 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from torch_manualbp import _distributed
 from torch_manualbp._checks import check_activations
-from torch_manualbp._function import global_hooks_exist, joins_graph, kernels_apply
+from torch_manualbp._function import PLAIN, global_hooks_exist, joins_graph, kernels_apply
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.functional import compute_layers, compute_loss, layers_in_graph, linear_relu, target_is_plain
 
@@ -55,7 +54,6 @@ class LinearReLU(nn.Linear):
 
 
 _Parameters = tuple[list[Tensor], list[Tensor | None]]
-_PLAIN = frozenset({Tensor, Parameter})
 _MISSING = object()
 
 
@@ -84,7 +82,7 @@ class _Run:
         biases: list[Tensor | None] = []
         for owner in self.owners:
             weight, bias = owner.get("weight"), owner.get("bias", _MISSING)
-            if type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+            if type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
                 return None  # computed from something else
             if weight.layout is not torch.strided:  # type: ignore[union-attr]
                 return None

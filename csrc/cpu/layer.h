@@ -247,16 +247,18 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* d
   relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, accumulate, workers);
 }
 
+// A block of a weight's gradient, computed by one thread: so few columns that the strip of df is read in place. With
+// blocks of 192 x 256, which copy it, backward of apex and dlrm_top took 7 % longer.
+constexpr int64_t kGradientRows = 96, kGradientCols = 128;
+
 // d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
 template <typename T>
 void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
                      const Workers& workers) {
   const int64_t d_out = df.cols, d_in = h.cols;
   if (d_out == 0 || d_in == 0) return;
-  // So few columns that the strip of df is read in place: with blocks of 192 x 256, which copy it, backward of apex and
-  // dlrm_top took 7 % longer.
   const bool whole = workers.is_alone();
-  const int64_t block_rows = whole ? d_out : 96, block_cols = whole ? d_in : 128;
+  const int64_t block_rows = whole ? d_out : kGradientRows, block_cols = whole ? d_in : kGradientCols;
   const int64_t across = ceil_div(d_in, block_cols), blocks = ceil_div(d_out, block_rows) * across;
   workers.run(blocks, product_work(h.rows, d_out, d_in), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../checks.h"
+#include "../gradients.h"
 #include "network.h"
 
 namespace manualbp {
@@ -18,36 +19,16 @@ Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std:
   return Network<T>(batch, std::move(layers), final_relu);
 }
 
-// The tensors of the gradients that `needs` = [input, weights..., biases...] asks for, in this order, and their memory.
-// flat: those of the parameters are views of one buffer, each at a multiple of 64 bytes.
+// The gradients that `needs` asks for (gradients.h), and their memory.
 template <typename T>
 Gradients<T> allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                                 const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked) {
-  const size_t layers = weights.size();
-  MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
-  const int32_t dtype = dtype_of(input);
-  constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
-  int64_t size = 0, offset = 0;
-  for (size_t k = 0; flat && k < layers; ++k) {
-    const int64_t d_out = weights[k].size(0);
-    if (needs[1 + k]) size += ceil_div(d_out * weights[k].size(1), kAlign) * kAlign;
-    if (needs[1 + layers + k]) size += ceil_div(d_out, kAlign) * kAlign;
-  }
-  const Tensor buffer = flat ? empty({size}, dtype) : Tensor();
-  const auto ask = [&](size_t i, const std::vector<int64_t>& sizes) -> T* {
-    if (!needs[i]) return nullptr;
-    if (flat && i > 0) {
-      asked.push_back(view(buffer, sizes, offset));
-      offset += ceil_div(asked.back().numel(), kAlign) * kAlign;
-    } else {
-      asked.push_back(empty(sizes, dtype));
-    }
-    return data<T>(asked.back());
-  };
+  const auto tensors = allocate_gradients(op, input, weights, needs, flat, asked, empty);
+  const auto memory = [](const Tensor& t) { return t.defined() ? data<T>(t) : nullptr; };
   Gradients<T> grads;
-  grads.input = ask(0, with_last_size(input, input.size(input.dim() - 1)));
-  for (size_t k = 0; k < layers; ++k) grads.omega.push_back(ask(1 + k, {weights[k].size(0), weights[k].size(1)}));
-  for (size_t k = 0; k < layers; ++k) grads.beta.push_back(ask(1 + layers + k, {weights[k].size(0)}));
+  grads.input = memory(tensors.input);
+  for (const Tensor& omega : tensors.omega) grads.omega.push_back(memory(omega));
+  for (const Tensor& beta : tensors.beta) grads.beta.push_back(memory(beta));
   return grads;
 }
 

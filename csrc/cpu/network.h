@@ -319,10 +319,9 @@ class Network {
       int64_t row, col;  // row < 0: d(beta_k)
     };
     std::vector<Task> tasks;
-    constexpr int64_t kRows = 96, kCols = 128;
     for (size_t k = lowest; k < layers; ++k) {
-      for (int64_t row = 0; grads.omega[k] && row < layers_[k].d_out(); row += kRows) {
-        for (int64_t col = 0; col < layers_[k].d_in(); col += kCols) tasks.push_back({k, row, col});
+      for (int64_t row = 0; grads.omega[k] && row < layers_[k].d_out(); row += kGradientRows) {
+        for (int64_t col = 0; col < layers_[k].d_in(); col += kGradientCols) tasks.push_back({k, row, col});
       }
       if (grads.beta[k]) tasks.push_back({k, -1, 0});
     }
@@ -335,8 +334,8 @@ class Network {
           continue;
         }
         const int64_t d_in = layers_[k].d_in();
-        const auto a = columns_of(df[k], row, std::min(kRows, layers_[k].d_out() - row));
-        const auto b = columns_of(h_of(k), col, std::min(kCols, d_in - col));
+        const auto a = columns_of(df[k], row, std::min(kGradientRows, layers_[k].d_out() - row));
+        const auto b = columns_of(h_of(k), col, std::min(kGradientCols, d_in - col));
         kernels<T>().gemm_accumulated({a.cols, b.cols, batch_, a.data, a.col_stride, a.row_stride, b.data, b.row_stride,
                                        b.col_stride, sums.omega(0, k) + row * d_in + col, d_in},
                                       alone.workspace());

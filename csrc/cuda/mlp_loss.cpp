@@ -47,7 +47,7 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
     const Gradients grads = allocate_gradients(op, device, input, weights, needs, flat, results);
     terms.gradient = results.size() > 1;
     Network<T>(device, h.size(0), weights, biases, /*final_relu=*/false)
-        .loss_backward(h, kind, terms, rows.defined() ? &rows : nullptr, terms.scale, data<T>(results[0]), grads);
+        .loss_backward(h, kind, terms, rows.defined() ? &rows : nullptr, data<T>(results[0]), grads);
     return results;
   });
 }

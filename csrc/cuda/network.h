@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../gradients.h"
 #include "tensor.h"
 
 namespace manualbp::cuda {
@@ -25,11 +26,7 @@ namespace manualbp::cuda {
 #define MBP_BLOCK_MIN_ROWS 4096
 #endif
 
-// The gradients asked for; an undefined tensor: not asked for.
-struct Gradients {
-  Tensor input;
-  std::vector<Tensor> omega, beta;
-
+struct Gradients : GradientTensors {
   // The lowest layer whose gradient of the output is needed; the number of layers if none is.
   size_t lowest() const {
     if (input.defined()) return 0;
@@ -39,42 +36,13 @@ struct Gradients {
   }
 };
 
-// The tensors of the gradients that `needs` = [input, weights..., biases...] asks for, in this order, also put into
-// `asked`. flat: those of the parameters are views of one buffer, each at a multiple of 64 bytes.
+// The gradients that `needs` asks for (gradients.h), on the device; that of the input as rows.
 inline Gradients allocate_gradients(const char* op, const OnDevice& device, const Tensor& input,
                                     const std::vector<Tensor>& weights, const std::vector<bool>& needs, bool flat,
                                     std::vector<Tensor>& asked) {
-  const size_t layers = weights.size();
-  MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
-  const int32_t dtype = dtype_of(input);
-  const int64_t align = 64 / item_size(dtype);
-  const auto sizes_of = [&](size_t i) -> std::vector<int64_t> {
-    if (i <= layers) return {weights[i - 1].size(0), weights[i - 1].size(1)};
-    return {weights[i - 1 - layers].size(0)};
-  };
-  const auto room = [&](size_t i) {
-    int64_t size = 1;
-    for (const int64_t s : sizes_of(i)) size *= s;
-    return ceil_div(size, align) * align;
-  };
-  int64_t total = 0, offset = 0;
-  for (size_t i = 1; flat && i < needs.size(); ++i) total += needs[i] ? room(i) : 0;
-  const Tensor buffer = flat ? device.empty({total}, dtype) : Tensor();
-  const auto ask = [&](size_t i) -> Tensor {
-    if (!needs[i]) return Tensor();
-    if (flat && i > 0) {
-      asked.push_back(view(buffer, sizes_of(i), offset));
-      offset += room(i);
-    } else {
-      asked.push_back(device.empty(i == 0 ? with_last_size(input, input.size(input.dim() - 1)) : sizes_of(i), dtype));
-    }
-    return asked.back();
-  };
-  Gradients grads;
-  grads.input = ask(0);
+  const auto empty = [&](const std::vector<int64_t>& sizes, int32_t dtype) { return device.empty(sizes, dtype); };
+  Gradients grads{manualbp::allocate_gradients(op, input, weights, needs, flat, asked, empty)};
   if (grads.input.defined()) grads.input = as_rows(grads.input);
-  for (size_t k = 0; k < layers; ++k) grads.omega.push_back(ask(1 + k));
-  for (size_t k = 0; k < layers; ++k) grads.beta.push_back(ask(1 + layers + k));
   return grads;
 }
 
@@ -139,8 +107,8 @@ class Network {
   }
 
   // Forward, loss and backward, block by block. p describes the whole batch; target: its (B, D_K) rows, or nullptr.
-  // out: the loss, times `scale`, divided by *p.counted if there is one.
-  void loss_backward(const Tensor& input, LossKind kind, Loss<T> p, const Tensor* target, double scale, T* out,
+  // out: the loss, times p.scale, divided by *p.counted if there is one.
+  void loss_backward(const Tensor& input, LossKind kind, const Loss<T>& p, const Tensor* target, T* out,
                      const Gradients& grads) const {
     const int64_t cols = layers_.back().d_out();
     const int64_t block = block_rows(hidden_width_ + cols + 2 * widest_);
@@ -165,7 +133,7 @@ class Network {
       loss(kind, part, device_.stream());
       if (p.gradient) blocks.backward(first, rows_in, h, f, nullptr);
     });
-    loss_total<T>({filled, first_sum, scale, p.counted, out}, device_.stream());
+    loss_total<T>({filled, first_sum, p.scale, p.counted, out}, device_.stream());
   }
 
  private:
