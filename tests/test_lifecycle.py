@@ -194,6 +194,7 @@ def test_an_interrupt_in_a_long_step_is_raised_after_the_pass_and_all_goes_on():
     # An op is not interrupted inside. Of an autograd step that an interrupt ends, each gradient is whole or absent.
     code = """
 import os, signal, threading, torch, torch.nn.functional as F, torch_manualbp as mbp
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = mbp.MLP([64, 256, 256, 64])
