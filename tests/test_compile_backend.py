@@ -328,10 +328,8 @@ def test_train_eval_and_frozen_parameters():
     without_us = torch.compile(net, backend="eager")
     without_us(x)
     net.eval()
-    if not torch.equal(without_us(x), net(x)):
-        pytest.skip(
-            "torch's own guards miss eval() here, whatever the backend"
-        )  # torch 2.10 and 2.11 on CPython 3.13.0
+    if not torch.equal(without_us(x), net(x)):  # torch 2.10 and 2.11 on CPython 3.13.0
+        pytest.skip("torch's own guards miss eval() here, whatever the backend")
     assert_equal(run(function, net, x), run(net, net, x))
     net.fc1.requires_grad_(False)
     got = run(function, net, x)
