@@ -203,7 +203,7 @@ class _Cut:
 
     def backward(self, again: int) -> int:
         """Workspace of the backward pass if the first `again` layers are computed again."""
-        packed = self._packed() + (self._packed_transposed(again) if again else 0)
+        packed = self._packed() + self._packed_transposed(again)
         if self.short:  # ∂ℓ/∂f_k of all layers, and what is computed again
             numbers = self.batch * (self.hidden + self.top + (self.hidden if again else 0))
             return self._team(self.batch) + packed + self._sums(1) + numbers * self.itemsize
