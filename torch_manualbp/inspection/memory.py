@@ -230,8 +230,9 @@ class _Cut:
 
     def _packed_transposed(self, layers: int | None = None) -> int:
         """The weights of the first layers, all unless said, packed for the forward pass."""
-        sizes = [d_in * _up(d_out, self.panel) for d_in, d_out in pairwise(self.widths) if d_out > 1]
-        return sum(sizes[:layers]) * self.wide_itemsize if self._packs() else 0
+        first = list(pairwise(self.widths))[:layers]
+        sizes = [d_in * _up(d_out, self.panel) for d_in, d_out in first if d_out > 1]
+        return sum(sizes) * self.wide_itemsize if self._packs() else 0
 
     def _packed(self) -> int:
         """Weights packed for the backward pass, which needs no gradient of the input."""
