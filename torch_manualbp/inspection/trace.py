@@ -256,7 +256,7 @@ def _run_forward(
         output, h = reference.mlp_forward(input, weights, biases, final_relu)
         return output, h[1:]
     output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
-    return output, _split(hidden, input, weights)
+    return output, _split(hidden, input.shape, weights)
 
 
 def _backward(
