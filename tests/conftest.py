@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import torch_manualbp as mbp
 from emulation import emulated_ops
 from torch_manualbp import _function, _ops
 
@@ -90,3 +91,9 @@ def _same_start(monkeypatch):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     monkeypatch.setattr(_function, "_has_bfloat16_units", False)
+
+
+@pytest.fixture
+def lone_layers_are_fused(monkeypatch):
+    """As on an input so large that one layer and its ReLU on their own are worth a call of ours."""
+    monkeypatch.setattr(mbp.modules, "rows_left_to_torch", lambda weight: 0)

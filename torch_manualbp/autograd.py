@@ -86,14 +86,15 @@ class MLPFunction(ManualFunction):
         # a trace. An alias keeps their memory, as the view does that torch's own linear saves. (0.3 µs each.)
         ctx.weights = used = [weight.detach() for weight in weights]
         needs = ctx.needs_input_grad
-        h_0, read = _as_used(input, needs[0]), used
+        h_0: Tensor | None = _as_used(input, needs[0])
+        read: list[Tensor | None] = [*used]
         if store:
             first = 0  # the lowest layer of which backward multiplies by the weight
             while first < layers and not (needs[0] if first == 0 else needs[3 + first] or needs[3 + layers + first]):
                 first += 1
             h_0 = h_0 if needs[4] else None
             read = [None] * first + used[first:]
-            kept = (hidden,)
+            kept: list[Tensor | None] = [hidden]
         else:
             kept = [None if bias is None else bias.detach() for bias in biases]
         ctx.save_for_backward(h_0, output if final_relu else None, *read, *kept)
@@ -189,7 +190,7 @@ def _loss_gradients(
     loss: LossSpec,
     input: Tensor,
     target: Tensor,
-    parameters: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -223,10 +224,10 @@ class _Connect(torch.autograd.Function):
         return grad_output, None
 
 
-def _connected(parameters: Sequence[Tensor | None], used: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _connected(parameters: Sequence[Any], used: Sequence[Any]) -> list[Any]:
     """The tensors that forward used, in the graph: the parameters, but for those whose memory was exchanged since."""
     return [
-        parameter if now is None or parameter is None or _is_same(parameter, now) else _Connect.apply(parameter, now)
+        parameter if now is None or parameter is None or _is_same(parameter, now) else _Connect.apply(parameter, now)  # type: ignore[no-untyped-call]
         for parameter, now in zip(parameters, used, strict=True)
     ]
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torch_manualbp._checks import check_activations
-from torch_manualbp.modules import MLP, FusedForward, LinearReLU
+from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -123,7 +123,7 @@ def safe_globals(*classes: type) -> list[Any]:
         if not isinstance(kind, type):
             raise TypeError(f"safe_globals: `classes` must be classes, got {kind!r}")
     fused = [_fused_class(kind) for kind in (nn.Sequential, *classes) if _runs_children_in_turn(kind)]
-    return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, *classes, *fused]
+    return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, no_plan, *classes, *fused]
 
 
 def _check_module(op: str, module: Any) -> None:

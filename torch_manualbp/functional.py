@@ -227,7 +227,7 @@ def mlp_loss(
         weights, biases = check_layers("mlp_loss", weights, biases)
     except (TypeError, ValueError):
         if stand_ins := _stand_ins(input, target, weights, biases):
-            options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
             return handle_torch_function(
                 mlp_loss, stand_ins, input, target, weights, biases, loss=loss, reduction=reduction, **options
             )

@@ -6,7 +6,7 @@ way in which forward computes is ours.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import is_
 from typing import Any, ClassVar, Protocol, cast
@@ -24,7 +24,7 @@ from torch_manualbp._function import (
     global_hooks_exist,
     is_ours,
     joins_graph,
-    torch_is_faster_for_one,
+    rows_left_to_torch,
     undisturbed,
 )
 from torch_manualbp._losses import LossSpec, loss_spec
@@ -73,46 +73,28 @@ _Parameters = tuple[list[Tensor], list[Tensor | None]]
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("left_to_torch", "linears", "modules", "relu")
+    __slots__ = ("first", "last", "left_to_torch", "modules", "relu")
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self.first = self.last = first  # its linear layers are those from `first` to before `last` of the network
         self.left_to_torch: list[Tensor | None] = []  # parameters that our op refused and torch took
         self.modules: list[nn.Module] = []
-        self.linears: list[dict[str, Any]] = []  # the __dict__ of each linear layer
         self.relu = False
 
     def add(self, module: nn.Module) -> None:
         """Appends a Linear, ReLU or LinearReLU."""
         self.modules.append(module)
-        if type(module) is not nn.ReLU:
-            self.linears.append(module.__dict__)
+        self.last += type(module) is not nn.ReLU
         self.relu = type(module) is not nn.Linear
 
-    def parameters(self) -> _Parameters | None:
-        """The weights and biases, which may be other objects than at the last call; None if one is no plain tensor."""
-        weights, biases = [], []
-        try:
-            for own in self.linears:
-                parameters = own["_parameters"]
-                weights.append(weight := parameters["weight"])
-                biases.append(parameters["bias"])
-                if weight.layout is not torch.strided:
-                    return None
-        except (KeyError, AttributeError):  # computed from something else
-            return None
-        if PLAIN.issuperset(map(type, weights)) and PLAIN_OR_NONE.issuperset(map(type, biases)):
-            return weights, biases
-        return None
-
-    def __call__(self, input: Any, store: bool) -> Any:
-        """The run's output. `undisturbed` holds for the call."""
-        if not is_ours(input) or (parameters := self.parameters()) is None:
-            return self._one_by_one(input)
-        weights, biases = parameters
+    def __call__(self, input: Any, weights: list[Tensor], biases: list[Tensor | None], store: bool) -> Any:
+        """The run's output; the parameters are the network's, or the run's own. `undisturbed` holds."""
+        if len(weights) != self.last - self.first:
+            weights, biases = weights[self.first : self.last], biases[self.first : self.last]
         if len(weights) == 1:
             if not self.relu:  # a lone linear layer: nothing to fuse
                 return F.linear(input, weights[0], biases[0])
-            if torch_is_faster_for_one(input, weights[0]):
+            if rows_of(input) < rows_left_to_torch(weights[0]):
                 return torch.relu(F.linear(input, weights[0], biases[0]))
         if self.left_to_torch and all(map(is_, self.left_to_torch, (*weights, *biases))):
             return self._one_by_one(input)
@@ -126,16 +108,11 @@ class _Run:
     def capture(self, input: Any, store: bool) -> Any:
         """The same in a graph that torch.compile captures."""
         linears = [module for module in self.modules if type(module) is not nn.ReLU]
-        weights = [module._parameters.get("weight") for module in linears]
-        biases = [module._parameters.get("bias") for module in linears]
-        if (
-            isinstance(input, Tensor)
-            and (self.relu or len(linears) > 1)
-            and all("bias" in module._parameters for module in linears)
-            and all(type(weight) in PLAIN for weight in weights)
-            and joins_graph(input, (*weights, *biases))
-        ):
-            return layers_in_graph(input, cast(Any, weights), biases, self.relu, store)
+        weights = [cast(Tensor, module._parameters["weight"]) for module in linears]
+        biases = [module._parameters["bias"] for module in linears]
+        fuses = self.relu or len(linears) > 1
+        if fuses and isinstance(input, Tensor) and joins_graph(input, (*weights, *biases)):
+            return layers_in_graph(input, weights, biases, self.relu, store)
         return self._one_by_one(input)
 
     def _one_by_one(self, input: Any) -> Any:
@@ -156,15 +133,94 @@ def _steps_of(children: list[nn.Module], kinds: list[type | None]) -> list[_Run 
     """The children as runs, and what is called as a module."""
     steps: list[_Run | nn.Module] = []
     run: _Run | None = None
+    linears = 0
     for child, kind in zip(children, kinds, strict=True):
         if kind is None or (run is None and kind is nn.ReLU):
             run = None
             steps.append(child)
             continue
         if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
-            steps.append(run := _Run())
+            steps.append(run := _Run(linears))
         run.add(child)
+        linears = run.last
     return steps
+
+
+def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
+    """Up to how many numbers in the input it gains nothing to compute this step by our ops."""
+    if not isinstance(step, _Run):
+        return float("inf")
+    if step.last - step.first > 1:
+        return 0.0
+    weight = cast(Tensor, step.modules[0]._parameters["weight"])
+    return rows_left_to_torch(weight) * weight.shape[-1] if step.relu else float("inf")
+
+
+class _Plan:
+    """How a FusedForward computes its children: runs, and what is called as a module. Kept while nothing has changed.
+
+    `parameters` finds out: that no hook was registered on anything (torch counts them), that the children are the same
+    objects of the same classes with as many attributes (one named "forward" would take the place of the class's), and
+    that their parameters are plain tensors. So the usual call looks at each child once.
+    """
+
+    __slots__ = ("children", "left_to_torch", "stamp", "steps")
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        children = list(modules.values())
+        kinds = [_fusable_kind(child) for child in children]
+        self.steps = _steps_of(children, kinds)
+        self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
+        self.stamp = _hooks_so_far()
+        if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
+            self.stamp, self.left_to_torch = None, 0.0  # hooks may go without a trace: each call looks at them again
+        # Of each child: itself, its class; and if it is in a run, its attributes and their number.
+        self.children = [
+            (child, type(child), child.__dict__ if kind else None, len(child.__dict__) if kind else 0)
+            for child, kind in zip(children, kinds, strict=True)
+        ]
+
+    def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
+        """Whether nothing is gained on so small an input."""
+        if not isinstance(input, Tensor) or input.numel() >= self.left_to_torch or len(modules) != len(self.children):
+            return False
+        for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
+            if module is not child or type(module) is not kind:
+                return False
+        return True
+
+    def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
+        """All weights and all biases of the runs; None if the plan no longer fits the modules."""
+        if len(modules) != len(self.children):
+            return None
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for module, (child, kind, own, size) in zip(modules.values(), self.children):  # noqa: B905
+            if module is not child or type(module) is not kind:
+                return None
+            if own is None:  # called as a module
+                continue
+            if len(own) != size:
+                return None
+            if kind is not nn.ReLU:
+                parameters = own["_parameters"]
+                weights.append(weight := parameters.get("weight"))
+                biases.append(bias := parameters.get("bias"))
+                if type(weight) not in PLAIN or type(bias) not in PLAIN_OR_NONE:
+                    return None
+        return weights, biases
+
+    def __reduce__(self) -> Any:  # a copied or unpickled module makes its own
+        return (no_plan, ())
+
+
+def rows_of(input: Tensor) -> int:
+    """The number of examples in an input (…, D)."""
+    return input.numel() // max(input.shape[-1], 1) if input.dim() else 1
+
+
+def no_plan() -> None:
+    """What a copied or unpickled module has in the place of a plan."""
 
 
 _counts_hooks = isinstance(getattr(RemovableHandle, "next_id", None), int)
@@ -175,73 +231,36 @@ def _hooks_so_far() -> Any:
     return RemovableHandle.next_id if _counts_hooks else object()
 
 
-class _Plan:
-    """How a FusedForward computes its children: runs, and what is called as a module.
-
-    Kept from call to call while `holds`: the children are the same objects of the same classes, have as many attributes
-    as before (one called "forward" would be called instead of the class's), and no hook was registered on anything.
-    """
-
-    __slots__ = ("children", "kinds", "owns", "sizes", "stamp", "steps", "types")
-
-    def __init__(self, children: list[nn.Module], kinds: list[type | None]) -> None:
-        self.children, self.kinds = children, kinds
-        self.types = list(map(type, children))
-        self.owns = [child.__dict__ for child, kind in zip(children, kinds, strict=True) if kind]
-        self.sizes = list(map(len, self.owns))
-        self.stamp: Any = None
-        self.steps = _steps_of(children, kinds)
-
-    def holds(self, modules: dict[str, Any]) -> bool:
-        """Whether it is still how these children are computed."""
-        children = self.children
-        return (
-            self.stamp == _hooks_so_far()
-            and len(modules) == len(children)
-            and all(map(is_, modules.values(), children))
-            and list(map(type, children)) == self.types
-            and list(map(len, self.owns)) == self.sizes
-        )
-
-    def whole(self) -> _Run | None:
-        """The run that is the network, if one is, and no ReLU closes it."""
-        run = self.steps[0] if len(self.steps) == 1 else None
-        return run if isinstance(run, _Run) and not run.relu else None
-
-    def __reduce__(self) -> Any:  # a copied or unpickled module makes its own
-        return (type(None), ())
-
-
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
 
-def _fusable_kinds(children: Iterable[nn.Module]) -> list[type | None]:
-    """nn.Linear, LinearReLU or nn.ReLU where a child is exactly that and nobody can tell whether it was called."""
-    kinds: list[type | None] = []
-    for child in children:
-        kind: type | None = type(child)
-        if kind in _FUSABLE:
-            own = child.__dict__
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-                or own.get("_compiled_call_impl") is not None
-            ):
-                kind = None
-        else:
-            kind = None
-        kinds.append(kind)
-    return kinds
+def _fusable_kind(child: nn.Module) -> type | None:
+    """nn.Linear, LinearReLU or nn.ReLU if a child is exactly that and nobody can tell whether it was called."""
+    kind, own = type(child), child.__dict__
+    if kind not in _FUSABLE or (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+    ):
+        return None
+    if kind is nn.ReLU:
+        return kind
+    weight, bias = (own["_parameters"].get(name, _MISSING) for name in ("weight", "bias"))
+    plain = type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE and weight.layout is torch.strided
+    return kind if plain else None  # computed from something else
+
+
+_MISSING = object()
 
 
 def _iterates_as_usual(kind: type) -> bool:
     """Whether ``for module in self``, in the forward of an ``nn.Sequential``, goes through its children in order."""
     return (
         kind.__iter__ is nn.Sequential.__iter__  # type: ignore[attr-defined]
-        and kind.__getattribute__ is object.__getattribute__
+        and cast(Any, kind).__getattribute__ is object.__getattribute__
         and not any("_modules" in vars(base) for base in kind.__mro__)
     )
 
@@ -337,14 +356,19 @@ class FusedForward(nn.Sequential):
             return input
         if torch.compiler.is_compiling():
             return self._capture(input)
-        plan = self._plan(input)
-        if plan is None:
+        plan = self.__dict__.get("_manualbp_plan")
+        if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, self._modules):
+            planned = None
+        else:
+            planned = self._planned(input)
+        if planned is None:
             output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         else:
             output = input
             store = self._manualbp_activations == "store"
-            for step in plan.steps:
-                output = step(output, store) if type(step) is _Run else step(output)
+            steps, weights, biases = planned
+            for step in steps:
+                output = step(output, weights, biases, store) if isinstance(step, _Run) else step(output)
         if "_manualbp_watchers" in self.__dict__:
             for watcher in self.__dict__["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
@@ -365,29 +389,23 @@ class FusedForward(nn.Sequential):
         if global_hooks_exist():
             return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         store = self._manualbp_activations == "store"
-        for step in _steps_of(children, _fusable_kinds(children)):
+        for step in _steps_of(children, [_fusable_kind(child) for child in children]):
             input = step.capture(input, store) if isinstance(step, _Run) else step(input)
         return input
 
-    def _plan(self, input: Any) -> _Plan | None:
-        """How the children are computed; None: one after another, as an ``nn.Sequential`` does."""
+    def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
+        """What computes the children, and their parameters; None: they are called in turn, as by ``nn.Sequential``."""
         if not (is_ours(input) and undisturbed(input)):
             return None
+        modules = self.__dict__["_modules"]
         plan: _Plan | None = self.__dict__.get("_manualbp_plan")
-        if plan is not None and plan.holds(self.__dict__["_modules"]):
-            return plan
-        return self._make_plan()
-
-    def _make_plan(self) -> _Plan | None:
-        if global_hooks_exist() or not _iterates_as_usual(type(self)):
-            return None
-        stamp = _hooks_so_far()
-        children = list(cast(Iterable[nn.Module], self.__dict__["_modules"].values()))
-        plan = _Plan(children, _fusable_kinds(children))
-        watched = any(type(child) in _FUSABLE and not kind for child, kind in zip(children, plan.kinds, strict=True))
-        plan.stamp = None if watched else stamp  # while there are hooks on a layer, each call looks at them again
-        self.__dict__["_manualbp_plan"] = plan
-        return plan
+        if plan is None or plan.stamp != _hooks_so_far() or (parameters := plan.parameters(modules)) is None:
+            if global_hooks_exist() or not _iterates_as_usual(type(self)):
+                return None
+            self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
+            if (parameters := plan.parameters(modules)) is None:  # another thread changes them
+                return None
+        return plan.steps, *parameters
 
 
 class MLP(FusedForward):
@@ -559,8 +577,11 @@ class MLP(FusedForward):
             return None
         if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
             return None
-        run = plan.whole() if (plan := self._plan(input)) is not None else None
-        return run.parameters() if run is not None else None
+        if (planned := self._planned(input)) is None:
+            return None
+        steps, weights, biases = planned
+        run = steps[0] if len(steps) == 1 else None
+        return (weights, biases) if isinstance(run, _Run) and not run.relu else None
 
     def _is_observed(self) -> bool:
         own = self.__dict__
