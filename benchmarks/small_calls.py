@@ -400,6 +400,19 @@ def checkout_of_package() -> str:
         return "not in a git repository"
 
 
+def seconds_of_others() -> float:
+    """CPU time that others than this process have used since the machine started; NaN where Linux does not say it.
+
+    A call on two threads waits for both: one that finds its CPU taken makes a call of microseconds one of milliseconds.
+    """
+    try:
+        user, nice, system, _, _, *interrupts_and_steal = Path("/proc/stat").read_text().split()[1:9]
+    except OSError:
+        return math.nan
+    ticks = sum(map(int, (user, nice, system, *interrupts_and_steal)))
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Times small calls, plain PyTorch beside this library.")
@@ -427,7 +440,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints the table, writes the files."""
     args = parse_arguments()
-    load = os.getloadavg()[0]
+    load, others, start = os.getloadavg()[0], seconds_of_others(), time.perf_counter()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.against:
@@ -441,9 +454,11 @@ def main() -> None:
                 if case.group in args.groups and mode in case.modes:
                     calls += measure(case, mode, args.rounds)
     shown = [e for e in calls if e["peer"] != PLAIN]
+    others = (seconds_of_others() - others) / (time.perf_counter() - start)
     reference = "before" if args.against else PLAIN
     header = {
         **environment(load),
+        "others meanwhile": f"{others:.2f} CPUs used",
         "commit": checkout_of_package(),
         "command": shlex.join(["python", *sys.argv]),
         "rounds": str(args.rounds),
