@@ -16,6 +16,7 @@ Left to others: large batches, compilers and the machine's limit (training_step.
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -51,8 +52,9 @@ from training_step import (
     eager,
     environment,
     load_workloads,
+    one_round,
     repetitions_for,
-    take_turns,
+    sample,
 )
 
 PLAIN = "plain"
@@ -333,19 +335,39 @@ def entry(labels: Sequence[Any], reference: Sequence[float], own: Sequence[float
     }
 
 
-def measure(case: Case, mode: str, rounds: int) -> list[Entry]:
-    """Checks the peers, then times them in turn; plain is the reference."""
-    with torch.set_grad_enabled(case.graph):
-        steps = case.steps()
-        if mode == "tight":
-            timings = {peer: Timing(repetitions_for(step, SAMPLE_SECONDS)) for peer, step in steps.items()}
-            take_turns(steps, timings, rounds)
-        else:
-            timings = {peer: Timing(COLD_CALLS) for peer in steps}
-            take_turns(steps, timings, rounds, partial(cold, case.other_work))
-    labels = case.group, case.name, case.rows
+def measure(cases: Sequence[Case], modes: Sequence[str], rounds: int) -> list[Entry]:
+    """Checks the peers of all cases, then times them; plain is the reference.
+
+    A round goes through all cases: a machine that is slow for some seconds spoils few of the rounds of each.
+    """
+    running = []
+    for case in cases:
+        with torch.set_grad_enabled(case.graph):
+            steps = case.steps()
+            for mode in modes:
+                if mode in case.modes:
+                    tight = mode == "tight"
+                    running.append(
+                        (
+                            case,
+                            mode,
+                            steps,
+                            {
+                                peer: Timing(repetitions_for(step, SAMPLE_SECONDS) if tight else COLD_CALLS)
+                                for peer, step in steps.items()
+                            },
+                        )
+                    )
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for case, mode, steps, timings in running:
+            with torch.set_grad_enabled(case.graph):
+                one_round(steps, timings, sample if mode == "tight" else partial(cold, case.other_work))
+    gc.enable()
     return [
-        entry((*labels, peer, mode), timings[PLAIN].seconds, timing.seconds, timing.speedups)
+        entry((case.group, case.name, case.rows, peer, mode), timings[PLAIN].seconds, timing.seconds, timing.speedups)
+        for case, mode, _, timings in running
         for peer, timing in timings.items()
     ]
 
@@ -448,11 +470,7 @@ def main() -> None:
         options += ["--rounds", str(math.ceil(args.rounds / PASSES))]
         calls = compare(args.against.resolve(), Path(mbp.__file__).parents[1], options)
     else:
-        calls = []
-        for case in cases():
-            for mode in args.modes:
-                if case.group in args.groups and mode in case.modes:
-                    calls += measure(case, mode, args.rounds)
+        calls = measure([case for case in cases() if case.group in args.groups], args.modes, args.rounds)
     shown = [e for e in calls if e["peer"] != PLAIN]
     others = (seconds_of_others() - others) / (time.perf_counter() - start)
     reference = "before" if args.against else PLAIN

@@ -324,24 +324,16 @@ def repetitions_for(step: Step, seconds: float) -> int:
     return repetitions
 
 
-def take_turns(
-    steps: Mapping[str, Step],
-    timings: Mapping[str, Timing],
-    rounds: int,
-    sample: Callable[[Step, int], float] = sample,
+def one_round(
+    steps: Mapping[str, Step], timings: Mapping[str, Timing], sample: Callable[[Step, int], float] = sample
 ) -> None:
-    """Times each of the steps once a round, starting with another one each time; speeds are relative to the first."""
+    """Times each of the steps once, starting with another one than the last time; speeds are relative to the first."""
     peers = list(steps)
-    gc.collect()
-    gc.disable()
-    for i in range(rounds):
-        first = i % len(peers)
-        for peer in peers[first:] + peers[:first]:
-            timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
-    gc.enable()
+    first = len(timings[peers[0]].seconds) % len(peers)
+    for peer in peers[first:] + peers[:first]:
+        timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
     for peer in peers:
-        pairs = zip(timings[peers[0]].seconds, timings[peer].seconds, strict=True)
-        timings[peer].speedups = [reference / own for reference, own in pairs]
+        timings[peer].speedups.append(timings[peers[0]].seconds[-1] / timings[peer].seconds[-1])
 
 
 def measure(
@@ -364,7 +356,11 @@ def measure(
             check(peer, step.gradients())
             timings[peer].repetitions = repetitions_for(step, SAMPLE_SECONDS)
             steps[peer] = step
-        take_turns(steps, timings, rounds)
+        gc.collect()
+        gc.disable()
+        for _ in range(rounds):
+            one_round(steps, timings)
+        gc.enable()
     return timings
 
 

@@ -322,7 +322,7 @@ def test_small_calls_does_not_time_wrong_results(small_calls):
 
     case = small_calls.Case("call", "2-3-1", [2, 3, 1], 4, {"plain": small_calls.forward, "wrong": wrong})
     with pytest.raises(SystemExit, match=r"call, 2-3-1, 4 rows: wrong is off by 1\.0e-02 \(allowed: 1e-03\)"):
-        small_calls.measure(case, "tight", 1)
+        small_calls.measure([case], ["tight"], 1)
 
 
 def test_other_work_precedes_each_cold_call_and_is_not_timed(small_calls, training_step, monkeypatch):
