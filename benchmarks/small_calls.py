@@ -119,6 +119,13 @@ class OtherWork:
 OTHER_WORK = OtherWork()
 
 
+def tight(step: Step, repetitions: int) -> float:
+    """Seconds of a call, the mean of calls that follow each other, after some that do not count."""
+    for _ in range(repetitions // 4):
+        step.run()
+    return sample(step, repetitions)
+
+
 def nothing() -> None:
     """For calls that bring their other work with them."""
 
@@ -335,41 +342,47 @@ def entry(labels: Sequence[Any], reference: Sequence[float], own: Sequence[float
     }
 
 
-def measure(cases: Sequence[Case], modes: Sequence[str], rounds: int) -> list[Entry]:
-    """Checks the peers of all cases, then times them; plain is the reference.
+@dataclass(frozen=True)
+class Measurement:
+    """A case in a mode."""
 
-    A round goes through all cases: a machine that is slow for some seconds spoils few of the rounds of each.
-    """
-    running = []
-    for case in cases:
-        with torch.set_grad_enabled(case.graph):
-            steps = case.steps()
-            for mode in modes:
-                if mode in case.modes:
-                    tight = mode == "tight"
-                    running.append(
-                        (
-                            case,
-                            mode,
-                            steps,
-                            {
-                                peer: Timing(repetitions_for(step, SAMPLE_SECONDS) if tight else COLD_CALLS)
-                                for peer, step in steps.items()
-                            },
-                        )
-                    )
+    case: Case
+    mode: str
+    steps: Mapping[str, Step]
+    timings: Mapping[str, Timing]
+
+    def one_round(self) -> None:
+        """Times each peer once."""
+        with torch.set_grad_enabled(self.case.graph):
+            one_round(self.steps, self.timings, tight if self.mode == "tight" else partial(cold, self.case.other_work))
+
+    def entries(self) -> list[Entry]:
+        """What was measured; plain is the reference."""
+        labels, reference = (self.case.group, self.case.name, self.case.rows), self.timings[PLAIN].seconds
+        return [entry((*labels, p, self.mode), reference, t.seconds, t.speedups) for p, t in self.timings.items()]
+
+
+def prepare(case: Case, modes: Sequence[str]) -> Iterator[Measurement]:
+    """The case in those of the modes that it has, with checked peers."""
+    with torch.set_grad_enabled(case.graph):
+        steps = case.steps()
+        repetitions = {peer: repetitions_for(step, SAMPLE_SECONDS) for peer, step in steps.items()}
+    for mode in modes:
+        if mode in case.modes:
+            counts = repetitions if mode == "tight" else dict.fromkeys(steps, COLD_CALLS)
+            yield Measurement(case, mode, steps, {peer: Timing(count) for peer, count in counts.items()})
+
+
+def measure(cases: Sequence[Case], modes: Sequence[str], rounds: int) -> list[Entry]:
+    """Each round goes through all cases: a machine that is slow for some seconds spoils few of the rounds of each."""
+    measurements = [measurement for case in cases for measurement in prepare(case, modes)]
     gc.collect()
     gc.disable()
     for _ in range(rounds):
-        for case, mode, steps, timings in running:
-            with torch.set_grad_enabled(case.graph):
-                one_round(steps, timings, sample if mode == "tight" else partial(cold, case.other_work))
+        for measurement in measurements:
+            measurement.one_round()
     gc.enable()
-    return [
-        entry((case.group, case.name, case.rows, peer, mode), timings[PLAIN].seconds, timing.seconds, timing.speedups)
-        for case, mode, _, timings in running
-        for peer, timing in timings.items()
-    ]
+    return [entry for measurement in measurements for entry in measurement.entries()]
 
 
 def compare(old: Path, new: Path, options: Sequence[str]) -> list[Entry]:
