@@ -84,7 +84,8 @@ def undisturbed(input: Tensor) -> bool:
 
     Not where torch's functions or modules have been replaced; not under transforms that must see through the
     computation (torch.func, forward-mode AD, make_fx, torch.jit.trace) nor under a `TorchFunctionMode`; not under
-    autocast, which chooses dtypes by op. Where the answer is no, plain torch is called, and sees all of it.
+    autocast, which chooses dtypes by op. Where the answer is no, plain torch is called, and sees all of it: a function
+    mode even sees what is read of a tensor, so this is the first thing to ask.
     """
     return (
         F.linear is _linear
@@ -123,8 +124,9 @@ def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bo
     """
     return (
         not torch.compiler.is_compiling()
-        and is_ours(input)
+        and type(input) in PLAIN
         and undisturbed(input)
+        and has_kernels(input)
         and input.layout is torch.strided
         and not input.is_nested
         and PLAIN_OR_NONE.issuperset(map(type, parameters))
@@ -132,9 +134,9 @@ def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bo
     )
 
 
-def is_ours(input: Any) -> bool:
-    """Whether this is a plain tensor on a device for which there are kernels."""
-    return type(input) in PLAIN and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
+def has_kernels(input: Tensor) -> bool:
+    """Whether there are kernels for the device of a plain tensor."""
+    return input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels)
 
 
 def joins_graph(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool:

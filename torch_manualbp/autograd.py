@@ -109,10 +109,11 @@ class MLPFunction(ManualFunction):
         if grad_output is None and grad_hidden is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = asked_for(ctx, (weights[0], *ctx.parameters), _of_tensors(ctx.needs_input_grad))
-        if not any(needs):
-            return (None,) * len(ctx.needs_input_grad)
         if grad_output is None:  # only `hidden` was used: by the gradient of a gradient that is constant in the output
             grad_output = weights[0].new_zeros((*ctx.shape[:-1], weights[-1].shape[0]))
+            needs[layers] = needs[-1] = False  # the last layer had no part in it
+        if not any(needs):
+            return (None,) * len(ctx.needs_input_grad)
         if grad_hidden is not None or backward_is_composed(grad_output):
             weights = _connected(ctx.parameters[:layers], saved[:layers])
             if hidden is None:

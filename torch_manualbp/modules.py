@@ -22,7 +22,7 @@ from torch_manualbp._function import (
     PLAIN,
     PLAIN_OR_NONE,
     global_hooks_exist,
-    is_ours,
+    has_kernels,
     joins_graph,
     rows_left_to_torch,
     undisturbed,
@@ -146,14 +146,17 @@ def _steps_of(children: list[nn.Module], kinds: list[type | None]) -> list[_Run 
     return steps
 
 
+_INFINITE = float("inf")
+
+
 def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     """Up to how many numbers in the input it gains nothing to compute this step by our ops."""
     if not isinstance(step, _Run):
-        return float("inf")
+        return _INFINITE
     if step.last - step.first > 1:
         return 0.0
     weight = cast(Tensor, step.modules[0]._parameters["weight"])
-    return rows_left_to_torch(weight) * weight.shape[-1] if step.relu else float("inf")
+    return rows_left_to_torch(weight) * weight.shape[-1] if step.relu else _INFINITE
 
 
 class _Plan:
@@ -182,12 +185,12 @@ class _Plan:
 
     def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
         """Whether nothing is gained on so small an input."""
-        if not isinstance(input, Tensor) or input.numel() >= self.left_to_torch or len(modules) != len(self.children):
+        if len(modules) != len(self.children) or type(input) not in PLAIN:
             return False
         for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
             if module is not child or type(module) is not kind:
                 return False
-        return True
+        return self.left_to_torch == _INFINITE or (undisturbed(input) and input.numel() < self.left_to_torch)
 
     def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
         """All weights and all biases of the runs; None if the plan no longer fits the modules."""
@@ -395,7 +398,7 @@ class FusedForward(nn.Sequential):
 
     def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
         """What computes the children, and their parameters; None: they are called in turn, as by ``nn.Sequential``."""
-        if not (is_ours(input) and undisturbed(input)):
+        if not (type(input) in PLAIN and undisturbed(input) and has_kernels(input)):
             return None
         modules = self.__dict__["_modules"]
         plan: _Plan | None = self.__dict__.get("_manualbp_plan")
@@ -559,16 +562,24 @@ class MLP(FusedForward):
         return spec.of(output, target)
 
     def _backward_by_autograd(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
-        with torch.enable_grad():
-            value = self.loss(
-                input,
-                target,
-                spec.name,
-                spec.reduction,
-                ignore_index=spec.ignore_index,
-                label_smoothing=spec.label_smoothing,
-            )
-        value.backward()  # type: ignore[no-untyped-call]
+        before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.parameters() if p.requires_grad]
+        try:
+            with torch.enable_grad():
+                value = self.loss(
+                    input,
+                    target,
+                    spec.name,
+                    spec.reduction,
+                    ignore_index=spec.ignore_index,
+                    label_smoothing=spec.label_smoothing,
+                )
+            value.backward()  # type: ignore[no-untyped-call]
+        except BaseException:  # a hook that raises, say: some parameters have their gradients by then
+            for parameter, grad, numbers in before:
+                parameter.grad = grad
+                if grad is not None:
+                    grad.detach().copy_(numbers)
+            raise
         return value.detach()
 
     def _whole(self, input: Any) -> _Parameters | None:
