@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-import torch_manualbp as mbp
 from emulation import emulated_ops
 from torch_manualbp import _function, _ops
 
@@ -86,14 +85,10 @@ def _same_start(monkeypatch):
     """Seed 0, one thread: on a machine that is busy, waiting threads take ten times as long as the work.
 
     test_threads.py shows that more threads change no bit of what the other tests check. Large bfloat16 networks go to
-    torch on some machines; test_function.py tests that, everything else tests the kernels.
+    torch on some machines, and one small layer on its own does everywhere; test_function.py and test_modules.py test
+    that, everything else tests the kernels.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     monkeypatch.setattr(_function, "_has_bfloat16_units", False)
-
-
-@pytest.fixture
-def lone_layers_are_fused(monkeypatch):
-    """As on an input so large that one layer and its ReLU on their own are worth a call of ours."""
-    monkeypatch.setattr(mbp.modules, "rows_left_to_torch", lambda weight: 0)
+    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 0)

@@ -14,9 +14,6 @@ from torch.nn.utils import parametrizations, parametrize
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers
 
-# Most networks here are small. test_modules.py has the rule by which a small layer is left to torch.
-pytestmark = pytest.mark.usefixtures("lone_layers_are_fused")
-
 
 class Residual(nn.Module):
     """A model with Sequentials inside: nested ones, with Dropout, LayerNorm, two runs, in a list and in a dict."""

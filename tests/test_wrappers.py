@@ -214,7 +214,6 @@ def test_skip_init():
     nn.utils.skip_init(mbp.LinearReLU, 3, 2).load_state_dict(nn.Linear(3, 2).state_dict())
 
 
-@pytest.mark.usefixtures("lone_layers_are_fused")
 def test_lazy_layers_join_a_run_once_they_have_their_shape():
     model = mbp.fuse(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3)))
     input = data(torch.float32)[0]

@@ -48,16 +48,22 @@ def torch_is_faster(input: Tensor, weights: Sequence[Tensor]) -> bool:
     return parameters >= 1 << 20 or rows * parameters >= 8 << 20
 
 
+_OUTPUTS_LEFT_TO_TORCH = 1 << 17  # 0: none
+
+
 def rows_left_to_torch(weight: Tensor) -> float:
     """Up to how many rows plain torch computes one [linear, ReLU] sooner that stands alone among other layers.
 
     There our Function, which is written in Python, costs more than torch's two nodes, until the pass over the data that
     is saved outweighs it. Measured on Zen 4, a training step, eager's time / ours: 4–64 with 64 rows 0.8, 1024 rows
     0.9, 4096 rows 1.3; 16–512 with 64 rows 0.9, 256 rows 1.0, 1024 rows 1.5; 64–64 with 256 rows 0.8, 1024 rows 1.0,
-    4096 rows 1.4; where the product outweighs that pass, as in 256–256 with 1024 rows, 0.9 and less.
+    4096 rows 1.4; where the product outweighs that pass, as in 256–256 with 1024 rows, 0.9 and less. (In float16 torch
+    is never faster, and `torch_is_faster` knows bfloat16.)
     """
-    d_out, d_in = weight.shape if weight.dim() == 2 else (0, 0)
-    return (1 << 17) / max(d_out, 1) if d_in <= 128 else float("inf")
+    if not _OUTPUTS_LEFT_TO_TORCH or weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float64):
+        return 0.0
+    d_out, d_in = weight.shape
+    return _OUTPUTS_LEFT_TO_TORCH / max(d_out, 1) if d_in <= 128 else float("inf")
 
 
 PLAIN: frozenset[type] = frozenset({Tensor, Parameter})  # subclasses may give any op another meaning
@@ -77,6 +83,8 @@ _linear_forward: Any = _of_torch(nn.Linear.forward, nn.modules.linear)
 _relu_forward: Any = _of_torch(nn.ReLU.forward, nn.modules.activation)
 _module_call: Any = _of_torch(nn.Module.__call__, nn.modules.module)
 _call_impl: Any = _of_torch(nn.Module._call_impl, nn.modules.module)
+_sequential_forward: Any = _of_torch(nn.Sequential.forward, nn.modules.container)
+_sequential_iter: Any = _of_torch(nn.Sequential.__iter__, nn.modules.container)
 
 
 def undisturbed(input: Tensor) -> bool:
@@ -96,9 +104,11 @@ def undisturbed(input: Tensor) -> bool:
         and nn.Linear.__call__ is _module_call
         and nn.ReLU.__call__ is _module_call
         and nn.Module._call_impl is _call_impl
+        and nn.Sequential.forward is _sequential_forward
+        and nn.Sequential.__iter__ is _sequential_iter
         and not _transforms_active()
         and not (_count_function_modes() and _function_modes_matter())
-        and not (_count_dispatch_modes() and _is_recorded_by_make_fx())
+        and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
         and getattr(forward_ad, "_current_level", 0) < 0
         and not _is_tracing()
         and not (_any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
@@ -111,9 +121,12 @@ def _function_modes_matter() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _is_recorded_by_make_fx() -> bool:
-    """Whether a graph of ops is made, in which ours would have no derivative. Other dispatch modes may see our ops."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+def _is_recorded_by_make_fx(tensor: Tensor) -> bool:
+    """Whether a graph of ops on plain tensors is made, in which ours would have no derivative.
+
+    Other dispatch modes may see our ops; where torch.compile lowers a graph, tensors are not plain.
+    """
+    return type(tensor) in PLAIN and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bool:
@@ -173,8 +186,13 @@ def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
 
 
 def backward_is_composed(grad_output: Tensor) -> bool:
-    """Whether backward must be made of torch ops: gradients of gradients are wanted, or backward itself is batched."""
-    return torch.is_grad_enabled() or _transforms_active() or _is_legacy_batched(grad_output)
+    """Whether backward must be made of torch ops: gradients of gradients are wanted, or it is batched or recorded."""
+    return (
+        torch.is_grad_enabled()
+        or _transforms_active()
+        or _is_legacy_batched(grad_output)
+        or bool(_count_dispatch_modes() and _is_recorded_by_make_fx(grad_output))
+    )
 
 
 def asked_for(ctx: Any, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> list[bool]:

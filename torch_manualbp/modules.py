@@ -147,6 +147,7 @@ def _steps_of(children: list[nn.Module], kinds: list[type | None]) -> list[_Run 
 
 
 _INFINITE = float("inf")
+_FULL = (torch.float32, torch.float64)
 
 
 def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
@@ -156,7 +157,7 @@ def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     if step.last - step.first > 1:
         return 0.0
     weight = cast(Tensor, step.modules[0]._parameters["weight"])
-    return rows_left_to_torch(weight) * weight.shape[-1] if step.relu else _INFINITE
+    return min(rows_left_to_torch(weight) * weight.shape[-1], 2.0**62) if step.relu else _INFINITE
 
 
 class _Plan:
@@ -190,7 +191,9 @@ class _Plan:
         for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
             if module is not child or type(module) is not kind:
                 return False
-        return self.left_to_torch == _INFINITE or (undisturbed(input) and input.numel() < self.left_to_torch)
+        if self.left_to_torch == _INFINITE:
+            return True
+        return undisturbed(input) and input.dtype in _FULL and input.numel() < self.left_to_torch
 
     def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
         """All weights and all biases of the runs; None if the plan no longer fits the modules."""
@@ -577,7 +580,7 @@ class MLP(FusedForward):
         except BaseException:  # a hook that raises, say: some parameters have their gradients by then
             for parameter, grad, numbers in before:
                 parameter.grad = grad
-                if grad is not None:
+                if grad is not None and numbers is not None:
                     grad.detach().copy_(numbers)
             raise
         return value.detach()
