@@ -142,6 +142,7 @@ def kernels_apply(input: Tensor, parameters: Sequence[Tensor | None] = ()) -> bo
         and has_kernels(input)
         and input.layout is torch.strided
         and not input.is_nested
+        and not input.is_quantized
         and PLAIN_OR_NONE.issuperset(map(type, parameters))
         and all(parameter is None or parameter.layout is torch.strided for parameter in parameters)
     )
