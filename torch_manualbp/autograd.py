@@ -8,7 +8,7 @@ goes on through them.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,8 +45,6 @@ class LinearReLUFunction(ManualFunction):
         input, weight, output = ctx.saved_tensors
         shape, *parameters = ctx.arguments
         needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
-        if not any(needs):
-            return None, None, None
         if backward_is_composed(grad_output):
             (weight,) = _connected(parameters[:1], [weight])
             grads = reference.mlp_backward(grad_output, [input], [weight], output, needs=needs)
@@ -81,50 +79,56 @@ class MLPFunction(ManualFunction):
         weights, biases = parameters[:layers], parameters[layers:]
         output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
         ctx.set_materialize_grads(False)
-        ctx.store, ctx.shape, ctx.parameters = store, input.shape, parameters
+        needs = ctx.needs_input_grad
         # Backward multiplies by the weights that forward used: `weight.data = …` may exchange them in between, without
         # a trace. An alias keeps their memory, as the view does that torch's own linear saves. (0.3 µs each.)
-        ctx.weights = used = [weight.detach() for weight in weights]
-        needs = ctx.needs_input_grad
-        h_0: Tensor | None = _as_used(input, needs[0])
-        read: list[Tensor | None] = [*used]
-        if store:
-            first = 0  # the lowest layer of which backward multiplies by the weight
-            while first < layers and not (needs[0] if first == 0 else needs[3 + first] or needs[3 + layers + first]):
-                first += 1
-            h_0 = h_0 if needs[4] else None
-            read = [None] * first + used[first:]
-            kept: list[Tensor | None] = [hidden]
-        else:
-            kept = [None if bias is None else bias.detach() for bias in biases]
-        ctx.save_for_backward(h_0, output if final_relu else None, *read, *kept)
+        used = [weight.detach() for weight in weights]
+        ctx.call = (store, input.shape, used, parameters)
+        result = output if final_relu else None
+        if not store:
+            biases_used = [None if bias is None else bias.detach() for bias in biases]
+            ctx.save_for_backward(_as_used(input, needs[0]), result, *used, *biases_used)
+            return output, hidden
+        first = 0  # the lowest layer of which backward multiplies by the weight
+        while first < layers and not (needs[0] or (first > 0 and (needs[3 + first] or needs[3 + layers + first]))):
+            first += 1
+        h_0 = _as_used(input, needs[0]) if needs[4] else None
+        ctx.save_for_backward(h_0, result, hidden, *[None] * first, *used[first:])
         return output, hidden
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """All layers in reverse, in one call; stops below the lowest layer whose gradient is asked for."""
-        input, output, *saved = ctx.saved_tensors
-        weights, layers = ctx.weights, len(ctx.weights)
-        hidden, biases = (saved[layers], ()) if ctx.store else (None, saved[layers:])
-        if grad_output is None and grad_hidden is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needs = asked_for(ctx, (weights[0], *ctx.parameters), _of_tensors(ctx.needs_input_grad))
-        if grad_output is None:  # only `hidden` was used: by the gradient of a gradient that is constant in the output
-            grad_output = weights[0].new_zeros((*ctx.shape[:-1], weights[-1].shape[0]))
-            needs[layers] = needs[-1] = False  # the last layer had no part in it
+        store, shape, weights, parameters = ctx.call
+        layers = len(weights)
+        input, output, *read = ctx.saved_tensors
+        hidden, biases = (read.pop(0), ()) if store else (None, read[layers:])
+        needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad))
+        if grad_output is None:  # only `hidden` was used, by a gradient of a gradient: not the last layer
+            needs = [need and grad_hidden is not None and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
-        if grad_hidden is not None or backward_is_composed(grad_output):
-            weights = _connected(ctx.parameters[:layers], saved[:layers])
+        is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
+        if grad_hidden is not None and not is_composed and not grad_hidden.any():
+            grad_hidden = None  # what comes through a mask I[h > 0]; torch takes these zeros through all layers
+        if grad_output is None and grad_hidden is None:
+            shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
+            zeros = [weights[0].new_zeros(size) if need else None for size, need in zip(shapes, needs, strict=True)]
+            return zeros[0], None, None, None, *zeros[1:]
+        if grad_hidden is not None or is_composed:
+            if grad_output is None:
+                grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
+            in_graph = _connected(parameters[:layers], read[:layers])
             if hidden is None:
-                biases = _connected(ctx.parameters[layers:], biases)
-                _, h = reference.mlp_forward(input, weights, biases, output is not None)
+                _, h = reference.mlp_forward(
+                    input, in_graph, _connected(parameters[layers:], biases), output is not None
+                )
             else:
-                h = [input, *_split(hidden, ctx.shape, ctx.weights)]
-            grad_h = None if grad_hidden is None else _split(grad_hidden, ctx.shape, ctx.weights)
-            grads = reference.mlp_backward(grad_output, h, weights, output, grad_h, needs)
+                h = [input, *_split(hidden, shape, weights)]
+            grad_h = None if grad_hidden is None else _split(grad_hidden, shape, weights)
+            grads = reference.mlp_backward(grad_output, h, in_graph, output, grad_h, needs)
             return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases
-        input = _stand_in(weights[0], ctx.shape) if input is None else input
+        input = _stand_in(weights[0], shape) if input is None else input
         spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
         return spread[0], None, None, None, *spread[1:]
 

@@ -21,6 +21,7 @@ from torch_manualbp._checks import check_activations
 from torch_manualbp._function import (
     PLAIN,
     PLAIN_OR_NONE,
+    count_function_modes,
     global_hooks_exist,
     has_kernels,
     joins_graph,
@@ -60,8 +61,9 @@ class LinearReLU(nn.Linear):
         """relu(input weightᵀ + bias)."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.relu(F.linear(input, self.weight, self.bias))
-        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or undisturbed(input):
-            return linear_relu(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling() or type(input) not in PLAIN or undisturbed(input):
+            return linear_relu(input, weight, bias)
         return nn.ReLU.forward(_RELU, super().forward(input))
 
 
@@ -193,7 +195,9 @@ class _Plan:
                 return False
         if self.left_to_torch == _INFINITE:
             return True
-        return undisturbed(input) and input.dtype in _FULL and input.numel() < self.left_to_torch
+        if count_function_modes():  # they would see the questions
+            return False
+        return input.numel() < self.left_to_torch and input.dtype in _FULL
 
     def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
         """All weights and all biases of the runs; None if the plan no longer fits the modules."""
@@ -364,17 +368,11 @@ class FusedForward(nn.Sequential):
             return self._capture(input)
         plan = self.__dict__.get("_manualbp_plan")
         if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, self._modules):
-            planned = None
-        else:
-            planned = self._planned(input)
-        if planned is None:
-            output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-        else:
             output = input
-            store = self._manualbp_activations == "store"
-            steps, weights, biases = planned
-            for step in steps:
-                output = step(output, weights, biases, store) if isinstance(step, _Run) else step(output)
+            for module in self._modules.values():
+                output = module(output)
+        else:
+            output = self._compute(input)
         if "_manualbp_watchers" in self.__dict__:
             for watcher in self.__dict__["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
@@ -397,6 +395,15 @@ class FusedForward(nn.Sequential):
         store = self._manualbp_activations == "store"
         for step in _steps_of(children, [_fusable_kind(child) for child in children]):
             input = step.capture(input, store) if isinstance(step, _Run) else step(input)
+        return input
+
+    def _compute(self, input: Any) -> Any:
+        if (planned := self._planned(input)) is None:
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        steps, weights, biases = planned
+        store = self._manualbp_activations == "store"
+        for step in steps:
+            input = step(input, weights, biases, store) if isinstance(step, _Run) else step(input)
         return input
 
     def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
