@@ -245,8 +245,9 @@ class _Cut:
 
     def _packs(self) -> bool:
         """Whether weights are packed once for all rows."""
+        share = self._share_rows()
         shared = self.threads > 1 and self.work >= 2 << 20
-        return self.tall or (self.short and not (shared and self._share_rows() <= 32))
+        return self.tall or (self.short and not (share <= 32 and (shared or self.batch <= share)))
 
     def _reads_in_place(self, d_in: int) -> bool:
         few = self.batch <= 2 * self.tile_rows

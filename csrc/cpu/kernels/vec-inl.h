@@ -230,3 +230,13 @@ MBP_INLINE void narrow_run(const accumulator_t<T>* in, T* out, int64_t n) {
   }
   for (; j < n; ++j) out[j] = narrow<T>(in[j]);
 }
+// n < 2 W numbers as two runs that overlap, of W each, or half of it, or ...: a copy without a loop.
+template <int W, typename T>
+MBP_INLINE void widen_short(const T* in, accumulator_t<T>* out, int64_t n) {
+  if (n >= W) {
+    widen_run(in, out, W);
+    widen_run(in + n - W, out + n - W, W);
+  } else if constexpr (W > 1) {
+    widen_short<W / 2>(in, out, n);
+  }
+}
