@@ -316,18 +316,30 @@ def sample(step: Step, repetitions: int) -> float:
     return (time.perf_counter() - start) / repetitions
 
 
-def repetitions_for(step: Step) -> int:
-    """How many steps a sample needs."""
+def repetitions_for(step: Step, seconds: float) -> int:
+    """How many steps a sample needs in order to last so long."""
     repetitions = 1
-    while (elapsed := sample(step, repetitions) * repetitions) < SAMPLE_SECONDS:
-        repetitions = math.ceil(1.2 * repetitions * SAMPLE_SECONDS / elapsed)
+    while (elapsed := sample(step, repetitions) * repetitions) < seconds:
+        repetitions = math.ceil(1.2 * repetitions * seconds / elapsed)
     return repetitions
+
+
+def one_round(
+    steps: Mapping[str, Step], timings: Mapping[str, Timing], sample: Callable[[Step, int], float] = sample
+) -> None:
+    """Times each of the steps once, starting with another one than the last time; speeds are relative to the first."""
+    peers = list(steps)
+    first = len(timings[peers[0]].seconds) % len(peers)
+    for peer in peers[first:] + peers[:first]:
+        timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
+    for peer in peers:
+        timings[peer].speedups.append(timings[peers[0]].seconds[-1] / timings[peer].seconds[-1])
 
 
 def measure(
     workload: Workload, peers: Sequence[str], rounds: int, builders: Mapping[str, Builder] = PEERS
 ) -> dict[str, Timing]:
-    """Checks the peers, eager among them, then times them in turn."""
+    """Checks the peers, eager first, then times them in turn."""
     model, x, target = workload.build()
     check = GradientCheck(model, x, target)
     timings = {peer: Timing() for peer in peers}
@@ -342,19 +354,13 @@ def measure(
                 timings[peer].error = f"{type(error).__name__}: {error}"
                 continue
             check(peer, step.gradients())
-            timings[peer].repetitions = repetitions_for(step)
+            timings[peer].repetitions = repetitions_for(step, SAMPLE_SECONDS)
             steps[peer] = step
-        running = list(steps)
         gc.collect()
         gc.disable()
-        for i in range(rounds):
-            first = i % len(running)
-            for peer in running[first:] + running[:first]:
-                timings[peer].seconds.append(sample(steps[peer], timings[peer].repetitions))
+        for _ in range(rounds):
+            one_round(steps, timings)
         gc.enable()
-    for peer in running:
-        pairs = zip(timings[REFERENCE].seconds, timings[peer].seconds, strict=True)
-        timings[peer].speedups = [reference / own for reference, own in pairs]
     return timings
 
 
@@ -425,6 +431,11 @@ def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], 
         rows.append(row)
     means = [geometric_mean([results[workload.name][peer] for workload in workloads]) for peer in peers]
     rows.append(["geometric mean", *("–" if mean is None else f"{mean:5.2f}×" for mean in means)])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -433,7 +444,7 @@ def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], 
     return "\n".join(lines)
 
 
-def environment(peak: FmaPeak, load: float) -> dict[str, str]:
+def environment(load: float) -> dict[str, str]:
     """The machine and what was set on it."""
     facts = info()
     settings = {
@@ -443,9 +454,8 @@ def environment(peak: FmaPeak, load: float) -> dict[str, str]:
         or name in ("LD_PRELOAD", "ATEN_CPU_CAPABILITY")
     }
     return {
-        "machine": f"{facts['cpu']}, {peak.threads} of {os.cpu_count()} CPUs used, {facts['platform']}",
+        "machine": f"{facts['cpu']}, {facts['threads']} of {os.cpu_count()} CPUs used, {facts['platform']}",
         "instruction set": facts["instruction set"],
-        "FMA peak": str(peak),
         "software": f"torch {facts['torch']}, torch_manualbp {facts['torch_manualbp']}, Python {facts['python']}",
         "load at the start": f"{load:.1f} processes" + (" (others were computing: expect noise)" if load > 0.5 else ""),
         "environment": " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
@@ -538,7 +548,8 @@ def main() -> None:
                     sys.stderr.write(f"{workload.name}: {peer} failed: {timing.error}\n")
         peak.update()
     header = {
-        **environment(peak, load),
+        **environment(load),
+        "FMA peak": str(peak),
         **about_jax(peers),
         "command": shlex.join(["python", *sys.argv]),
         "rounds": str(args.rounds),

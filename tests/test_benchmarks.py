@@ -274,3 +274,90 @@ def test_per_sample_refuses_wrong_gradients(training_step):
             1,
             {"eager": per_sample.eager, "wrong": wrong},
         )
+
+
+@pytest.fixture
+def small_calls(training_step, monkeypatch):
+    import small_calls
+
+    monkeypatch.setattr(small_calls, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(small_calls, "COLD_CALLS", 2)
+    return small_calls
+
+
+def test_small_calls_checks_all_its_peers_and_writes_what_it_measured(
+    small_calls, training_step, monkeypatch, capsys, tmp_path
+):
+    few = training_step.load_workloads(["toy", "rl64"])
+    monkeypatch.setattr(small_calls, "load_workloads", lambda: few)
+    files = ["--json", str(tmp_path / "out" / "c.json"), "--markdown", str(tmp_path / "out" / "c.md")]
+    monkeypatch.setattr(sys, "argv", ["small_calls.py", "--quick", "--rounds", "2", *files])
+    small_calls.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "c.md").read_text() == printed
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1  # aligned
+
+    measured = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert {"machine", "date", "commit", "command", "rounds"} <= set(measured["header"])
+    expected = [
+        (case.group, case.name, case.rows, peer, mode)
+        for case in small_calls.cases()
+        for mode in case.modes
+        for peer in case.peers
+    ]
+    assert [tuple(call[label] for label in small_calls.LABELS) for call in measured["calls"]] == expected
+    assert len(set(expected)) == len(expected)
+    assert len(rows) - 2 == len({labels[:4] for labels in expected if labels[3] != "plain"})
+    for call in measured["calls"]:
+        assert len(call["seconds"]) == 2
+        assert call["median_seconds"] == statistics.median(call["seconds"]) > 0
+        low, high = call["middle_half"]
+        assert 0 < low <= call["speedup"] <= high
+
+
+def test_small_calls_does_not_time_wrong_results(small_calls):
+    def wrong(model, x, target):
+        return small_calls.forward(lambda x: model(x) * 1.01, x, target)
+
+    case = small_calls.Case("call", "2-3-1", [2, 3, 1], 4, {"plain": small_calls.forward, "wrong": wrong})
+    with pytest.raises(SystemExit, match=r"call, 2-3-1, 4 rows: wrong is off by 1\.0e-02 \(allowed: 1e-03\)"):
+        small_calls.measure([case], ["tight"], 1)
+
+
+def test_other_work_precedes_each_cold_call_and_is_not_timed(small_calls, training_step, monkeypatch):
+    clock, done = [0], []
+
+    def spend(seconds, what):
+        clock[0] += seconds
+        done.append(what)
+
+    monkeypatch.setattr(small_calls.time, "perf_counter", lambda: clock[0])
+    step = training_step.Step(lambda: spend(1, "call"), list)
+    assert small_calls.cold(lambda: spend(100, "other"), step, 3) == 1
+    assert done == ["other", "call"] * 3
+
+
+def test_small_calls_compares_checkouts_by_their_speed_beside_plain(small_calls, monkeypatch, tmp_path):
+    (tmp_path / "torch_manualbp").mkdir()
+    new = Path(mbp.__file__).parent.parent
+    plain, fuse = (dict.fromkeys(small_calls.LABELS, "x") | {"peer": peer} for peer in ("plain", "fuse"))
+    order = []
+
+    def run(command, env, **_):  # the new one is twice as fast; each process finds the machine slower than the last
+        path = Path(env["PYTHONPATH"])
+        order.append(path)
+        slow, speedup = len(order), 2 if path == new else 1
+        calls = [
+            {**plain, "median_seconds": slow, "speedup": 1},
+            {**fuse, "median_seconds": slow / speedup, "speedup": speedup},
+        ]
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"calls": calls}))
+
+    monkeypatch.setattr(small_calls.subprocess, "run", run)
+    entries = small_calls.compare(tmp_path, new, ["--rounds", "1"])
+    assert order == [tmp_path, new, new, tmp_path] * (small_calls.PASSES // 2)
+    assert [(entry["peer"], entry["speedup"], entry["middle_half"]) for entry in entries] == [
+        ("plain", 1, [1, 1]),
+        ("fuse", 2, [2, 2]),
+    ]

@@ -1,6 +1,7 @@
 """The torch.compile backend: which chains it finds in models of any style, which it must leave, and equal numbers."""
 
 import copy
+import functools
 import importlib.metadata
 import logging
 import re
@@ -379,18 +380,60 @@ def test_what_is_fused_is_logged_with_its_place(caplog, capsys):
     assert re.search(r"fused 1 chain\(s\):\n  4–6–5–3 mlp  \(File .*test_compile_backend.py.*line \d+", caplog.text)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"verbos": True}, "`options` may hold verbose, rest, activations, got .*verbos"),
-        ({"activations": "drop"}, "`activations` must be one of 'store', 'recompute', got 'drop'"),
-    ],
-)
-def test_unknown_options_are_errors(options, message):
+def test_an_unknown_value_of_our_option_is_an_error():
+    options, message = {"activations": "drop"}, "`activations` must be one of 'store', 'recompute', got 'drop'"
     with pytest.raises(Exception, match=message):
         torch.compile(Net(plain), backend=manualbp, options=options)(integers(7, 4))
     with pytest.raises(ValueError, match=message):
         manualbp(torch.fx.GraphModule({}, torch.fx.Graph()), [], options=options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"mode": mode} for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+        {"options": {"max_autotune": True, "triton.cudagraphs": True}},
+        {"options": {"epilogue_fusion": True, "verbose": True}},
+        {"options": {"epilogue_fusion": True, "rest": "aot_eager"}},
+        {"options": {}},
+    ],
+    ids=str,
+)
+def test_modes_and_options_of_inductor_are_accepted_as_by_the_backends_of_torch(given):
+    net, x = Net(plain), integers(7, 4)
+    torch.compile(net, backend="eager", **copy.deepcopy(given))(x)
+    torch.compiler.reset()
+    assert_equal(run(torch.compile(net, backend=manualbp, fullgraph=True, **given), net, x), run(net, net, x))
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
+@pytest.mark.parametrize("given", [{"mode": "max-autotune"}, {"options": {"epilogue-fusion": False}}, {}], ids=str)
+def test_the_backend_of_the_rest_gets_mode_and_options(backend, given, monkeypatch):
+    import torch._inductor.compile_fx
+
+    got = []
+
+    def spy(graph_module, inputs, **kwargs):
+        got.append({name: value for name, value in kwargs.items() if value})
+        return graph_module.forward
+
+    if backend == "inductor":
+        monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
+    else:
+        monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, backend, spy)
+    net, x = Net(plain).float(), integers(7, 4, dtype=torch.float32)
+    torch.compile(net, backend=backend, **copy.deepcopy(given))(x)
+    torch.compiler.reset()
+    ours = functools.partial(manualbp, options={"rest": backend, **given.get("options", {})})
+    torch.compile(net, backend=ours, mode=given.get("mode"))(x)
+    assert got[0] == got[1]
+    assert bool(got[0]) == bool(given)
+
+
+def test_inductor_says_which_of_its_options_it_does_not_know():
+    options = {"rest": "inductor", "verbos": True}
+    with pytest.raises(Exception, match="Unexpected optimization option verbos"):
+        torch.compile(Net(plain), backend=manualbp, options=options)(integers(7, 4))
 
 
 def test_large_bfloat16_layers_may_still_go_to_torch(monkeypatch):

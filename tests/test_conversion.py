@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+import types
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers
@@ -143,6 +145,94 @@ def test_a_fused_sequential_is_still_one_of_its_kind():
     assert type(mbp.unfuse(model)) is Named
 
 
+class Reversed(nn.Sequential):
+    def __iter__(self):
+        return reversed(self._modules.values())
+
+
+class Truncated(nn.Sequential):
+    def __iter__(self):
+        return iter(list(super().__iter__())[:2])
+
+
+class Again(Truncated):
+    """What a parent overrides counts, too."""
+
+
+class Called(nn.Sequential):
+    def __call__(self, input):
+        return 2 * super().__call__(input)
+
+
+class CalledInside(nn.Sequential):
+    def _call_impl(self, *args, **kwargs):
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
+class Without(nn.Sequential):
+    """Its attribute is not what is registered."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        return {key: value[key] for key in list(value)[:2]} if name == "_modules" else value
+
+
+@pytest.mark.parametrize("kind", [Scaled, Reversed, Truncated, Again, Called, CalledInside, Without])
+def test_a_sequential_that_does_not_run_its_children_in_turn_is_left_alone(kind):
+    model, input = kind(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(3, 4)
+    want = model(input)
+    assert type(mbp.fuse(model)) is kind
+    assert_equal(model(input), want)
+
+
+class Looking(nn.Sequential):
+    """Attributes that it has not are those of its first child: nn.Sequential's forward needs none of them."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(next(self.children(), None), name)
+
+
+def test_a_sequential_with_other_methods_of_its_own_is_fused():
+    model, input = small(Looking), torch.randn(2, 4)
+    want = model(input)
+    mbp.fuse(model)
+    assert model.in_features == 4
+    assert calls_of(model, input) == ["mlp"]
+    torch.testing.assert_close(model(input), want)
+
+
+def test_a_class_that_torch_knows_by_its_type_is_left_alone():
+    nni = pytest.importorskip("torch.ao.nn.intrinsic")
+
+    class Own(nni.LinearReLU):
+        pass
+
+    for kind in (nni.LinearReLU, Own):
+        model = nn.Sequential(kind(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4), nn.ReLU())
+        assert [type(module) for module in mbp.fuse(model).modules()][1] is kind
+        assert calls_of(model, torch.randn(2, 4)) == ["mlp"]  # the other two
+
+
+def test_a_register_of_subclasses_does_not_hear_of_fused_ones():
+    register = []
+
+    class Registered(nn.Sequential):
+        def __init_subclass__(cls, *, name, **kwargs):
+            super().__init_subclass__(**kwargs)
+            register.append(name)
+
+    class Entry(Registered, name="entry"):
+        pass
+
+    model = mbp.fuse(small(Entry))
+    assert calls_of(model, torch.randn(2, 4)) == ["mlp"]
+    assert type(mbp.unfuse(model)) is Entry
+    assert register == ["entry"]
+
+
 def test_a_sequential_with_its_own_forward_is_left_alone():
     model = small(Scaled)
     patched = small()
@@ -221,6 +311,49 @@ def test_runs_are_found_and_compute_the_same(case):
     assert calls_of(model, input.detach()) == calls
 
 
+NOTHING = {
+    "empty": [],
+    "linear": [L],
+    "relu": [R],
+    "linear linear": [L, L],
+    "relu linear": [R, L],
+    "other activations": [L, T, L, nn.ReLU6],
+    "something between": [L, lambda: nn.BatchNorm1d(4), R],
+    "a subclass": [lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4), R],
+}
+SOMETHING = {
+    "hook": lambda layer: layer.register_forward_hook(lambda *_: None).remove,
+    "parametrization": lambda layer: (
+        parametrizations.weight_norm(layer) and (lambda: parametrize.remove_parametrizations(layer, "weight"))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_sequential_without_anything_to_fuse_is_left_alone(case):
+    model = nn.Sequential(*(make() for make in NOTHING[case]))
+    assert type(mbp.fuse(model)) is nn.Sequential
+    assert not [name for name in vars(model) if "manualbp" in name]
+    model.extend(nn.Sequential(L(), R()))  # what comes later needs another call
+    assert calls_of(mbp.fuse(model), torch.randn(2, 4)) == ["mlp"]
+
+
+@pytest.mark.parametrize("case", SOMETHING)
+def test_a_layer_that_may_join_a_run_later_counts(case):
+    model, input = nn.Sequential(L(), R()), torch.randn(2, 4)
+    remove = SOMETHING[case](model[0])
+    mbp.fuse(model)
+    assert calls_of(model, input) == []
+    remove()
+    assert calls_of(model, input) == ["mlp"]
+
+
+def test_a_shared_relu_counts_at_each_place():
+    relu = nn.ReLU()
+    model = mbp.fuse(nn.Sequential(relu, nn.Linear(4, 4), relu))
+    assert calls_of(model, torch.randn(2, 4)) == ["mlp"]
+
+
 def test_children_that_change_later_are_seen():
     model = mbp.fuse(small())
     input = torch.randn(2, 4)
@@ -287,6 +420,85 @@ def test_a_class_that_says_how_it_is_copied_is_copied_so():
         assert type(twin) is type(model)
         assert twin[0].weight.shape == (5, 4)
         assert type(mbp.unfuse(twin)) is Remade
+
+
+class Made(nn.Sequential):
+    """A Sequential whose __new__ takes an argument, which a copy gives it again."""
+
+    def __new__(cls, *args):
+        made = super().__new__(cls)
+        made.__dict__["given"] = args[-1]
+        return made
+
+    def __init__(self, *args):
+        super().__init__(nn.Linear(4, 5), nn.ReLU())
+
+    def __getnewargs__(self):
+        return (self.given,)
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "given"}
+
+
+def test_what_a_class_needs_to_be_made_is_given_to_its_copies():
+    model = mbp.fuse(Made("this"))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        assert twin.given == "this"
+
+
+# --- files that torch.load reads with weights_only=True ------------------------------------------------------------
+
+
+def _saved_weights_only(model, *classes):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.serialization.safe_globals(mbp.safe_globals(*classes)):
+        return torch.load(file, weights_only=True)
+
+
+FILES = {
+    "MLP": (lambda: mbp.MLP([4, 5, 3]), ()),
+    "MLP, recompute": (lambda: mbp.MLP([4, 5, 3], activations="recompute"), ()),
+    "LinearReLU": (lambda: mbp.LinearReLU(4, 5), ()),
+    "fused": (lambda: mbp.fuse(small()), ()),
+    "fused, recompute": (lambda: mbp.fuse(small(), activations="recompute"), ()),
+    "fused, nested": (lambda: mbp.fuse(nn.Sequential(small(), nn.Sequential(nn.Linear(3, 2), nn.ReLU()))), ()),
+    "subclass": (lambda: mbp.fuse(small(Named)), (Named,)),
+    "other layers": (lambda: mbp.fuse(nn.Sequential(*small(), nn.ReLU(), nn.Dropout(0.5)).eval()), (nn.Dropout,)),
+    "own forward": (lambda: small(Scaled), (Scaled,)),
+}
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("case", FILES)
+def test_one_list_allows_what_a_file_with_a_model_names(case, used):
+    make, classes = FILES[case]
+    model, input = make(), torch.randn(3, 4)
+    if used:
+        model(input).sum().backward()
+    loaded = _saved_weights_only(model, *classes)
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    assert_equal(loaded(input), model(input))
+    assert calls_of(loaded, input) == calls_of(model, input)
+    if case.startswith("fused"):
+        settings = [[getattr(one, "_manualbp_activations", None) for one in net.modules()] for net in (loaded, model)]
+        assert settings[0] == settings[1]
+        assert {type(module) for module in mbp.unfuse(loaded).modules()} == {nn.Sequential, nn.Linear, nn.ReLU}
+
+
+def test_classes_that_were_not_named_are_not_allowed():
+    with pytest.raises(pickle.UnpicklingError, match="Named"):
+        _saved_weights_only(mbp.fuse(small(Named)))
+    with pytest.raises(pickle.UnpicklingError, match="Dropout"):
+        _saved_weights_only(mbp.fuse(nn.Sequential(*small(), nn.Dropout())))
+
+
+@pytest.mark.parametrize("value", ["Named", nn.Dropout(), [Named]], ids=["name", "module", "list"])
+def test_what_is_not_a_class_cannot_be_allowed(value):
+    with pytest.raises(TypeError, match="safe_globals: `classes` must be classes, got "):
+        mbp.safe_globals(value)
 
 
 def test_a_deep_copy_is_independent():
@@ -386,6 +598,38 @@ def test_inputs_that_are_not_tensors_pass_through_to_the_children():
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_unfuse_refuses_a_class_that_was_derived_from_the_fused_one_and_changes_nothing():
+    model = mbp.fuse(nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), small()[2]))
+    input = torch.randn(2, 4)
+    want, fused = model(input), type(model[0])
+
+    class Derived(fused):
+        def forward(self, input):
+            return super().forward(input)
+
+    model[0].__class__ = Derived
+    with pytest.raises(RuntimeError, match=r"unfuse: the class Derived is derived from FusedSequential"):
+        mbp.unfuse(model)
+    assert_equal(model(input), want)
+    assert calls_of(model, input) == ["mlp"]
+    model[0].__class__ = fused
+    assert type(mbp.unfuse(model)[0]) is nn.Sequential
+
+
+def test_unfuse_refuses_a_forward_that_was_replaced_and_changes_nothing():
+    model, input = mbp.fuse(nn.ModuleList([small(), small()])), torch.randn(2, 4)
+    first = model[1]
+    before = first.forward
+    first.forward = types.MethodType(lambda self, input: 2 * before(input), first)  # as accelerate does
+    want = first(input)
+    with pytest.raises(RuntimeError, match="unfuse: the forward of a FusedSequential was replaced after fuse"):
+        mbp.unfuse(model)
+    assert_equal(first(input), want)
+    assert calls_of(model[0], input) == ["mlp"]
+    del first.forward
+    assert [type(child) for child in mbp.unfuse(model)] == [nn.Sequential] * 2
 
 
 @pytest.mark.parametrize("function", [mbp.fuse, mbp.unfuse])

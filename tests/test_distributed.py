@@ -339,6 +339,48 @@ def fsdp_of_a_model_with_fused_blocks(rank):
         torch.testing.assert_close(one.grad.full_tensor(), other.grad, rtol=1e-12, atol=1e-14)
 
 
+def wrapped_in_any_order(rank, wrap, kind):
+    """fuse and unfuse, around what torch makes of the class; the gradients are right at each step."""
+    (input, target), share_of = batch(), share(rank)
+    for order in ("wrap fuse unfuse", "fuse wrap unfuse", "fuse wrap fuse unfuse fuse", "wrap fuse unfuse fuse unfuse"):
+        model, done = nn.Sequential(*network()), []
+        for change in order.split():
+            {"wrap": wrap, "fuse": mbp.fuse, "unfuse": mbp.unfuse}[change](model)
+            done.append(change)
+            x, y = share_of if "wrap" in done else (input, target)
+            fused = [word for word in done if word != "wrap"][-1:] == ["fuse"]
+            assert_same_steps(model, lambda model=model, x=x, y=y: F.mse_loss(model(x), y).backward(), FUSED * fused)
+            assert isinstance(model, kind) == ("wrap" in done)
+        assert type(model).__name__.endswith("FusedSequential" if fused else "Sequential")
+        assert type(mbp.unfuse(model)).__mro__[-3:-1] == (nn.Sequential, nn.Module)
+
+
+@check
+def fsdp_before_and_after_fuse(rank):
+    from torch.distributed.fsdp import FSDPModule
+
+    wrapped_in_any_order(rank, sharded, FSDPModule)
+    blocks = mbp.fuse(nn.Sequential(*(sharded(nn.Sequential(nn.Linear(6, 6), nn.ReLU())) for _ in range(2))))
+    assert type(blocks[0]) is type(blocks[1])  # to a compiler, two of a kind
+    assert type(mbp.unfuse(blocks)[0]) is type(blocks[1])
+
+
+@check
+def replicate_before_and_after_fuse(rank):
+    from torch.distributed._composable.replicate import DDP, replicate
+
+    wrapped_in_any_order(rank, replicate, DDP)
+
+
+@check
+def replicate_by_fsdp_before_and_after_fuse(rank):
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
+    except ImportError:
+        return  # an older torch
+    wrapped_in_any_order(rank, lambda model: replicate(model, mesh=mesh()), ReplicateModule)
+
+
 @check
 def fsdp_mixed_precision(rank):
     from torch.distributed.fsdp import MixedPrecisionPolicy

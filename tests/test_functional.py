@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_manualbp as mbp
 from helpers import (
@@ -247,3 +249,90 @@ def test_a_failed_call_does_not_spoil_the_next():
     with pytest.raises(RuntimeError):
         mbp.mlp(X, [W, W])
     assert_equal(mbp.mlp(X, [W], [B]), F.linear(X, W, B))
+
+
+# --- what stands for tensors ----------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """All that can be called on what is no tensor yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.body = mbp.LinearReLU(4, 5, dtype=torch.float64), mbp.MLP([5, 6, 3], dtype=torch.float64)
+        self.weight = nn.Parameter(integers(3, 3))
+
+    def forward(self, input, target):
+        h = self.body(self.first(input))
+        h = mbp.mlp(mbp.linear_relu(h, self.weight), [self.weight, self.weight], activations="recompute")
+        return h.sum() + mbp.mlp_loss(h, target, [self.weight], reduction="sum")
+
+
+def test_a_symbolic_trace_has_our_calls_in_it_and_trains():
+    model, input, target = Everything(), integers(7, 4), integers(7, 3)
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert [call for call in calls if getattr(call, "__module__", "").startswith("torch_manualbp")] == [
+        *(mbp.linear_relu, mbp.linear_relu, mbp.mlp, mbp.mlp_loss),
+    ]
+    for each in (model, traced):
+        each.zero_grad()
+        value = each(input, target)
+        value.backward()
+    assert_equal(value, model(input, target))
+    for one, other in zip(traced.parameters(), model.parameters(), strict=True):
+        assert_equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_make_fx_records_what_torch_can_differentiate(mode):
+    model, input = mbp.MLP([4, 5, 3], dtype=torch.float64), integers(7, 4)
+    graph = make_fx(lambda tensor: model(tensor), tracing_mode=mode, _allow_non_fake_inputs=True)(input)
+    assert not any("manualbp" in str(node.target) for node in graph.graph.nodes)
+    leaf = input.clone().requires_grad_()
+    graph(leaf).sum().backward()
+    want = input.clone().requires_grad_()
+    model(want).sum().backward()
+    torch.testing.assert_close(leaf.grad, want.grad)
+
+
+def test_make_fx_records_a_backward_pass_that_torch_can_differentiate():
+    model, input = mbp.MLP([4, 5, 3], dtype=torch.float64), integers(7, 4).requires_grad_()
+    output = model(input)
+    graph = make_fx(lambda grad: torch.autograd.grad(output, input, grad, retain_graph=True)[0])(
+        torch.ones_like(output)
+    )
+    assert not any("manualbp" in str(node.target) for node in graph.graph.nodes)
+    grad = integers(7, 3)
+    torch.testing.assert_close(graph(grad), torch.autograd.grad(output, input, grad)[0])
+
+
+class Layered(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.layer = function, nn.Linear(4, 3)
+
+    def forward(self, input):
+        return self.function(input, self.layer.weight, self.layer.bias)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Layered(mbp.linear_relu),
+        Layered(lambda input, weight, bias: mbp.mlp(input, [weight], [bias])),
+        mbp.LinearReLU(4, 3),
+        mbp.MLP([4, 3]),
+    ],
+    ids=["linear_relu", "mlp", "LinearReLU", "MLP"],
+)
+def test_expanded_weights_give_gradients_of_each_example(model):
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    input = torch.randn(6, 4)
+    call_for_per_sample_grads(model)(input).sum().backward()
+    for parameter in model.parameters():
+        of_each = parameter.grad_sample
+        (of_all,) = torch.autograd.grad(model(input).sum(), parameter)
+        assert of_each.shape == (6, *parameter.shape)
+        torch.testing.assert_close(of_each.sum(0), of_all)

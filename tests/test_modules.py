@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers, recorded_calls
+from torch_manualbp import _function
 
 SIZES = ([3, 2], [4, 8, 1], [5, 7, 6, 2])
 
@@ -313,8 +315,8 @@ def test_sparse_weights_go_through_torch():
     for model in (ours, theirs):
         model[2].weight = nn.Parameter(model[2].weight.detach().to_sparse_csr())
     input = torch.randn(7, 4)
-    assert_equal(ours(input), theirs(input))
-    assert calls_of(ours, input) == []
+    torch.testing.assert_close(ours(input), theirs(input))
+    assert calls_of(ours, input) == ["mlp"]  # the layer before it
 
 
 def test_global_hooks_see_every_child():
@@ -390,6 +392,7 @@ def test_frozen_layers_get_no_gradient_and_ask_for_none(frozen):
     assert_same_grads(ours, theirs)
     learns = [not freeze for freeze in frozen]
     asked = [list(args[-1]) for name, args in calls if name == "mlp_backward"]
+    learns = learns[learns.index(True) :] if any(learns) else []  # nothing is kept of frozen layers below
     assert asked == ([[False, *learns, *learns]] if any(learns) else [])
 
 
@@ -502,3 +505,319 @@ def test_loss_backward_needs_no_graph_and_leaves_ordinary_gradients(mode, watche
     once = [parameter.grad.clone() for parameter in model.parameters()]
     model.loss_backward(x, y)
     assert_equal([parameter.grad for parameter in model.parameters()], [2 * grad for grad in once])
+
+
+# --- a network means what torch means by its layers -----------------------------------------------------------------
+
+
+def _fused(model):
+    return mbp.fuse(copy.deepcopy(model))
+
+
+def _as_mlp(model):
+    ours = mbp.MLP([4, 6, 5, 3], dtype=torch.float64)
+    ours.load_state_dict(model.state_dict())
+    return ours
+
+
+def _doubled_linear(input, weight, bias=None):
+    return 2 * torch._C._nn.linear(input, weight, bias)
+
+
+def _shifted_relu(input, inplace=False):
+    return input.clamp(min=0) + 1
+
+
+REPLACEMENTS = {
+    "F.linear": (F, "linear", _doubled_linear),
+    "F.relu": (F, "relu", _shifted_relu),
+    "torch.relu": (torch, "relu", _shifted_relu),
+    "Linear.forward": (nn.Linear, "forward", lambda self, input: _doubled_linear(input, self.weight, self.bias)),
+    "ReLU.forward": (nn.ReLU, "forward", lambda self, input: _shifted_relu(input)),
+    "Module.__call__": (nn.Module, "__call__", lambda self, *args: self.forward(*args) * 3),
+    "Sequential.forward": (nn.Sequential, "forward", lambda self, input: self[0](input)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+@pytest.mark.parametrize("make", [_fused, _as_mlp])
+def test_whoever_replaces_a_function_of_torch_is_followed(make, name, monkeypatch):
+    theirs, input, target = plain([4, 6, 5, 3], dtype=torch.float64), integers(7, 4), integers(7, 3)
+    ours = make(theirs)
+    want = theirs(input)
+    torch.testing.assert_close(ours(input), want)
+    monkeypatch.setattr(*REPLACEMENTS[name])
+    replaced = theirs(input)
+    assert replaced.shape != want.shape or not torch.allclose(replaced, want)
+    if not (make is _as_mlp and name == "Sequential.forward"):  # an MLP has a forward of its own
+        assert_equal(ours(input), replaced)
+        if make is _as_mlp and replaced.shape == target.shape:
+            assert_equal(ours.loss(input, target), F.mse_loss(replaced, target))
+    monkeypatch.undo()
+    torch.testing.assert_close(ours(input), want)
+    assert calls_of(ours, input) == ["mlp"]
+
+
+@pytest.mark.parametrize("name", ["F.linear", "F.relu", "torch.relu", "Linear.forward", "ReLU.forward"])
+def test_linear_relu_follows_whoever_replaces_a_function_of_torch(name, monkeypatch):
+    ours = mbp.LinearReLU(4, 3, dtype=torch.float64)
+    theirs = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), nn.ReLU())
+    theirs[0].load_state_dict(ours.state_dict())
+    input = integers(7, 4)
+    monkeypatch.setattr(*REPLACEMENTS[name])
+    assert_equal(ours(input), theirs(input))
+
+
+class _Watching(TorchFunctionMode):
+    """Sees each function of torch that is called, and doubles what linear gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is F.linear else result
+
+
+@pytest.mark.parametrize("make", [_fused, _as_mlp])
+def test_a_function_mode_sees_the_layers_and_may_change_them(make):
+    theirs, input = plain([4, 6, 5, 3], dtype=torch.float64), integers(7, 4)
+    ours = make(theirs)
+    ours(input)
+    seen = []
+    for model in (ours, theirs):
+        with _Watching() as mode:
+            output = model(input)
+        seen.append((mode.seen, output))
+    assert seen[0][0] == seen[1][0]
+    assert_equal(seen[0][1], seen[1][1])
+    torch.set_default_device("cpu")  # a mode, too, but none that changes a layer
+    try:
+        assert "MLPFunction" in ours(input).grad_fn.name()
+    finally:
+        torch.set_default_device(None)
+
+
+class _Truncated(mbp.MLP):
+    def __iter__(self):
+        return iter(list(self._modules.values())[:2])
+
+
+def test_a_network_with_an_iteration_of_its_own_is_computed_by_it():
+    model, input = _Truncated([4, 5, 3], dtype=torch.float64), integers(7, 4)
+    want = torch.relu(model[0](input))
+    assert_equal(model(input), want)
+    target = integers(7, 5)
+    assert_equal(model.loss(input, target), F.mse_loss(want, target))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 5)])
+def test_a_bias_that_broadcasts_is_left_to_torch(shape):
+    theirs = plain([4, 5, 3], dtype=torch.float64)
+    theirs[0].bias = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    ours, input = _fused(theirs), integers(7, 4)
+    for _ in range(2):
+        assert_same_step(ours, theirs, input)
+    assert calls_of(ours, input) == []  # it is known by now
+    ours[0].bias = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    assert calls_of(ours, input) == ["mlp"]
+
+
+def test_frozen_layers_below_keep_no_activations():
+    theirs = plain([64] * 9 + [10])
+    theirs.requires_grad_(False)
+    theirs[-1].requires_grad_(True)
+    kept = []
+    for model in (_fused(theirs), theirs):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            model(torch.randn(100, 64))
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] == 100 * 64
+
+
+# --- one small layer on its own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "by_torch"), [((4, 64), 64, True), ((4, 64), 4096, False), ((256, 8), 70000, True)], ids=str
+)
+def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
+    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    model = mbp.fuse(nn.Sequential(nn.Linear(*sizes), nn.ReLU(), nn.Dropout(0.0)))
+    input = torch.randn(rows, sizes[0])
+    for _ in range(2):
+        assert calls_of(model, input) == ([] if by_torch else ["mlp"])
+    assert calls_of(mbp.fuse(plain([4, 8, 2])), torch.randn(1, 4)) == ["mlp"]  # two layers are worth a call
+    half = model.to(torch.float16)
+    assert calls_of(half, input.to(torch.float16)) == ["mlp"]
+
+
+def test_a_small_layer_that_is_left_to_torch_is_watched_all_the_same(monkeypatch):
+    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    model, input = mbp.fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.0))), torch.randn(3, 4)
+    model(input)
+    seen = []
+    handle = model[0].register_forward_hook(lambda *args: seen.append(args))
+    model(input)
+    handle.remove()
+    assert len(seen) == 1
+    model[0].weight = nn.Parameter(torch.zeros(8, 4))
+    model[0].bias = nn.Parameter(torch.ones(8))
+    assert_equal(model(input), torch.ones(3, 8))
+    model[2] = nn.Linear(8, 2)
+    assert calls_of(model, input) == ["mlp"]
+
+
+# --- loss_backward leaves the gradients that torch's engine leaves --------------------------------------------------
+
+
+def _loss_steps(change):
+    """An MLP after loss_backward and its plain twin after backward, once `change` has had its way with each."""
+    ours, theirs = integer_twins([4, 5, 3])
+    input, target = integers(7, 4), integers(7, 3)
+    for model in (ours, theirs):
+        change(model)
+    ours.loss_backward(input, target, reduction="sum")
+    F.mse_loss(theirs(input), target, reduction="sum").backward()
+    return ours, theirs
+
+
+def _transposed(model):
+    for layer in (model[0], model[2]):
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+def _gaps(model):
+    for layer in (model[0], model[2]):
+        wide = torch.zeros(*layer.weight.shape, 2, dtype=torch.float64)
+        wide[..., 0] = layer.weight.detach()
+        layer.weight = nn.Parameter(wide[..., 0])
+
+
+def _accumulating(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def _accumulating_across(model):
+    _transposed(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones(parameter.shape, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # torch's own, of the mixed case
+@pytest.mark.parametrize("change", [_transposed, _gaps, _accumulating, _accumulating_across])
+def test_loss_backward_lays_gradients_out_as_autograd(change):
+    ours, theirs = _loss_steps(change)
+    assert_same_grads(ours, theirs)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert one.grad.stride() == other.grad.stride()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimizer_steps_on_weights_that_are_not_row_major(optimizer):
+    ours, theirs = twins([3, 4, 2])
+    for model in (ours, theirs):
+        _transposed(model)
+    input, target = torch.randn(5, 3), torch.randn(5, 2)
+    steps = [optimizer(model.parameters(), lr=0.1, fused=True) for model in (ours, theirs)]
+    for _ in range(3):
+        for step in steps:
+            step.zero_grad()
+        ours.loss_backward(input, target)
+        F.mse_loss(theirs(input), target).backward()
+        for step in steps:
+            step.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _accumulator(parameter):
+    return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+
+def _hook_after(parameter, seen):
+    node = _accumulator(parameter)
+    node.register_hook(lambda *args: seen.append(parameter.shape))
+    return node
+
+
+def _hook_before(parameter, seen):
+    node = _accumulator(parameter)
+    node.register_prehook(lambda *args: seen.append(parameter.shape))
+    return node
+
+
+def _hook_on_several(parameter, seen):
+    return torch.autograd.graph.register_multi_grad_hook([parameter], lambda grads: seen.append(parameter.shape))
+
+
+@pytest.mark.parametrize("listen", [_hook_after, _hook_before, _hook_on_several])
+def test_loss_backward_calls_hooks_on_the_node_that_accumulates(listen):
+    model, seen = mbp.MLP([4, 5, 3]), []
+    input, target = torch.randn(7, 4), torch.randn(7, 3)
+    assert calls_of(model.loss_backward, input, target) == ["mlp_loss"]
+    held = [listen(parameter, seen) for parameter in model.parameters()]
+    model.loss_backward(input, target)
+    assert sorted(seen) == sorted(parameter.shape for parameter in model.parameters())
+    del held
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.filterwarnings("ignore:Error detected:UserWarning")
+def test_loss_backward_looks_for_nan_where_autograd_does():
+    model = mbp.MLP([4, 5, 3])
+    with torch.no_grad():
+        model[2].weight.fill_(float("nan"))
+    with torch.autograd.detect_anomaly(check_nan=True), pytest.raises(RuntimeError, match="nan values"):
+        model.loss_backward(torch.randn(7, 4), torch.randn(7, 3))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_loss_backward_gives_gradients_the_dtype_that_was_asked_for():
+    model = mbp.MLP([4, 5, 3], dtype=torch.bfloat16)
+    if not hasattr(model[0].weight, "grad_dtype"):
+        pytest.skip("this torch has no Tensor.grad_dtype")
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    for _ in range(2):
+        model.loss_backward(torch.randn(7, 4).bfloat16(), torch.randn(7, 3).bfloat16())
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def _a_gradient_of_another_shape(model):
+    model[2].bias.grad = torch.zeros(3)
+    model[2].bias.grad.data = torch.zeros(4)
+
+
+def _a_hook_that_fails(model):
+    def fail(gradient):
+        raise ValueError("a hook that fails")
+
+    model[0].weight.register_hook(fail)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("spoil", [_a_gradient_of_another_shape, _a_hook_that_fails])
+def test_loss_backward_that_fails_changes_no_gradient(spoil, accumulate):
+    model = mbp.MLP([4, 5, 3])
+    if accumulate:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    spoil(model)
+    before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    with pytest.raises((RuntimeError, ValueError)):
+        model.loss_backward(torch.randn(7, 4), torch.randn(7, 3))
+    for parameter, (grad, numbers) in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is grad
+        if grad is not None:
+            assert_equal(grad, numbers)
+
+
+def test_loss_backward_of_a_frozen_network_raises_as_backward_does():
+    model = mbp.MLP([4, 5, 3]).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model.loss_backward(torch.randn(7, 4), torch.randn(7, 3))

@@ -303,6 +303,78 @@ def sorted_by_shape(tensors):  # removal puts the parameter at the end of the la
     return sorted(tensors, key=lambda tensor: tuple(tensor.shape))
 
 
+class Holder(nn.Sequential):
+    """A Sequential with a parameter of its own."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+class Twice(nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+
+CHANGES = {
+    "fuse": mbp.fuse,
+    "unfuse": mbp.unfuse,
+    "register": lambda model: parametrize.register_parametrization(model, "scale", Twice()),
+    "more": lambda model: parametrize.register_parametrization(model, "offset", Twice()),
+    "remove": lambda model: parametrize.remove_parametrizations(model, "scale"),
+    "prune": lambda model: prune.l1_unstructured(model[0], "weight", amount=0.4),
+    "normalise": lambda model: parametrizations.weight_norm(model[0]),
+    "copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "fuse register unfuse remove",
+        "fuse register remove unfuse",
+        "register fuse remove unfuse",
+        "register fuse unfuse remove",
+        "register fuse more unfuse remove",
+        "fuse register fuse unfuse fuse remove",
+        "fuse register copy unfuse copy remove",
+        "register fuse copy remove unfuse",
+        "prune fuse unfuse",
+        "fuse prune unfuse",
+        "normalise fuse unfuse",
+        "fuse normalise copy unfuse",
+    ],
+)
+@pytest.mark.parametrize("kind", [nn.Sequential, Holder])
+def test_what_torch_adds_to_a_class_stays_in_whatever_order(kind, order):
+    """The model without fuse and unfuse goes the same way; what it is and has must be the same."""
+
+    def described(model):
+        kinds = [
+            (type(module).__name__, [base.__name__ for base in type(module).__bases__]) for module in model.modules()
+        ]
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        return kinds, list(state), [*state.values(), model.scale.detach()]
+
+    torch.manual_seed(1)
+    model = kind(nn.Linear(5, 4), nn.ReLU())
+    model.scale, model.offset = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3))
+    twin = copy.deepcopy(model)
+    for change in order.split():
+        model = CHANGES[change](model) if change in ("copy", "fuse", "unfuse") else CHANGES[change](model) and model
+        if change not in ("fuse", "unfuse"):
+            twin = CHANGES[change](twin) if change == "copy" else CHANGES[change](twin) and twin
+        assert isinstance(model, kind)
+        assert_equal(model.scale, twin.scale)
+    mbp.unfuse(model)
+    (kinds, names, values), (want, same, others) = described(model), described(twin)
+    assert kinds == want
+    assert names == same
+    assert_equal(values, others)
+    if "register" not in order:  # parametrizations are a child, which a Sequential calls
+        assert_equal(model(torch.ones(2, 5)), twin(torch.ones(2, 5)))
+
+
 @pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
 def test_clipping_returns_the_same_norm_and_leaves_the_same_gradients(twins, norm):
     norms = []
@@ -446,6 +518,96 @@ def test_hooks_on_several_gradients_at_once(twins):
         if isinstance(model, mbp.MLP):
             model.loss_backward(*data())
     assert seen == [len(list(model.parameters()))] * (2 if isinstance(model, mbp.MLP) else 1)
+
+
+# --- quantization ---------------------------------------------------------------------------------------------------
+
+
+class Quantizable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.body = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3), nn.ReLU())
+
+    def forward(self, input):
+        return self.leave(self.body(self.enter(input)))
+
+
+def quantized(fuse_before, aware):
+    """The outputs of a model on its way to int8, fused before the step of that name, and the classes in it at the end."""
+    ao = torch.ao.quantization
+    engine = torch.backends.quantized.engine
+    config = ao.get_default_qat_qconfig(engine) if aware else ao.get_default_qconfig(engine)
+    pairs = [["body.0", "body.1"], ["body.2", "body.3"]]
+    steps = {
+        "fuse_modules": lambda model: (ao.fuse_modules_qat if aware else ao.fuse_modules)(model, pairs),
+        "prepare": ao.prepare_qat if aware else ao.prepare,
+        "calibrate": lambda model: outputs.append(model(torch.linspace(-2, 2, 35).view(7, 5)).detach()) or model.eval(),
+        "convert": ao.convert,
+        "infer": lambda model: outputs.append(model(torch.linspace(-1, 3, 35).view(7, 5))) or model,
+    }
+    torch.manual_seed(4)
+    model, outputs = Quantizable().train(aware), []
+    model.qconfig = config
+    for name, step in steps.items():
+        if name == fuse_before:
+            mbp.fuse(model)
+        model = step(model)
+    kinds = [type(module) for module in mbp.unfuse(model).modules()]
+    return outputs, kinds
+
+
+needs_int8 = pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no int8 kernels in this torch")
+ignore_quantization = pytest.mark.filterwarnings("ignore")  # what torch.ao.quantization says about itself
+
+
+@needs_int8
+@ignore_quantization
+@pytest.mark.parametrize("aware", [False, True], ids=["after training", "aware"])
+@pytest.mark.parametrize("fuse_before", ["fuse_modules", "prepare", "calibrate", "convert", "infer"])
+def test_a_model_is_fused_at_any_point_on_its_way_to_int8(fuse_before, aware):
+    (got, kinds), (want, same) = quantized(fuse_before, aware), quantized(None, aware)
+    assert kinds == same
+    assert "LinearReLU" in [kind.__name__ for kind in kinds]
+    torch.testing.assert_close(got[0], want[0])  # float: fused until prepare puts hooks on its layers
+    assert_equal(got[1], want[1])
+
+
+@needs_int8
+@ignore_quantization
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_dynamic_quantization(make, when):
+    model, input = make(), data(torch.float32)[0]
+    twin = plain(model)
+    before, ao = calls_of(model, input), torch.ao.quantization
+    if when != "after":
+        mbp.fuse(model)
+    model, twin = ao.quantize_dynamic(model, {nn.Linear}), ao.quantize_dynamic(twin, {nn.Linear})
+    if when != "before":
+        mbp.fuse(model)
+    if "linear_relu" in before:  # a LinearReLU is no nn.Linear to torch, and stays float
+        assert_close(model(input), model[2](model[1](model[0](input))))
+    else:
+        assert_equal(model(input), twin(input))
+        assert calls_of(mbp.unfuse(model), input) == []
+
+
+@needs_int8
+@ignore_quantization
+def test_quantization_of_a_traced_graph():
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    input = data(torch.float32)[0]
+    torch.manual_seed(4)
+    twin = Quantizable().body.eval()
+    outputs = []
+    for model in (mbp.fuse(copy.deepcopy(twin)), twin):
+        mapping = torch.ao.quantization.get_default_qconfig_mapping(torch.backends.quantized.engine)
+        prepared = prepare_fx(model, mapping, (input,))
+        prepared(input)
+        outputs.append(convert_fx(prepared)(input))
+    assert_equal(*outputs)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

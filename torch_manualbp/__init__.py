@@ -6,7 +6,7 @@ from torch_manualbp import _ops as _ops  # loads the compiled part first: its ab
 from torch_manualbp import autograd as autograd
 from torch_manualbp import lecture as lecture
 from torch_manualbp._flops import register_when_needed
-from torch_manualbp.conversion import fuse, unfuse
+from torch_manualbp.conversion import fuse, safe_globals, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.inspection.gradient_flow import gradient_flow
 from torch_manualbp.inspection.memory import memory
@@ -29,6 +29,7 @@ __all__ = [
     "mlp_loss",
     "per_sample_gradient_norms",
     "per_sample_gradients",
+    "safe_globals",
     "trace",
     "unfuse",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._function import ManualFunction, backward_is_composed, refuse_capture
+from torch_manualbp._function import ManualFunction, asked_for, backward_is_composed, refuse_capture
 from torch_manualbp._losses import LossSpec
 
 
@@ -27,22 +27,32 @@ class LinearReLUFunction(ManualFunction):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The kernel; saves h (input), Ω (weight) and h' (output)."""
+        """The kernel; saves h (input), Ω (weight) and h' (output), each if backward will read it."""
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("LinearReLUFunction")
         output: Tensor = _ops.linear_relu(input, weight, bias)
-        ctx.save_for_backward(input, weight, output)
+        need_input, need_weight, _ = ctx.needs_input_grad
+        ctx.arguments = (input.shape, weight, bias)
+        ctx.weight = used = weight.detach()
+        ctx.save_for_backward(
+            _as_used(input, need_input) if need_weight else None, used if need_input else None, output
+        )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that are needed, in one call."""
         input, weight, output = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        shape, *parameters = ctx.arguments
+        needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
+        if not any(needs):
+            return None, None, None
         if backward_is_composed(grad_output):
-            grads = reference.mlp_backward(grad_output, [input], [weight], output)
-            return _only(needs, [grads.dinput, *grads.dweights, *grads.dbiases])
-        return _spread(needs, _ops.linear_relu_backward(grad_output, input, weight, output, needs))
+            (weight,) = _connected(parameters[:1], [weight])
+            grads = reference.mlp_backward(grad_output, [input], [weight], output, needs=needs)
+            return grads.dinput, grads.dweights[0], grads.dbiases[0]
+        input = _stand_in(output, shape) if input is None else input
+        return _spread(needs, _ops.linear_relu_backward(grad_output, input, ctx.weight, output, needs))
 
     @staticmethod
     def composed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,38 +71,61 @@ class MLPFunction(ManualFunction):
     def forward(
         ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All layers in one call; saves the input, the weights, and the activations or the biases."""
+        """All layers in one call. Saves what backward will read.
+
+        Without `store` these are all arguments. Else: the input if Ω_0 learns, Ω_k if something below layer k does, the
+        activations, and the output if a ReLU made it.
+        """
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("MLPFunction")
         weights, biases = parameters[:layers], parameters[layers:]
         output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
         ctx.set_materialize_grads(False)
-        ctx.layers, ctx.store = layers, store
-        kept = (hidden,) if store else biases
-        ctx.save_for_backward(input, output if final_relu else None, *weights, *kept)
+        ctx.store, ctx.shape, ctx.parameters = store, input.shape, parameters
+        # Backward multiplies by the weights that forward used: `weight.data = …` may exchange them in between, without
+        # a trace. An alias keeps their memory, as the view does that torch's own linear saves. (0.3 µs each.)
+        ctx.weights = used = [weight.detach() for weight in weights]
+        needs = ctx.needs_input_grad
+        h_0: Tensor | None = _as_used(input, needs[0])
+        read: list[Tensor | None] = [*used]
+        if store:
+            first = 0  # the lowest layer of which backward multiplies by the weight
+            while first < layers and not (needs[0] if first == 0 else needs[3 + first] or needs[3 + layers + first]):
+                first += 1
+            h_0 = h_0 if needs[4] else None
+            read = [None] * first + used[first:]
+            kept: list[Tensor | None] = [hidden]
+        else:
+            kept = [None if bias is None else bias.detach() for bias in biases]
+        ctx.save_for_backward(h_0, output if final_relu else None, *read, *kept)
         return output, hidden
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        """All layers in reverse, in one call; stops below the lowest layer that has something to learn."""
+        """All layers in reverse, in one call; stops below the lowest layer whose gradient is asked for."""
         input, output, *saved = ctx.saved_tensors
-        weights, kept = saved[: ctx.layers], saved[ctx.layers :]
-        hidden, biases = (kept[0], ()) if ctx.store else (None, kept)
-        needs = _of_tensors(ctx.needs_input_grad)
+        weights, layers = ctx.weights, len(ctx.weights)
+        hidden, biases = (saved[layers], ()) if ctx.store else (None, saved[layers:])
+        if grad_output is None and grad_hidden is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = asked_for(ctx, (weights[0], *ctx.parameters), _of_tensors(ctx.needs_input_grad))
         if grad_output is None:  # only `hidden` was used: by the gradient of a gradient that is constant in the output
-            if grad_hidden is None:
-                return (None,) * len(ctx.needs_input_grad)
-            grad_output = input.new_zeros((*input.shape[:-1], weights[-1].shape[0]))
+            grad_output = weights[0].new_zeros((*ctx.shape[:-1], weights[-1].shape[0]))
+            needs[layers] = needs[-1] = False  # the last layer had no part in it
+        if not any(needs):
+            return (None,) * len(ctx.needs_input_grad)
         if grad_hidden is not None or backward_is_composed(grad_output):
+            weights = _connected(ctx.parameters[:layers], saved[:layers])
             if hidden is None:
+                biases = _connected(ctx.parameters[layers:], biases)
                 _, h = reference.mlp_forward(input, weights, biases, output is not None)
             else:
-                h = [input, *_split(hidden, input, weights)]
-            grad_h = None if grad_hidden is None else _split(grad_hidden, input, weights)
-            grads = reference.mlp_backward(grad_output, h, weights, output, grad_h)
-            spread = _only(needs, [grads.dinput, *grads.dweights, *grads.dbiases])
-        else:
-            spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
+                h = [input, *_split(hidden, ctx.shape, ctx.weights)]
+            grad_h = None if grad_hidden is None else _split(grad_hidden, ctx.shape, ctx.weights)
+            grads = reference.mlp_backward(grad_output, h, weights, output, grad_h, needs)
+            return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases
+        input = _stand_in(weights[0], ctx.shape) if input is None else input
+        spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
         return spread[0], None, None, None, *spread[1:]
 
     @staticmethod
@@ -113,26 +146,33 @@ class MLPLossFunction(ManualFunction):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
-        """Forward, loss and backward in one pass over blocks of rows; keeps the gradients only."""
+        """Forward, loss and backward in one pass over blocks of rows; keeps the gradients.
+
+        The arguments are saved for a second backward pass and for gradients of gradients; the first one reads none, so
+        that they may be changed then.
+        """
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("MLPLossFunction")
         weights, biases = parameters[:layers], parameters[layers:]
-        ctx.layers, ctx.loss, ctx.needs = layers, loss, _of_tensors(ctx.needs_input_grad)
+        ctx.parameters, ctx.loss, ctx.needs = parameters, loss, _of_tensors(ctx.needs_input_grad)
         value, *ctx.grads = loss.run(input, target, weights, biases, ctx.needs)
-        ctx.save_for_backward(input, target, *parameters)
+        used = [None if parameter is None else parameter.detach() for parameter in parameters]
+        ctx.save_for_backward(_as_used(input, ctx.needs[0]), target, *used)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that forward computed, times ∂L/∂ℓ. They are given away: a second pass computes its own."""
-        input, target, *parameters = ctx.saved_tensors
         if backward_is_composed(grad_output):
+            input, target, *used = ctx.saved_tensors
+            parameters = _connected(ctx.parameters, used)
             grads = _loss_gradients(ctx.loss, input, target, parameters, ctx.needs, grad_output)
         else:
             grads = vars(ctx).pop("grads", None)  # in one step: another thread may walk the same graph
             if grads is None:
-                weights, biases = parameters[: ctx.layers], parameters[ctx.layers :]
-                _, *grads = ctx.loss.run(input, target, weights, biases, ctx.needs)
+                input, target, *used = ctx.saved_tensors
+                layers = len(used) // 2
+                _, *grads = ctx.loss.run(input, target, used[:layers], used[layers:], ctx.needs)
             if grad_output.is_cuda:  # to look at the number would wait for the device
                 torch._foreach_mul_(grads, grad_output)
             elif (scale := grad_output.item()) != 1.0:  # the usual one costs a pass over all gradients
@@ -165,6 +205,56 @@ def _loss_gradients(
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
 
 
+class _Connect(torch.autograd.Function):
+    """`apply(parameter, used)` → `used`, in the graph in the place of the parameter: gradients go to that one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor, used: Tensor) -> Tensor:
+        """An alias."""
+        return used.view_as(used)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """The gradient of an identity."""
+        return grad_output, None
+
+
+def _connected(parameters: Sequence[Any], used: Sequence[Any]) -> list[Any]:
+    """The tensors that forward used, in the graph: the parameters, but for those whose memory was exchanged since."""
+    return [
+        parameter if now is None or parameter is None or _is_same(parameter, now) else _Connect.apply(parameter, now)  # type: ignore[no-untyped-call]
+        for parameter, now in zip(parameters, used, strict=True)
+    ]
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same part of the same memory."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.storage_offset() == b.storage_offset()
+        and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+    )
+
+
+def _as_used(input: Tensor, needs_gradient: bool) -> Tensor:
+    """What to save of an input: of a matrix torch's linear saves the tensor itself, of any other shape a view.
+
+    That makes a difference after ``input.data = …``. An input that needs a gradient is saved itself, for the graph.
+    """
+    return input if needs_gradient or input.dim() == 2 else input.detach()
+
+
+def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
+    """In the place of an input of which backward needs the shape only, so that it was not saved."""
+    return like.new_zeros(()).expand(shape)
+
+
 def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     """Of the arguments (input, three that are no tensors or have no gradient, *parameters): input and parameters."""
     needs = list(needs_input_grad)
@@ -172,16 +262,12 @@ def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     return needs
 
 
-def _split(hidden: Tensor, input: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`."""
-    leading = input.shape[:-1]
+def _split(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -> list[Tensor]:
+    """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`; shape: of h_0."""
+    leading = shape[:-1]
     widths = [weight.shape[0] for weight in weights[:-1]]
     pieces = torch.split(hidden, [math.prod(leading) * width for width in widths]) if widths else ()
     return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
-
-
-def _only(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
 
 
 def _spread(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,11 @@ OPTIONS: Mapping[str, Any] = MappingProxyType({"verbose": False, "rest": "eager"
 
 
 def manualbp(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """A backend for ``torch.compile``: computes every chain of linear and ReLU fused, and the rest as before.
 
@@ -39,15 +43,17 @@ def manualbp(
     Args:
         graph_module: what Dynamo captured.
         example_inputs: its inputs.
+        mode: as given to ``torch.compile``; for the backend of the rest.
         options: as given to ``torch.compile``. "verbose": print what is fused (the logger "torch_manualbp" says it at
             level INFO always). "rest": the backend that gets the graph with our calls in it, "eager" by default, or
-            "inductor". "activations": "store" or "recompute", as in `mlp`.
+            "inductor". "activations": "store" or "recompute", as in `mlp`. All others are for the backend of the rest:
+            inductor obeys them, torch's other backends say on their loggers that they ignore them.
 
     Returns:
         What Dynamo shall run.
 
     Raises:
-        ValueError: an unknown option or value.
+        ValueError: an unknown value of "activations".
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -55,34 +61,31 @@ def manualbp(
         >>> compiled(torch.ones(3, 4)).shape
         torch.Size([3, 1])
     """
-    chosen = _check_options(options)
-    rest = chosen["rest"]
+    others = dict(options or {})
+    verbose, rest, activations = (others.pop(name, default) for name, default in OPTIONS.items())
+    if activations not in ACTIVATION_MODES:
+        raise ValueError(
+            f"manualbp: `activations` must be one of {', '.join(map(repr, ACTIVATION_MODES))}, got {activations!r}"
+        )
     chains = find_chains(graph_module.graph)
     found = f"fused {len(chains)} chain(s):" if chains else "found nothing to fuse"
     report = "\n".join([f"torch_manualbp: {found}", *map(str, chains)])
     for chain in chains:
-        _replace(graph_module.graph, chain, chosen["activations"], eager=rest == "eager")
+        _replace(graph_module.graph, chain, activations, eager=rest == "eager")
     graph_module.graph.lint()
     graph_module.recompile()
     logger.info(report)
-    if chosen["verbose"]:
+    if verbose:
         print(report)
-    if rest == "eager":
-        return graph_module.forward
-    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(rest)(graph_module, list(example_inputs))
+    compiled: Callable[..., Any] = _backend(rest, mode, others)(graph_module, list(example_inputs))
     return compiled
 
 
-def _check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    chosen = {**OPTIONS, **(options or {})}
-    if unknown := set(chosen) - set(OPTIONS):
-        raise ValueError(f"manualbp: `options` may hold {', '.join(OPTIONS)}, got {', '.join(sorted(unknown))}")
-    if chosen["activations"] not in ACTIVATION_MODES:
-        raise ValueError(
-            f"manualbp: `activations` must be one of {', '.join(map(repr, ACTIVATION_MODES))}, "
-            f"got {chosen['activations']!r}"
-        )
-    return chosen
+def _backend(name: Any, mode: str | None, options: dict[str, Any]) -> Any:
+    """The backend that ``torch.compile(model, backend=name, mode=mode, options=options)`` calls."""
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
+    return torch._TorchCompileWrapper(name, mode, options, None)  # type: ignore[no-untyped-call]
 
 
 @dataclass

@@ -1,17 +1,21 @@
 """`fuse` and `unfuse`: switch every ``nn.Sequential`` of a model to fused computation, and back.
 
 Only the class of a Sequential changes, to a subclass of itself with a fused forward; its children, parameters, hooks
-and state_dict keys are untouched.
+and state_dict keys are untouched. `safe_globals` lists what a file with such a model names.
 """
 
 import copyreg
 import functools
+import sys
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from torch_manualbp._checks import check_activations
-from torch_manualbp.modules import FusedForward
+from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -19,8 +23,13 @@ _M = TypeVar("_M", bound=nn.Module)
 def fuse(module: _M, *, activations: str = "store") -> _M:
     """Computes every run of Linear / ReLU in the Sequentials of `module` fused from now on; in place.
 
-    Parameters stay the same objects, state_dict keys and hooks stay as they are. Left alone are Sequentials with a
-    forward of their own; layers with hooks or parametrizations, and subclasses of ``nn.Linear``, run as plain modules.
+    Parameters stay the same objects, state_dict keys and hooks stay as they are. Layers with hooks or parametrizations,
+    and subclasses of ``nn.Linear``, run as plain modules. Left alone is a Sequential
+
+    - in which no ``nn.Linear`` has its ReLU directly behind it: there is nothing to fuse. (Call `fuse` again after
+      giving it such layers.)
+    - that does not run its children in turn as ``nn.Sequential`` does: it has a forward or an ``__iter__`` of its own.
+    - of a class that torch knows by its exact type: ``torch.ao.nn.intrinsic.LinearReLU`` waits for ``convert``.
 
     Args:
         module: any model.
@@ -28,7 +37,7 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
             `MLP` in the model is fused already, and keeps its own setting.
 
     Returns:
-        `module` itself. Its type changes if it is a Sequential, to a subclass of its type.
+        `module` itself. If it is one of the Sequentials, its type changes to a subclass of its type.
 
     Raises:
         TypeError: `module` is not an ``nn.Module``.
@@ -41,9 +50,10 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
     """
     _check_module("fuse", module)
     check_activations("fuse", activations)
+    fused: Callable[[type], type] = functools.cache(_fused_kind)  # modules that share a class go on sharing one
     for child in module.modules():
-        if isinstance(child, nn.Sequential) and _has_sequential_forward(child):
-            child.__class__ = _fused_class(cast(Any, type(child)))
+        if isinstance(child, nn.Sequential) and "forward" not in child.__dict__ and _has_run(child):
+            child.__class__ = fused(type(child))
         if isinstance(child, _Fused):
             child.__dict__["_manualbp_activations"] = activations
     return module
@@ -52,7 +62,8 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
 def unfuse(module: _M) -> _M:
     """The inverse of `fuse`: every Sequential that it changed gets its own class back; in place.
 
-    An `MLP` stays an `MLP`: it was not made by `fuse`. ``nn.Sequential(*model)`` gives the plain network of one.
+    An `MLP` stays an `MLP`: it was not made by `fuse`. ``nn.Sequential(*model)`` gives the plain network of one. What
+    ``fully_shard``, ``replicate`` or ``parametrize`` added to a class, before `fuse` or after it, stays.
 
     Args:
         module: any model.
@@ -62,6 +73,8 @@ def unfuse(module: _M) -> _M:
 
     Raises:
         TypeError: `module` is not an ``nn.Module``.
+        RuntimeError: since `fuse`, the forward of a Sequential was replaced, or its class by one that is derived from
+            the fused class. Nothing is changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -69,12 +82,48 @@ def unfuse(module: _M) -> _M:
         True
     """
     _check_module("unfuse", module)
-    for child in module.modules():
-        if isinstance(child, _Fused):
-            child.__class__ = child._original_class  # type: ignore[assignment]
-            for name in ("_manualbp_activations", "_manualbp_plan", "_manualbp_watchers"):
-                child.__dict__.pop(name, None)
+    unfused: Callable[[type], type] = functools.cache(_unfused_kind)
+    changed = [(child, unfused(type(child))) for child in module.modules() if isinstance(child, _Fused)]
+    for child, _ in changed:
+        if "forward" in child.__dict__:
+            raise RuntimeError(
+                f"unfuse: the forward of a {type(child).__name__} was replaced after fuse, by something that may call "
+                "the fused one: put it back (`del sequential.forward`) first"
+            )
+    for child, kind in changed:
+        child.__class__ = kind
+        for name in [name for name in child.__dict__ if name.startswith("_manualbp_")]:
+            del child.__dict__[name]
     return module
+
+
+def safe_globals(*classes: type) -> list[Any]:
+    """What ``torch.load(weights_only=True)`` must allow to load an `MLP`, a `LinearReLU` or a fused Sequential.
+
+    A list for ``torch.serialization.safe_globals`` or ``add_safe_globals``: the classes of this library with
+    ``nn.Sequential``, ``nn.Linear`` and ``nn.ReLU``. A state_dict needs none of it.
+
+    Args:
+        classes: what else the model is made of and you trust, such as ``nn.Dropout``, or a subclass of
+            ``nn.Sequential``, which is allowed fused, too.
+
+    Raises:
+        TypeError: an item of `classes` is not a class.
+
+    Example:
+        >>> import io, torch
+        >>> model = fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
+        >>> torch.save(model, file := io.BytesIO())
+        >>> with torch.serialization.safe_globals(safe_globals()):
+        ...     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        >>> type(unfuse(loaded)) is nn.Sequential
+        True
+    """
+    for kind in classes:
+        if not isinstance(kind, type):
+            raise TypeError(f"safe_globals: `classes` must be classes, got {kind!r}")
+    fused = [_fused_class(kind) for kind in (nn.Sequential, *classes) if _runs_children_in_turn(kind)]
+    return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, no_plan, *classes, *fused]
 
 
 def _check_module(op: str, module: Any) -> None:
@@ -82,14 +131,80 @@ def _check_module(op: str, module: Any) -> None:
         raise TypeError(f"{op}: `module` must be an nn.Module, got {type(module).__name__}")
 
 
-def _has_sequential_forward(module: nn.Sequential) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+# All that nn.Sequential's forward goes through, from the call to its children.
+_RUNNING = {
+    name: getattr(nn.Sequential, name, None)
+    for name in (
+        *("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward"),
+        *("forward", "__iter__", "_modules", "__getattribute__"),
+    )
+}
+
+
+def _runs_children_in_turn(kind: type) -> bool:
+    """Whether `kind` is ``nn.Sequential``, or is used as one: not one of torch's own, which torch knows by its type."""
+    own = set(kind.__mro__) - set(nn.Sequential.__mro__)
+    return (
+        issubclass(kind, nn.Sequential)
+        and all(getattr(kind, name, None) is value for name, value in _RUNNING.items())
+        and not any(_is_of_torch(base) for base in own)
+    )
+
+
+def _has_run(sequential: nn.Sequential) -> bool:
+    """Whether a linear layer has its ReLU behind it, or may have: hooks and parametrizations of layers may go again."""
+    kinds = [type_before_parametrizations(child) for child in sequential._modules.values()]
+    kinds = [getattr(kind, "cls_to_become", None) or kind for kind in kinds]  # what a lazy layer will be
+    return LinearReLU in kinds or (nn.Linear, nn.ReLU) in pairwise(kinds)
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def _is_made_by_torch(kind: type) -> bool:
+    """Whether torch made this class at run time around another, as ``fully_shard`` and ``parametrize`` do."""
+    is_written = "." in kind.__qualname__ or getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
+    return _is_of_torch(kind) and not is_written
+
+
+def _fused_kind(kind: type) -> type:
+    """`kind` with a fused forward, or as it is. FSDPSequential becomes what fully_shard makes of a fused Sequential."""
+    written = kind
+    while _is_made_by_torch(written) and not issubclass(written, FusedForward):
+        written = next(base for base in written.__bases__ if issubclass(base, nn.Sequential))
+    return _exchanged(kind, written, _fused_class(written)) if _runs_children_in_turn(written) else kind
+
+
+def _unfused_kind(kind: type) -> type:
+    """The inverse of `_fused_kind`, whatever torch has made of the class since."""
+    fused = next(base for base in kind.__mro__ if "_original_class" in vars(base))
+    return _exchanged(kind, fused, cast(Any, fused)._original_class)
+
+
+def _exchanged(kind: type, base: type, other: type) -> type:
+    """`kind`, which is `base` or was made by torch around it, around `other` instead."""
+    if kind is base:
+        return other
+    if not _is_made_by_torch(kind):
+        raise RuntimeError(
+            f"unfuse: the class {kind.__name__} is derived from {base.__name__}, which fuse made: give the module the "
+            "class back that it had before"
+        )
+    bases = tuple(_exchanged(each, base, other) if issubclass(each, base) else each for each in kind.__bases__)
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__.removesuffix(base.__name__) + other.__name__, bases, body)
 
 
 class _Fused(FusedForward):
     """What `fuse` mixes into a class. Such classes are made at run time, so pickling names the original class."""
 
     _original_class: type[nn.Sequential]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing for a class that `fuse` makes: a register of subclasses that the original keeps need not know it."""
+        if "_original_class" not in vars(cls):
+            super().__init_subclass__(**kwargs)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice a Sequential of the same kind, as fused as this one."""
@@ -99,12 +214,11 @@ class _Fused(FusedForward):
         return item
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        rebuild, args, *state = cast(
-            tuple[Any, ...], super().__reduce_ex__(max(protocol, 2))
-        )  # before 2 it names the class
-        if rebuild is not copyreg.__newobj__:  # type: ignore[attr-defined]  # absent from the stubs
-            return (rebuild, args, *state)
-        return (_new, (self._original_class,), *state)
+        reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))  # before 2 it names the class
+        if reduced[0] is copyreg.__newobj__ and "_original_class" in vars(type(self)):  # type: ignore[attr-defined]
+            _, (_, *args), *state = reduced
+            reduced = (_new, (self._original_class, *args), *state)
+        return reduced
 
 
 @functools.cache
@@ -114,7 +228,7 @@ def _fused_class(original: Any) -> Any:
     return type(f"Fused{original.__name__}", (_Fused, original), body)
 
 
-def _new(original: Any) -> Any:
+def _new(original: Any, *args: Any) -> Any:
     """Make an empty instance of the fused form of `original`, for copy and pickle."""
     fused = _fused_class(original)
-    return fused.__new__(fused)
+    return fused.__new__(fused, *args)

@@ -1,10 +1,12 @@
 """The functions: differentiable, any leading dimensions, and the plain torch composition where kernels do not apply."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from torch_manualbp import _graph, _ops, reference
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
@@ -36,18 +38,31 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         >>> linear_relu(x, torch.eye(2), torch.tensor([0.5, 0.5]))
         tensor([[1.5000, 0.0000]])
     """
-    check_tensor("linear_relu", "input", input)
-    check_tensor("linear_relu", "weight", weight)
-    check_tensor("linear_relu", "bias", bias, optional=True)
-    # F.linear also takes a weight without rows and a bias that broadcasts: rare, left to torch.
-    broadcasts = weight.dim() == 1 or (
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        if has_torch_function((input, weight, bias)):  # a Proxy of torch.fx: one call in its graph
+            return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
+        check_tensor("linear_relu", "input", input)
+        check_tensor("linear_relu", "weight", weight)
+        check_tensor("linear_relu", "bias", bias, optional=True)
+    if kernels_apply(input, (weight, bias)) and not (broadcasts(weight, bias) or torch_is_faster(input, (weight,))):
+        return compute_linear_relu(input, weight, bias)
+    if joins_graph(input, (weight, bias)) and not broadcasts(weight, bias):
+        return layers_in_graph(input, (weight,), (bias,), final_relu=True)
+    return F.relu(F.linear(input, weight, bias))
+
+
+def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether F.linear takes this weight without rows, or this bias, by broadcasting: rare, left to torch."""
+    return weight.dim() == 1 or (
         bias is not None and weight.dim() > 0 and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
     )
-    if broadcasts or not kernels_apply(input, (weight, bias)) or torch_is_faster(input, (weight,)):
-        if not broadcasts and joins_graph(input, (weight, bias)):
-            return layers_in_graph(input, (weight,), (bias,), final_relu=True)
-        return F.relu(F.linear(input, weight, bias))
-    if torch.is_grad_enabled() and _any_requires_grad(input, (weight,), (bias,)):
+
+
+def compute_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_relu` by our kernels on checked arguments."""
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         output: Tensor = LinearReLUFunction.record(input, weight, bias)
     else:
         output = _ops.linear_relu(input, weight, bias)
@@ -87,7 +102,14 @@ def mlp(
         tensor([[6.]])
     """
     check_activations("mlp", activations)
-    return run_layers(input, weights, biases, activations=activations)
+    try:
+        check_tensor("mlp", "input", input)
+        weights, biases = check_layers("mlp", weights, biases)
+    except (TypeError, ValueError):
+        if stand_ins := _stand_ins(input, weights, biases):
+            return handle_torch_function(mlp, stand_ins, input, weights, biases, activations=activations)
+        raise
+    return _layers(input, weights, biases, False, activations == "store")
 
 
 def run_layers(
@@ -100,26 +122,52 @@ def run_layers(
     """`mlp`, with a ReLU after the last layer too if `final_relu`."""
     check_tensor("mlp", "input", input)
     weights, biases = check_layers("mlp", weights, biases)
-    if not kernels_apply(input, (*weights, *biases)):
-        if joins_graph(input, (*weights, *biases)):
-            return layers_in_graph(input, weights, biases, final_relu, activations == "store")
-        output, _ = reference.mlp_forward(input, weights, biases, final_relu)
-        return output
-    return compute_layers(input, weights, biases, final_relu, activations == "store")
+    return _layers(input, weights, biases, final_relu, activations == "store")
+
+
+def _layers(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+) -> Tensor:
+    if kernels_apply(input, (*weights, *biases)):
+        return compute_layers(input, weights, biases, final_relu, store)
+    if joins_graph(input, (*weights, *biases)):
+        return layers_in_graph(input, weights, biases, final_relu, store)
+    output, _ = reference.mlp_forward(input, weights, biases, final_relu)
+    return output
+
+
+def _stand_ins(*arguments: Any) -> list[Any]:
+    """Objects that are no tensors but stand for some, as a Proxy of torch.fx does: they say what becomes of a call."""
+    items = [item for argument in arguments for item in (argument if type(argument) in (list, tuple) else [argument])]
+    return [item for item in items if not isinstance(item, Tensor) and has_torch_function((item,))]
 
 
 def compute_layers(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
 ) -> Tensor:
     """`mlp` by our kernels on checked arguments, with a ReLU after the last layer too if `final_relu`."""
-    output: Tensor
     if store and torch_is_faster(input, weights):
-        output, _ = reference.mlp_forward(input, weights, biases, final_relu)
-    elif torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
-        output, _ = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)
-    else:
-        output, _ = _ops.mlp(input, weights, biases, final_relu, False)
+        return reference.mlp_forward(input, weights, biases, final_relu)[0]
+    if torch.is_grad_enabled():
+        first = _first_that_learns(input, weights, biases)
+        if first < len(weights):
+            if first > 0:  # below it there is nothing to learn, so that no activation is needed again
+                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False)
+                weights, biases = weights[first:], biases[first:]
+            output: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)[0]
+            return output
+    output, _ = _ops.mlp(input, weights, biases, final_relu, False)
     return output
+
+
+def _first_that_learns(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
+    """The lowest layer that needs a gradient, of its parameters or its input; the number of layers if none does."""
+    if input.requires_grad:
+        return 0
+    for k, weight in enumerate(weights):
+        if weight.requires_grad or ((bias := biases[k]) is not None and bias.requires_grad):
+            return k
+    return len(weights)
 
 
 def layers_in_graph(
@@ -128,15 +176,6 @@ def layers_in_graph(
     """`mlp` on checked arguments for which `joins_graph` holds: one op of the graph that is being captured."""
     output: Tensor = _graph.layers(input, weights, biases, final_relu, store)
     return output
-
-
-def _any_requires_grad(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
-    if input.requires_grad:
-        return True
-    for weight in weights:  # a loop: half the time of any() over a generator, and the first one usually decides
-        if weight.requires_grad:
-            return True
-    return any(bias is not None and bias.requires_grad for bias in biases)
 
 
 def mlp_loss(
@@ -181,10 +220,18 @@ def mlp_loss(
         >>> mlp_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([[4.0]]), omega)  # (6 − 4)²
         tensor(4.)
     """
-    check_tensor("mlp_loss", "input", input)
-    check_tensor("mlp_loss", "target", target)
-    weights, biases = check_layers("mlp_loss", weights, biases)
     spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+    try:
+        check_tensor("mlp_loss", "input", input)
+        check_tensor("mlp_loss", "target", target)
+        weights, biases = check_layers("mlp_loss", weights, biases)
+    except (TypeError, ValueError):
+        if stand_ins := _stand_ins(input, target, weights, biases):
+            options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+            return handle_torch_function(
+                mlp_loss, stand_ins, input, target, weights, biases, loss=loss, reduction=reduction, **options
+            )
+        raise
     if not (kernels_apply(input, (*weights, *biases)) and target_is_plain(input, target, spec)):
         if joins_graph(input, (*weights, *biases)):
             return spec.of(layers_in_graph(input, weights, biases, final_relu=False), target)
@@ -197,7 +244,7 @@ def compute_loss(
     input: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: LossSpec
 ) -> Tensor:
     """`mlp_loss` by our kernels on checked arguments."""
-    if torch.is_grad_enabled() and _any_requires_grad(input, weights, biases):
+    if torch.is_grad_enabled() and _first_that_learns(input, weights, biases) < len(weights):
         value: Tensor = MLPLossFunction.record(input, target, spec, len(weights), *weights, *biases)
         return value
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]

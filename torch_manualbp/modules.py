@@ -6,17 +6,27 @@ way in which forward computes is ours.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import is_
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torch_manualbp import _distributed
 from torch_manualbp._checks import check_activations
-from torch_manualbp._function import PLAIN, global_hooks_exist, joins_graph, kernels_apply
+from torch_manualbp._function import (
+    PLAIN,
+    PLAIN_OR_NONE,
+    global_hooks_exist,
+    has_kernels,
+    joins_graph,
+    rows_left_to_torch,
+    undisturbed,
+)
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp.functional import compute_layers, compute_loss, layers_in_graph, linear_relu, target_is_plain
 
@@ -50,58 +60,59 @@ class LinearReLU(nn.Linear):
         """relu(input weightᵀ + bias)."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.relu(F.linear(input, self.weight, self.bias))
-        return linear_relu(input, self.weight, self.bias)
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or undisturbed(input):
+            return linear_relu(input, self.weight, self.bias)
+        return nn.ReLU.forward(_RELU, super().forward(input))
 
+
+_RELU = nn.ReLU()
 
 _Parameters = tuple[list[Tensor], list[Tensor | None]]
-_MISSING = object()
 
 
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("modules", "owners", "relu")
+    __slots__ = ("first", "last", "left_to_torch", "modules", "relu")
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self.first = self.last = first  # its linear layers are those from `first` to before `last` of the network
+        self.left_to_torch: list[Tensor | None] = []  # parameters that our op refused and torch took
         self.modules: list[nn.Module] = []
-        self.owners: list[dict[str, Any]] = []  # where each linear layer keeps its parameters
         self.relu = False
 
     def add(self, module: nn.Module) -> None:
         """Appends a Linear, ReLU or LinearReLU."""
         self.modules.append(module)
-        if type(module) is not nn.ReLU:
-            self.owners.append(module._parameters)
+        self.last += type(module) is not nn.ReLU
         self.relu = type(module) is not nn.Linear
 
-    def parameters(self, input: Any, in_graph: bool = False) -> _Parameters | None:
-        """The weights and biases, which may be other objects than at the last call; None if kernels cannot compute."""
-        if not (isinstance(input, Tensor) and (joins_graph if in_graph else kernels_apply)(input)):
-            return None
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        for owner in self.owners:
-            weight, bias = owner.get("weight"), owner.get("bias", _MISSING)
-            if type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
-                return None  # computed from something else
-            if weight.layout is not torch.strided:  # type: ignore[union-attr]
-                return None
-            weights.append(cast(Tensor, weight))
-            biases.append(cast(Any, bias))
-        return weights, biases
-
-    def __call__(self, input: Any, activations: str) -> Any:
-        if (parameters := self.parameters(input)) is not None:
-            weights, biases = parameters
-            if not self.relu and len(weights) == 1:  # a lone linear layer: nothing to fuse
+    def __call__(self, input: Any, weights: list[Tensor], biases: list[Tensor | None], store: bool) -> Any:
+        """The run's output; the parameters are the network's, or the run's own. `undisturbed` holds."""
+        if len(weights) != self.last - self.first:
+            weights, biases = weights[self.first : self.last], biases[self.first : self.last]
+        if len(weights) == 1:
+            if not self.relu:  # a lone linear layer: nothing to fuse
                 return F.linear(input, weights[0], biases[0])
-            return compute_layers(input, weights, biases, self.relu, activations == "store")
-        return self._one_by_one(input)
+            if rows_of(input) < rows_left_to_torch(weights[0]):
+                return torch.relu(F.linear(input, weights[0], biases[0]))
+        if self.left_to_torch and all(map(is_, self.left_to_torch, (*weights, *biases))):
+            return self._one_by_one(input)
+        try:
+            return compute_layers(input, weights, biases, self.relu, store)
+        except RuntimeError as error:  # of a bias that broadcasts, say
+            output = _instead(error, self._one_by_one, input)
+            self.left_to_torch = [*weights, *biases]
+            return output
 
-    def capture(self, input: Any, activations: str) -> Any:
+    def capture(self, input: Any, store: bool) -> Any:
         """The same in a graph that torch.compile captures."""
-        if (parameters := self.parameters(input, in_graph=True)) is not None and (self.relu or len(self.owners) > 1):
-            return layers_in_graph(input, *parameters, self.relu, activations == "store")
+        linears = [module for module in self.modules if type(module) is not nn.ReLU]
+        weights = [cast(Tensor, module._parameters["weight"]) for module in linears]
+        biases = [module._parameters["bias"] for module in linears]
+        fuses = self.relu or len(linears) > 1
+        if fuses and isinstance(input, Tensor) and joins_graph(input, (*weights, *biases)):
+            return layers_in_graph(input, weights, biases, self.relu, store)
         return self._one_by_one(input)
 
     def _one_by_one(self, input: Any) -> Any:
@@ -110,67 +121,215 @@ class _Run:
         return input
 
 
+def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
+    """What plain torch computes where our op raised `error`; that error, which names the argument, if torch cannot."""
+    try:
+        return plain(*args)
+    except Exception:
+        raise error from None
+
+
+def _steps_of(children: list[nn.Module], kinds: list[type | None]) -> list[_Run | nn.Module]:
+    """The children as runs, and what is called as a module."""
+    steps: list[_Run | nn.Module] = []
+    run: _Run | None = None
+    linears = 0
+    for child, kind in zip(children, kinds, strict=True):
+        if kind is None or (run is None and kind is nn.ReLU):
+            run = None
+            steps.append(child)
+            continue
+        if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
+            steps.append(run := _Run(linears))
+        run.add(child)
+        linears = run.last
+    return steps
+
+
+_INFINITE = float("inf")
+_FULL = (torch.float32, torch.float64)
+
+
+def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
+    """Up to how many numbers in the input it gains nothing to compute this step by our ops."""
+    if not isinstance(step, _Run):
+        return _INFINITE
+    if step.last - step.first > 1:
+        return 0.0
+    weight = cast(Tensor, step.modules[0]._parameters["weight"])
+    return min(rows_left_to_torch(weight) * weight.shape[-1], 2.0**62) if step.relu else _INFINITE
+
+
 class _Plan:
-    """How a FusedForward computes its children: runs, and what is called as a module. Kept from call to call."""
+    """How a FusedForward computes its children: runs, and what is called as a module. Kept while nothing has changed.
 
-    __slots__ = ("children", "kinds", "steps")
+    `parameters` finds out: that no hook was registered on anything (torch counts them), that the children are the same
+    objects of the same classes with as many attributes (one named "forward" would take the place of the class's), and
+    that their parameters are plain tensors. So the usual call looks at each child once.
+    """
 
-    def __init__(self, children: list[nn.Module], kinds: list[type | None]) -> None:
-        self.children, self.kinds = children, kinds
-        self.steps: list[_Run | nn.Module] = []
-        run: _Run | None = None
-        for child, kind in zip(children, kinds, strict=True):
-            if kind is None or (run is None and kind is nn.ReLU):
-                run = None
-                self.steps.append(child)
+    __slots__ = ("children", "left_to_torch", "stamp", "steps")
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        children = list(modules.values())
+        kinds = [_fusable_kind(child) for child in children]
+        self.steps = _steps_of(children, kinds)
+        self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
+        self.stamp = _hooks_so_far()
+        if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
+            self.stamp, self.left_to_torch = None, 0.0  # hooks may go without a trace: each call looks at them again
+        # Of each child: itself, its class; and if it is in a run, its attributes and their number.
+        self.children = [
+            (child, type(child), child.__dict__ if kind else None, len(child.__dict__) if kind else 0)
+            for child, kind in zip(children, kinds, strict=True)
+        ]
+
+    def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
+        """Whether nothing is gained on so small an input."""
+        if len(modules) != len(self.children) or type(input) not in PLAIN:
+            return False
+        for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
+            if module is not child or type(module) is not kind:
+                return False
+        if self.left_to_torch == _INFINITE:
+            return True
+        return undisturbed(input) and input.dtype in _FULL and input.numel() < self.left_to_torch
+
+    def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
+        """All weights and all biases of the runs; None if the plan no longer fits the modules."""
+        if len(modules) != len(self.children):
+            return None
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for module, (child, kind, own, size) in zip(modules.values(), self.children):  # noqa: B905
+            if module is not child or type(module) is not kind:
+                return None
+            if own is None:  # called as a module
                 continue
-            if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
-                self.steps.append(run := _Run())
-            run.add(child)
+            if len(own) != size:
+                return None
+            if kind is not nn.ReLU:
+                parameters = own["_parameters"]
+                weights.append(weight := parameters.get("weight"))
+                biases.append(bias := parameters.get("bias"))
+                if type(weight) not in PLAIN or type(bias) not in PLAIN_OR_NONE:
+                    return None
+        return weights, biases
 
     def __reduce__(self) -> Any:  # a copied or unpickled module makes its own
-        return (type(None), ())
+        return (no_plan, ())
 
 
-def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
-    """The parameters that learn, if a gradient may be put into each without autograd: nobody would see a difference."""
-    learners = []
-    for parameter in (*weights, *biases):
-        if parameter is None:
-            continue
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
-            return None
-        if parameter.requires_grad:
-            learners.append(parameter)
-    return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
+def rows_of(input: Tensor) -> int:
+    """The number of examples in an input (…, D)."""
+    return input.numel() // max(input.shape[-1], 1) if input.dim() else 1
 
 
-# Two threads that add to the same gradients take turns, as in torch's engine.
-_ADDING = threading.RLock()
+def no_plan() -> None:
+    """What a copied or unpickled module has in the place of a plan."""
+
+
+_counts_hooks = isinstance(getattr(RemovableHandle, "next_id", None), int)
+
+
+def _hooks_so_far() -> Any:
+    """How many hooks were registered on anything; if torch no longer counts them, something that equals nothing."""
+    return RemovableHandle.next_id if _counts_hooks else object()
+
 
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
 
-def _fusable_kinds(children: Iterable[nn.Module]) -> list[type | None]:
-    """nn.Linear, LinearReLU or nn.ReLU where a child is exactly that and nobody can tell whether it was called."""
-    kinds: list[type | None] = []
-    for child in children:
-        kind: type | None = type(child)
-        if kind in _FUSABLE:
-            own = child.__dict__
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-                or own.get("_compiled_call_impl") is not None
-            ):
-                kind = None
-        else:
-            kind = None
-        kinds.append(kind)
-    return kinds
+def _fusable_kind(child: nn.Module) -> type | None:
+    """nn.Linear, LinearReLU or nn.ReLU if a child is exactly that and nobody can tell whether it was called."""
+    kind, own = type(child), child.__dict__
+    if kind not in _FUSABLE or (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+    ):
+        return None
+    if kind is nn.ReLU:
+        return kind
+    weight, bias = (own["_parameters"].get(name, _MISSING) for name in ("weight", "bias"))
+    plain = type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE and weight.layout is torch.strided
+    return kind if plain else None  # computed from something else
+
+
+_MISSING = object()
+
+
+def _iterates_as_usual(kind: type) -> bool:
+    """Whether ``for module in self``, in the forward of an ``nn.Sequential``, goes through its children in order."""
+    return (
+        kind.__iter__ is nn.Sequential.__iter__  # type: ignore[attr-defined]
+        and cast(Any, kind).__getattribute__ is object.__getattribute__
+        and not any("_modules" in vars(base) for base in kind.__mro__)
+    )
+
+
+def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
+    """The trainable parameters, if writing to ``.grad`` is indistinguishable from autograd; otherwise None.
+
+    Not if autograd looks for NaN (anomaly mode), if a hook waits for a gradient, or if the gradient has a dtype or a
+    place of its own. A hook on the node that accumulates into a parameter cannot be seen, but the node: it holds the
+    parameter, and something else holds the node (the hook's owner, or a graph that is still alive).
+    """
+    if torch.is_anomaly_enabled():
+        return None
+    learners = []
+    for parameter in (*weights, *biases):
+        if parameter is None or not parameter.requires_grad:
+            continue
+        if (
+            parameter._backward_hooks
+            or parameter._post_accumulate_grad_hooks
+            or not parameter.is_leaf
+            or _use_count(parameter) > 1
+            or getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype
+        ):
+            return None
+        if (grad := parameter.grad) is not None and not (
+            type(grad) in PLAIN
+            and grad.layout is torch.strided
+            and grad.dtype is parameter.dtype
+            and grad.shape == parameter.shape
+            and not grad.is_inference()
+        ):
+            return None
+        learners.append(parameter)
+    return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
+
+
+def _accumulate(parameters: list[Tensor], grads: list[Tensor]) -> None:
+    """Adds to ``.grad`` as torch's engine does: in place, and a fresh gradient lies as its parameter does.
+
+    `_unwatched` has seen to it that nothing fails half-way.
+    """
+    with _ADDING, torch.no_grad():
+        sums, terms = [], []
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad if parameter.is_contiguous() else _laid_out_as(parameter, grad)
+            else:
+                sums.append(parameter.grad)
+                terms.append(grad)
+        if sums:
+            torch._foreach_add_(sums, terms)
+
+
+def _laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The same numbers with the strides of the parameter; contiguous if those overlap or leave gaps."""
+    return torch.empty_like(parameter, memory_format=torch.preserve_format, requires_grad=False).copy_(grad)
+
+
+# Two threads that add to the same gradients take turns, as in torch's engine.
+_ADDING = threading.RLock()
+# How many C++ objects hold a tensor: 1, its Python object. If torch no longer says, always too many.
+_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
 
 
 class _Watcher(Protocol):
@@ -203,14 +362,22 @@ class FusedForward(nn.Sequential):
             return input
         if torch.compiler.is_compiling():
             return self._capture(input)
-        if global_hooks_exist():
+        plan = self.__dict__.get("_manualbp_plan")
+        if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, self._modules):
+            planned = None
+        else:
+            planned = self._planned(input)
+        if planned is None:
             output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         else:
             output = input
-            for step in self._steps():
-                output = step(output, self._manualbp_activations) if isinstance(step, _Run) else step(output)
-        for watcher in self.__dict__.get("_manualbp_watchers", ()):
-            watcher.after_forward(input, output)
+            store = self._manualbp_activations == "store"
+            steps, weights, biases = planned
+            for step in steps:
+                output = step(output, weights, biases, store) if isinstance(step, _Run) else step(output)
+        if "_manualbp_watchers" in self.__dict__:
+            for watcher in self.__dict__["_manualbp_watchers"]:
+                watcher.after_forward(input, output)
         return output
 
     def _watch(self, watcher: "_Watcher") -> Callable[[], None]:
@@ -227,18 +394,24 @@ class FusedForward(nn.Sequential):
         children = list(self)
         if global_hooks_exist():
             return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-        for step in _Plan(children, _fusable_kinds(children)).steps:
-            input = step.capture(input, self._manualbp_activations) if isinstance(step, _Run) else step(input)
+        store = self._manualbp_activations == "store"
+        for step in _steps_of(children, [_fusable_kind(child) for child in children]):
+            input = step.capture(input, store) if isinstance(step, _Run) else step(input)
         return input
 
-    def _steps(self) -> list[_Run | nn.Module]:
-        own = self.__dict__
-        children = list(cast(Iterable[nn.Module], own["_modules"].values()))
-        kinds = _fusable_kinds(children)
-        plan: _Plan | None = own.get("_manualbp_plan")
-        if plan is None or plan.children != children or plan.kinds != kinds:
-            own["_manualbp_plan"] = plan = _Plan(children, kinds)
-        return plan.steps
+    def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
+        """What computes the children, and their parameters; None: they are called in turn, as by ``nn.Sequential``."""
+        if not (type(input) in PLAIN and undisturbed(input) and has_kernels(input)):
+            return None
+        modules = self.__dict__["_modules"]
+        plan: _Plan | None = self.__dict__.get("_manualbp_plan")
+        if plan is None or plan.stamp != _hooks_so_far() or (parameters := plan.parameters(modules)) is None:
+            if global_hooks_exist() or not _iterates_as_usual(type(self)):
+                return None
+            self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
+            if (parameters := plan.parameters(modules)) is None:  # another thread changes them
+                return None
+        return plan.steps, *parameters
 
 
 class MLP(FusedForward):
@@ -327,7 +500,10 @@ class MLP(FusedForward):
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
         if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
             return spec.of(self(input), target)
-        value = compute_loss(input, target, *parameters, spec)
+        try:
+            value = compute_loss(input, target, *parameters, spec)
+        except RuntimeError as error:
+            return cast(Tensor, _instead(error, self._loss_by_torch, input, target, spec))
         if torch.is_grad_enabled():
             self._tell(input, target, spec)
         return value
@@ -370,35 +546,56 @@ class MLP(FusedForward):
         learners = None
         if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
             learners = _unwatched(*parameters)
-        if parameters is None or learners is None:
-            with torch.enable_grad():
-                value = self.loss(
-                    input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
-                )
-            value.backward()  # type: ignore[no-untyped-call]
-            return value.detach()
+        if parameters is None or not learners:
+            return self._backward_by_autograd(input, target, spec)
         weights, biases = parameters
         needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
-        value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
+        try:
+            value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
+        except RuntimeError as error:
+            return cast(Tensor, _instead(error, self._backward_by_autograd, input, target, spec))
         self._tell(input, target, spec)
-        with _ADDING:
-            for parameter, grad in zip(learners, grads, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = grad
-                else:
-                    with torch.no_grad():
-                        parameter.grad += grad
+        _accumulate(learners, grads)
         return value
+
+    def _loss_by_torch(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+        output = self(input)
+        if spec.name != "cross_entropy" and target.shape != output.shape:  # torch would broadcast
+            raise ValueError
+        return spec.of(output, target)
+
+    def _backward_by_autograd(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+        before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.parameters() if p.requires_grad]
+        try:
+            with torch.enable_grad():
+                value = self.loss(
+                    input,
+                    target,
+                    spec.name,
+                    spec.reduction,
+                    ignore_index=spec.ignore_index,
+                    label_smoothing=spec.label_smoothing,
+                )
+            value.backward()  # type: ignore[no-untyped-call]
+        except BaseException:  # a hook that raises, say: some parameters have their gradients by then
+            for parameter, grad, numbers in before:
+                parameter.grad = grad
+                if grad is not None and numbers is not None:
+                    grad.detach().copy_(numbers)
+            raise
+        return value.detach()
 
     def _whole(self, input: Any) -> _Parameters | None:
         """The parameters of the network as one run of layers, if that is what it (still) is and the kernels apply."""
-        if torch.compiler.is_compiling() or global_hooks_exist() or self._is_observed():
+        if torch.compiler.is_compiling() or self._is_observed():
             return None
         if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
             return None
-        steps = self._steps()
+        if (planned := self._planned(input)) is None:
+            return None
+        steps, weights, biases = planned
         run = steps[0] if len(steps) == 1 else None
-        return run.parameters(input) if isinstance(run, _Run) and not run.relu else None
+        return (weights, biases) if isinstance(run, _Run) and not run.relu else None
 
     def _is_observed(self) -> bool:
         own = self.__dict__

@@ -23,11 +23,11 @@ from torch import Tensor
 
 
 class Gradients(NamedTuple):
-    """∂ℓ/∂h_0, and ∂ℓ/∂Ω_k, ∂ℓ/∂β_k for each layer k."""
+    """∂ℓ/∂h_0, and ∂ℓ/∂Ω_k, ∂ℓ/∂β_k for each layer k; None where `mlp_backward` was told that it is not needed."""
 
-    dinput: Tensor
-    dweights: list[Tensor]
-    dbiases: list[Tensor]
+    dinput: Tensor | None
+    dweights: list[Tensor | None]
+    dbiases: list[Tensor | None]
 
 
 def mlp_forward(
@@ -44,13 +44,14 @@ def mlp_forward(
     h = [input]
     for k, (omega, beta) in enumerate(zip(weights, biases, strict=True)):
         f = F.linear(h[k], omega, beta)
-        h.append(torch.relu(f) if k < len(weights) - 1 or final_relu else f)
+        h.append(F.relu(f) if k < len(weights) - 1 or final_relu else f)
     return h.pop(), h
 
 
 def relu_mask(h: Tensor, dh: Tensor) -> Tensor:
     """I[h > 0] ⊙ dh, with torch's rule at the edge: the gradient passes unless h <= 0, so NaN passes and 0 blocks."""
-    return torch.where(h <= 0, torch.zeros((), dtype=dh.dtype, device=dh.device), dh)
+    masked: Tensor = torch.ops.aten.threshold_backward(dh, h, 0)
+    return masked
 
 
 def mlp_backward(
@@ -59,6 +60,7 @@ def mlp_backward(
     weights: Sequence[Tensor],
     output: Tensor | None = None,
     grad_h: Sequence[Tensor] | None = None,
+    needs: Sequence[bool] | None = None,
 ) -> Gradients:
     """The backward pass, from h_0 … h_{K−1} of the forward pass.
 
@@ -68,6 +70,7 @@ def mlp_backward(
         weights: Ω_k (D_{k+1}, D_k).
         output: the output, if a ReLU follows the last layer too; else None.
         grad_h: a gradient that reaches h_1 … h_{K−1} from elsewhere, to be added (double backward needs it).
+        needs: which gradients are needed, as [input, *weights, *biases]; None: all.
 
     Example:
         >>> x, omega = torch.ones(1, 1), [torch.tensor([[2.0]]), torch.tensor([[3.0]])]
@@ -76,16 +79,23 @@ def mlp_backward(
         tensor([[6.]])
     """
     layers, batch = len(weights), math.prod(grad_output.shape[:-1])
-    dweights: list[Tensor] = []
-    dbiases: list[Tensor] = []
+    need_input, *need = [True] * (1 + 2 * layers) if needs is None else needs
+    need_weights, need_biases = need[:layers], need[layers:]
+    dweights: list[Tensor | None] = [None] * layers
+    dbiases: list[Tensor | None] = [None] * layers
     df = grad_output if output is None else relu_mask(output, grad_output)
     for k in reversed(range(layers)):
-        rows, h_rows = df.reshape(batch, df.shape[-1]), h[k].reshape(batch, h[k].shape[-1])
-        dbiases.insert(0, rows.sum(0))
-        dweights.insert(0, rows.t() @ h_rows)
+        if need_weights[k] or need_biases[k]:
+            rows = df.reshape(batch, df.shape[-1])
+            if need_biases[k]:
+                dbiases[k] = rows.sum(0)
+            if need_weights[k]:
+                dweights[k] = rows.t() @ h[k].reshape(batch, h[k].shape[-1])
+        if not (need_input or any(need_weights[:k]) or any(need_biases[:k])):
+            return Gradients(None, dweights, dbiases)
         dh = df @ weights[k]
         if k > 0:
             if grad_h is not None:
                 dh = dh + grad_h[k - 1]
             df = relu_mask(h[k], dh)
-    return Gradients(dh, dweights, dbiases)
+    return Gradients(dh if need_input else None, dweights, dbiases)

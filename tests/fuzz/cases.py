@@ -287,7 +287,8 @@ def _module_call(case: Case, leaves: Net, needs: list[bool], end: Tensor) -> lis
     else:
         spec = case.spec
         options = {"ignore_index": spec.ignore_index, "label_smoothing": spec.label_smoothing}
-        output = model.loss_backward(leaves.input, end, spec.name, spec.reduction, **options)  # type: ignore[arg-type]
+        compute = model.loss_backward if any(needs) else model.loss  # the first raises where there is nothing to learn
+        output = compute(leaves.input, end, spec.name, spec.reduction, **options)  # type: ignore[arg-type]
         assert not output.requires_grad
     for tensor, need in zip(tensors, needs, strict=True):
         assert (tensor.grad is not None) == need, "a gradient that nobody asked for, or none where one was asked for"

@@ -291,7 +291,7 @@ def _run_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a run, and its h_1 … h_{K−1}."""
     output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
-    return output, _split(hidden, input, weights)
+    return output, _split(hidden, input.shape, weights)
 
 
 def _backward(grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
