@@ -360,7 +360,7 @@ def test_a_mode_that_looks_on_sees_every_layer_and_changes_nothing(function):
 @pytest.fixture
 def by_definition(monkeypatch):
     """As if somebody had; in tiles of two rows."""
-    monkeypatch.setattr(per_sample, "_equations_hold", lambda: False)
+    monkeypatch.setattr(per_sample, "undisturbed", lambda input: False)
     monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 100)
 
 

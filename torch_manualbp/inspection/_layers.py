@@ -23,7 +23,10 @@ def _untouched(function: Any) -> Any:
 
 # What the call of a module goes through. Where one of them is another, on the class or on the module, nobody knows what
 # it computes: a LayerDrop is a Sequential whose `__iter__` leaves children out, and `forward` asks `__iter__`.
-_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__iter__", "__getattr__", "__getattribute__")
+_CALL = (
+    *("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__iter__", "_modules"),
+    *("__getattr__", "__getattribute__"),
+)
 _KNOWN: dict[type[nn.Module], list[tuple[str, Any]]] = {
     kind: [(name, _untouched(getattr(kind, name, None))) for name in _CALL]
     for kind in (nn.Linear, nn.ReLU, LinearReLU, FusedForward, nn.Sequential)
