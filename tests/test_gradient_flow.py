@@ -220,6 +220,18 @@ def test_kinds_of_models(model):
         assert str(r)
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(loss):
+    model, x, y = mbp.MLP([5, 8, 3]), torch.randn(7, 5), torch.randint(2, (7, 3))
+    want = mbp.gradient_flow(model, x, y.float(), loss)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64):
+        if dtype.is_floating_point or (loss == "mse" and not dtype.is_complex):
+            assert mbp.gradient_flow(model, x, y.to(dtype), loss) == want
+        else:
+            with pytest.raises(RuntimeError):
+                mbp.gradient_flow(model, x, y.to(dtype), loss)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize(

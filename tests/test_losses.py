@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
     smooth_net,
 )
 from torch_manualbp._losses import LossSpec
+from torch_manualbp.functional import target_is_plain
 
 LOSSES = {
     "mse": F.mse_loss,
@@ -350,6 +352,131 @@ def test_targets_that_only_torch_knows(kind):
         assert_equal(*(torch.autograd.grad(f(loss)(net, target), target) for f in (fused, plain)))
 
 
+# Of a target: all that torch has an opinion on.
+TARGET_DTYPES = (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+
+
+def in_dtype(target, dtype):
+    """The same target, or where `dtype` has no fractions the nearest one."""
+    return (target if dtype.is_floating_point or dtype.is_complex else target.round()).to(dtype)
+
+
+def result_of(function, *args):
+    """What function(*args) returns, or the class of what it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return type(error)
+
+
+def ways(model, input, target, loss):
+    """Functions that return the loss and leave its gradients in the model: each of our ways, and torch's."""
+    weights, biases = [layer.weight for layer in model[::2]], [layer.bias for layer in model[::2]]
+
+    def of(function):
+        model.zero_grad()
+        value = function()
+        if value.requires_grad:
+            value.backward()
+        return value.detach(), grads_of(model)
+
+    ours = [
+        lambda: of(lambda: model.loss(input, target, loss)),
+        lambda: of(lambda: model.loss_backward(input, target, loss)),
+        lambda: of(lambda: mbp.mlp_loss(input, target, weights, biases, loss=loss)),
+    ]
+    return ours, lambda: of(lambda: LOSSES[loss](nn.Sequential(*model)(input), target))
+
+
+def assert_as_torch(got, want, dtype):
+    """The same error; or the same numbers, within the precision of the network and of the loss, each in its dtype."""
+    if isinstance(want, type):
+        assert got is want
+        return
+    assert got[0].dtype is want[0].dtype
+    assert_close(got[1], want[1], dtype)
+    precision = 16 * max(TOLERANCE[dtype], TOLERANCE[want[0].dtype])
+    torch.testing.assert_close(got[0], want[0], rtol=precision, atol=precision, equal_nan=True)
+
+
+@pytest.mark.parametrize("target_dtype", TARGET_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", [*LOSSES, "classes"])
+def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(loss, dtype, target_dtype):
+    model, input, _ = model_and_data(dtype=dtype, sizes=(5, 3))
+    target = in_dtype(torch.rand(40, 3), target_dtype)
+    if loss == "classes":
+        loss, target = "cross_entropy", torch.randint(3, (40,)).to(target_dtype)
+    ours, torchs = ways(model, input, target, loss)
+    want = result_of(torchs)
+    for way in ours:
+        assert_as_torch(result_of(way), want, dtype)
+
+
+def test_a_gradient_of_the_gradient_with_a_wider_target():
+    net, target = smooth_net(4, [3, 5, 2]).map(torch.Tensor.float), torch.randn(4, 2).double()
+    results = []
+    for function in (fused, plain):
+        leaves = net.recorded()
+        (grad,) = torch.autograd.grad(function("mse")(leaves, target), leaves.input, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), leaves.weights))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target_dtype", TARGET_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_of_the_output_alone_is_that_of_autograd(loss, dtype, target_dtype):
+    output, target = torch.randn(6, 3).to(dtype), make_target(loss, (6,), 3)
+    target = target if loss == "cross_entropy" else in_dtype(target, target_dtype)
+
+    def by_autograd():
+        leaf = output.clone().requires_grad_()
+        return torch.autograd.grad(LOSSES[loss](leaf, target, reduction="sum"), leaf)
+
+    want, got = result_of(by_autograd), result_of(LossSpec(loss).output_gradient, output, target, 0.25)
+    if isinstance(want, type):
+        assert got is want
+    else:
+        assert_close([4 * got], want, dtype)
+
+
+def test_the_gradient_of_a_mean_does_not_overflow_in_its_sum():
+    output, target = torch.full((1, 8), 30000.0).half(), torch.full((1, 8), -30000.0).half()
+    for y in (target, target.double()):
+        assert_equal(LossSpec("mse").output_gradient(output, y, 1 / 8), torch.full((1, 8), 15000.0).half())
+
+
+# (shape of the input without its features, outputs, shape of the target)
+SHAPES = [
+    ((5,), 3, (5, 3)), ((5,), 3, (5, 1)), ((5,), 3, (3,)), ((5,), 3, ()), ((5,), 3, (1, 3)), ((5,), 3, (5, 2)),
+    ((5,), 3, (4, 3)), ((5,), 3, (5, 5, 3)), ((5,), 1, (5,)), ((5,), 1, (5, 3)), ((5,), 1, (1, 5)), ((), 3, (3,)),
+    ((), 3, (5, 3)), ((), 3, ()), ((), 1, (7,)), ((2, 5), 3, (2, 5, 3)), ((2, 5), 3, (5, 3)), ((2, 1), 3, (1, 2, 3)),
+    ((0,), 3, (0, 3)), ((0,), 3, (1, 3)), ((0,), 3, (2, 3)),
+]  # fmt: skip
+CLASS_SHAPES = [
+    ((5,), 3, (5,)), ((5,), 3, (4,)), ((5,), 3, ()), ((5,), 3, (5, 1)), ((5,), 3, (5, 3)), ((), 3, ()), ((), 3, (1,)),
+    ((), 3, (3,)), ((), 3, (2,)), ((2, 5), 3, (2, 3)), ((2, 5), 3, (2, 5)), ((0,), 3, (0,)), ((0,), 3, (2,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss", "leading", "outputs", "shape"),
+    [(loss, *case) for loss in LOSSES for case in (CLASS_SHAPES if loss == "cross_entropy" else SHAPES)],
+    ids=str,
+)
+def test_our_op_decides_about_no_shape_that_torch_takes_or_refuses_otherwise(loss, leading, outputs, shape):
+    output = torch.randn(*leading, outputs)
+    target = torch.ones(shape, dtype=torch.int64) if loss == "cross_entropy" else torch.rand(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes broadcast
+        by_torch = result_of(LOSSES[loss], output, target)
+    is_ours = target_is_plain(torch.ones(*leading, 4), target, LossSpec(loss), [torch.ones(outputs, 4)])
+    fits = shape == (leading if loss == "cross_entropy" else (*leading, outputs))
+    assert fits or not is_ours or by_torch is RuntimeError
+    assert is_ours or not fits or (loss == "cross_entropy" and len(leading) == 2)
+
+
 def test_an_option_that_is_refused_spoils_no_later_call():
     net, target = normal_net(6, [5, 3]), torch.randint(3, (6,))
     with pytest.raises(RuntimeError, match="ignore_index"):
@@ -360,18 +487,17 @@ def test_an_option_that_is_refused_spoils_no_later_call():
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 X, W, Y = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
-CLASSES = {"loss": "cross_entropy"}
+CLASSES, BCE = {"loss": "cross_entropy"}, {"loss": "bce_with_logits"}
 ERRORS = {
     "unknown loss": ((X, Y, [W]), {"loss": "l1"}, ValueError, "`loss` must be one of 'mse', .*, got 'l1'"),
     "unknown reduction": ((X, Y, [W]), {"reduction": "none"}, ValueError, "`reduction` must be one of .*, got 'none'"),
     "smoothing": ((X, Y, [W]), {"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be .*, got 1.5"),
     "target type": ((X, [1], [W]), {}, TypeError, "`target` must be a Tensor, got list"),
     "target shape": ((X, Y[:, :3], [W]), {}, RuntimeError, r"`target` must have shape \(2, 4\), got \(2, 3\)"),
-    "classes as a matrix": ((X, Y.long(), [W]), CLASSES, RuntimeError, r"`target` must have shape \(2,\)"),
     "class too large": ((X, torch.tensor([1, 4]), [W]), CLASSES, IndexError, "class 4 at row 1.* 4 classes"),
     "class negative": ((X, torch.tensor([-1, 3]), [W]), CLASSES, IndexError, "class -1 at row 0"),
     "classes as int32": ((X, torch.ones(2).int(), [W]), CLASSES, RuntimeError, "must hold class indices.*int32"),
-    "integer target": ((X, Y.long(), [W]), {}, RuntimeError, "`target` must have the dtype of `input`.*got int64"),
+    "integer target": ((X, Y.long(), [W]), BCE, RuntimeError, "`target` must have the dtype of `input`.*got int64"),
     "target device": ((X, Y.to("meta"), [W]), {}, RuntimeError, r"`target` .* device of `input` \(cpu\), got meta"),
     "weight shape": ((X, Y, [W.t()]), {}, RuntimeError, r"`weights\[0\]` has 4 columns but `input` has 3 features"),
     "no weights": ((X, Y, []), {}, ValueError, "`weights` must hold at least one weight"),

@@ -1,10 +1,13 @@
 """Per-sample gradients equal a loop over the examples with autograd; norms and clipped sums follow from them."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
 from helpers import BATCHES, DTYPES, recorded_calls
@@ -47,6 +50,23 @@ def one_by_one(model, input, target, loss="mse"):
 
 def norms_of(grads, batch):
     return torch.cat([g.reshape(batch, g[0].numel() if batch else 0) for g in grads.values()], 1).norm(dim=1)
+
+
+def equal_to_a_loop(model, input, target, loss, tolerance):
+    """Gradients, norms and clipped sums, in the dtype of the model, to within `tolerance` of the norm of each."""
+    expected = {name: each.double() for name, each in one_by_one(model, input, target, loss).items()}
+    norms = norms_of(expected, len(input))
+    sums = {name: torch.tensordot((0.5 / norms).clamp(max=1), each, 1) for name, each in expected.items()}
+    pairs = [(mbp.per_sample_gradient_norms(model, input, target, loss), norms)]
+    for got, want in (
+        (mbp.per_sample_gradients(model, input, target, loss), expected),
+        (mbp.clipped_gradients(model, input, target, 0.5, loss), sums),
+    ):
+        assert list(got) == list(want)
+        pairs += [(got[name], want[name]) for name in want]
+    for got, want in pairs:
+        assert (got.dtype, got.shape) == (input.dtype, want.shape)
+        assert (got.double() - want).norm() <= tolerance * want.norm()
 
 
 def check(model, input, target, loss="mse", max_norm=0.5):
@@ -209,6 +229,38 @@ def test_dtypes(dtype):
             assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
+INTEGERS = (torch.int64, torch.uint8, torch.bool)
+TARGETS = [(loss, dtype) for loss in ("mse", "bce_with_logits", "function") for dtype in (*DTYPES, *INTEGERS)]
+TARGETS += [("cross_entropy", dtype) for dtype in DTYPES] + [("classes", dtype) for dtype in INTEGERS]
+
+
+@pytest.mark.parametrize(("loss", "target_dtype"), TARGETS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(dtype, loss, target_dtype):
+    """Which torch does for each example alone: the loss of the loop."""
+    model, input, target = problem(9, [6, 5, 4], "cross_entropy" if loss == "classes" else "mse", dtype)
+    target = (target if target_dtype.is_floating_point else target.round()).to(target_dtype)
+    loss = "cross_entropy" if loss == "classes" else loss
+    loss = (lambda output, target: (output - 2 * target).abs().sum()) if loss == "function" else loss
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.005}[dtype]
+    try:
+        one_by_one(model, input, target, loss)
+    except RuntimeError as error:
+        for function in FUNCTIONS.values():
+            with pytest.raises(type(error)):
+                function(model, input, target, loss)
+    else:
+        equal_to_a_loop(model, input, target, loss, tolerance)
+
+
+def test_float16_gradients_do_not_overflow_before_the_mean_is_taken():
+    model = mbp.LinearReLU(1, 4, bias=False, dtype=torch.float16)
+    nn.init.constant_(model.weight, 30000.0)
+    input, target = torch.ones(1, 1).half(), torch.full((1, 4), -30000.0).half()
+    gradient = mbp.per_sample_gradients(model, input, target)["weight"]
+    assert gradient.flatten().tolist() == [30000.0] * 4  # 2 · 60000 is above 65504, and so would the sum be
+
+
 def test_float16_norms_do_not_overflow_in_the_squares():
     model = mbp.LinearReLU(64, 1, dtype=torch.float16)
     nn.init.ones_(model.weight)
@@ -248,6 +300,82 @@ def test_clipping_bounds_each_example_and_leaves_small_gradients_alone():
     one = mbp.clipped_gradients(model, input[:1], target[:1], 1e-3)
     assert torch.cat([g.flatten() for g in one.values()]).norm().item() == pytest.approx(1e-3)
     assert all((g == 0).all() for g in mbp.clipped_gradients(model, input, target, 0).values())
+
+
+# --- somebody gave "linear" or "relu" another meaning -----------------------------------------------------------------
+
+
+def tripled(function):
+    """The function, times 3."""
+    return lambda *args, **kwargs: 3 * function(*args, **kwargs)
+
+
+class Tripling(TorchFunctionMode):
+    """Linear layers are tripled, and counted."""
+
+    def __init__(self, factor=3):
+        super().__init__()
+        self.factor, self.calls = factor, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is not F.linear:
+            return result
+        self.calls += 1
+        return self.factor * result
+
+
+@contextlib.contextmanager
+def another_meaning(name):
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "mode":
+            with Tripling():
+                yield
+            return
+        owner, attribute = {"F": F, "torch": torch}[name.partition(".")[0]], name.partition(".")[2]
+        patch.setattr(owner, attribute, tripled(getattr(owner, attribute)))
+        yield
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["F.linear", "F.relu", "torch.relu", "mode"])
+def test_what_replaces_linear_or_relu_is_followed_as_by_a_plain_model(name, loss):
+    model, input, target = problem(7, [3, 5, 4, 2], loss)
+    before = mbp.per_sample_gradients(model, input, target, loss)
+    with another_meaning(name):
+        check(model, input, target, loss)
+        assert not torch.allclose(mbp.per_sample_gradients(model, input, target, loss)["0.weight"], before["0.weight"])
+    torch.testing.assert_close(mbp.per_sample_gradients(model, input, target, loss), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_mode_that_looks_on_sees_every_layer_and_changes_nothing(function):
+    model, input, target = problem(7, [3, 5, 4, 2])
+    expected = function(model, input, target)
+    with Tripling(factor=1) as mode:
+        torch.testing.assert_close(function(model, input, target), expected)
+    assert mode.calls == 3
+
+
+@pytest.fixture
+def by_definition(monkeypatch):
+    """As if somebody had; in tiles of two rows."""
+    monkeypatch.setattr(per_sample, "undisturbed", lambda input: False)
+    monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 100)
+
+
+@pytest.mark.usefixtures("by_definition")
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("loss", [*LOSSES, "function"])
+def test_by_definition_the_gradients_are_the_same(loss, batch):
+    model, input, target = problem(batch, [3, 5, 4, 2], loss)
+    check(model, input, target, (lambda output, target: (output - target).sum()) if loss == "function" else loss)
+
+
+@pytest.mark.usefixtures("by_definition")
+def test_by_definition_frozen_parameters_and_ignored_classes_are_left_out_too():
+    test_frozen_parameters_are_left_out_of_dict_norm_and_work()
+    test_an_ignored_class_has_no_gradient()
 
 
 def test_nothing_else_is_touched():

@@ -1,5 +1,6 @@
 """`trace`: the lecture's quantities, from the kernels that train; and everything that shows or checks them."""
 
+import contextlib
 import copy
 import json
 import re
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
-from helpers import DTYPES, LARGE, assert_equal, calls_of, integer_net, integers, normal_net, oracle
+from helpers import DTYPES, LARGE, assert_equal, calls_of, integer_net, integers, normal_net, oracle, run_python
 from torch_manualbp.inspection._layers import layers_of
 from torch_manualbp.inspection._verify import Differences
 
@@ -88,6 +90,47 @@ def test_loss_and_gradients_are_those_of_the_model_itself(seed):
         assert (dbeta is None) == (layer.bias is None)
         if dbeta is not None:
             torch.testing.assert_close(dbeta, parameters[layer.parameter_name("bias")].grad, **close)
+
+
+@pytest.mark.parametrize("seed", range(0, 50, 7))
+def test_without_kernels_the_numbers_are_autograds(seed, monkeypatch):
+    model, *arguments = random_problem(seed)
+    want = mbp.trace(model, *arguments)
+    monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "kernels_apply", lambda *_: False)
+    assert calls_of(mbp.trace, model, *arguments) == []
+    got = mbp.trace(model, *arguments)
+    assert got.verify() <= 1e-12
+    for name in ("f", "h", "dl_df", "dl_dh", "dl_dbeta", "dl_domega", "output", "loss"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-12, atol=1e-13)
+        for tensor in getattr(got, name) if isinstance(getattr(got, name), tuple) else [getattr(got, name)]:
+            assert tensor is None or not tensor.requires_grad
+
+
+@pytest.mark.parametrize("target_dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "cross_entropy"])
+def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(loss, dtype, target_dtype):
+    model, input, target = mbp.MLP([4, 3], dtype=dtype), torch.randn(6, 4).to(dtype), torch.rand(6, 3)
+    if not (target_dtype.is_floating_point or target_dtype.is_complex):
+        target = torch.randint(2, (6,) if loss == "cross_entropy" else (6, 3))
+    target = target.to(target_dtype)
+    function = {"mse": F.mse_loss, "cross_entropy": F.cross_entropy}.get(loss, F.binary_cross_entropy_with_logits)
+    try:
+        want = function(model(input), target)
+        want.backward()
+    except RuntimeError as error:
+        with pytest.raises((type(error), ValueError)):  # a ValueError where classes have a row each
+            mbp.trace(model, input, target, loss, "mean")
+        return
+    t = mbp.trace(model, input, target, loss, "mean")
+    t.verify()
+    precision = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
+    close = {"rtol": precision[dtype], "atol": precision[dtype]}
+    torch.testing.assert_close(t.dl_domega[0], model[0].weight.grad, **close)
+    torch.testing.assert_close(t.dl_dbeta[0], model[0].bias.grad, **close)
+    close = {"rtol": max(precision[dtype], precision[want.dtype]), "atol": 0}
+    torch.testing.assert_close(t.loss, want.detach(), **close)
+    torch.testing.assert_close(t.losses.sum(), want.detach(), **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -547,6 +590,37 @@ def test_other_devices_and_dispatch_run_on_torch(monkeypatch):
     assert_equal(torch.relu(got.f[0]), got.h[1])
 
 
+class Tripling(TorchFunctionMode):
+    """Linear layers are tripled."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 3 * result if function is F.linear else result
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "mode"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_replaces_linear_or_relu_is_followed_as_by_a_plain_model(closed, name, monkeypatch):
+    net = normal_net(4, [3, 5, 2], biases="mixed")
+    model, target = network(net, [True, closed]), torch.randn(4, 2, dtype=DOUBLE)
+    mode = contextlib.nullcontext()
+    if name == "mode":
+        mode = Tripling()
+    else:
+        function = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda *args, **kwargs: 3 * function(*args, **kwargs))
+    with mode:
+        t = mbp.trace(model, net.input, target)
+        f = model[0](net.input)
+        h = model[1](f)
+        output = model[2:](h)
+        loss = F.mse_loss(output, target, reduction="sum")
+    grads = torch.autograd.grad(loss, [f, h, model[0].weight, model[2].weight, model[2].bias])
+    got = [t.dl_df[0], t.dl_dh[1], *t.dl_domega, t.dl_dbeta[1]]
+    for one, other in zip([t.f[0], t.h[1], t.output, t.loss, *got], [f, h, output, loss, *grads], strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-13)
+
+
 def test_one_example_without_a_batch_dimension():
     model = mbp.MLP([3, 5, 2])
     x, y = torch.randn(3), torch.randn(2)
@@ -571,6 +645,131 @@ def test_other_children_are_refused_by_name(child, text):
     model = nn.Sequential(nn.Linear(3, 3), child)
     with pytest.raises(TypeError, match=f"trace: {text}"):
         mbp.trace(model, torch.randn(4, 3), torch.randn(4, 3))
+
+
+class LayerDrop(nn.Sequential):
+    """Leaves children out, at random."""
+
+    def __iter__(self):
+        return (child for child in self._modules.values() if torch.rand(()) < 0.9)
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self):
+        return reversed(self._modules.values())
+
+
+class Doubled(nn.Sequential):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Called(nn.Sequential):
+    def __call__(self, input):
+        return 2 * super().__call__(input)
+
+
+class CalledWithin(nn.Sequential):
+    def _call_impl(self, input):
+        return 2 * super()._call_impl(input)
+
+
+class Looked(nn.Sequential):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Watched(nn.Sequential):
+    def __getattribute__(self, name):
+        return super().__getattribute__(name)
+
+
+class Named(nn.Sequential):
+    """Changes nothing of what is computed."""
+
+    def __len__(self):
+        return 1
+
+    def describe(self):
+        return "a head"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "attribute"),
+    [
+        (LayerDrop, "__iter__"),
+        (Reversed, "__iter__"),
+        (Doubled, "forward"),
+        (Called, "__call__"),
+        (CalledWithin, "_call_impl"),
+        (Looked, "__getattr__"),
+        (Watched, "__getattribute__"),
+    ],
+)
+def test_a_sequential_that_computes_in_its_own_way_is_refused_by_name(kind, attribute, fused, nested):
+    model = kind(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    model = mbp.fuse(model) if fused else model
+    named = re.escape(f"({type(model).__name__}) is not supported: its `{attribute}`")
+    model = nn.Sequential(model) if nested else model
+    for function in (mbp.trace, mbp.gradient_flow, mbp.per_sample_gradients, mbp.clipped_gradients):
+        arguments = [1.0] if function is mbp.clipped_gradients else []
+        with pytest.raises(TypeError, match=f"{function.__name__}: .*{named}"):
+            function(model, torch.randn(4, 3), torch.randn(4, 3), *arguments)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_sequential_that_changes_nothing_of_what_is_computed_is_traced(fused):
+    model, x, y = Named(nn.Linear(3, 3), nn.ReLU()), torch.randn(4, 3), torch.randn(4, 3)
+    t = mbp.trace(mbp.fuse(model) if fused else model, x, y)
+    torch.testing.assert_close(t.output, model(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "name"),
+    [
+        (nn.Linear, "forward", r"child '0' \(Linear\)"),
+        (nn.ReLU, "forward", r"child '1' \(ReLU\)"),
+        (mbp.LinearReLU, "forward", r"child '2' \(LinearReLU\)"),
+        (nn.Sequential, "forward", r"`model` \(Sequential\)"),
+        (nn.Sequential, "__iter__", r"`model` \(Sequential\)"),
+        (nn.Module, "__call__", r"`model` \(Sequential\)"),
+        (nn.Module, "_call_impl", r"`model` \(Sequential\)"),
+        (nn.Module, "__getattr__", r"`model` \(Sequential\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_layers_whose_class_was_changed_are_refused(owner, attribute, name, monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), mbp.LinearReLU(3, 3))
+    original = getattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, lambda self, *args: original(self, *args))
+    with pytest.raises(TypeError, match=f"layers_of: {name} is not supported: its `{attribute}` was replaced"):
+        layers_of(model)
+    monkeypatch.undo()
+    assert len(layers_of(model)) == 2
+
+
+def test_a_module_with_a_call_of_its_own_is_refused():
+    for attribute in ("forward", "_call_impl"):
+        layer = nn.Linear(3, 3)
+        setattr(layer, attribute, torch.tanh)
+        with pytest.raises(TypeError, match=f"child '0' .* its `{attribute}` was replaced"):
+            layers_of(nn.Sequential(layer))
+
+
+def test_what_was_replaced_before_this_library_came_is_refused_too():
+    code = """
+from torch import nn
+forward = nn.Linear.forward
+nn.Linear.forward = lambda self, input: 3 * forward(self, input)
+from torch_manualbp.inspection._layers import layers_of
+try:
+    layers_of(nn.Linear(3, 3))
+except TypeError as error:
+    print(error)
+"""
+    assert "its `forward` was replaced" in run_python(code).stdout
 
 
 def test_models_whose_numbers_would_not_be_theirs_are_refused():

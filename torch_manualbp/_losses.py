@@ -41,15 +41,22 @@ class LossSpec:
             reduction=self.reduction,
         )
 
-    def output_gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """∂ℓ/∂f of the loss summed over all terms, whatever `reduction` says; f (B, D) is the output."""
-        if self.name == "mse":
-            return (output - target).mul_(2)
-        if self.name == "bce_with_logits":
-            return output.sigmoid().sub_(target)
-        with torch.enable_grad():  # classes or probabilities, classes that are ignored or do not exist: torch knows
+    def output_gradient(self, output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
+        """∂ℓ/∂f, in the dtype of f, of `scale` times the loss summed over all terms; f (B, D) is the output.
+
+        The sum of all terms whatever `reduction` says. A target of another dtype is promoted as torch promotes it.
+        """
+        if target.is_floating_point():  # torch rounds some losses to a coarser target's dtype, but no gradient
+            target = target.to(torch.promote_types(output.dtype, target.dtype))
+        if self.name == "mse" and target.dtype is output.dtype:
+            return (output - target).mul_(2 * scale)
+        if self.name == "bce_with_logits" and target.dtype is output.dtype:
+            return output.sigmoid().sub_(target).mul_(scale)
+        # Wider targets, integers, classes or probabilities, classes that are ignored or do not exist: torch knows.
+        with torch.enable_grad():
             leaf = output.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(replace(self, reduction="sum").of(leaf, target), leaf)
+            total = replace(self, reduction="sum").of(leaf, target)
+            (gradient,) = torch.autograd.grad(total, leaf, total.new_full((), scale))
         return gradient
 
     def run(

@@ -250,14 +250,25 @@ def compute_loss(
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
 
 
-def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec) -> bool:
-    """Whether our op knows this kind of target; torch takes others too (class probabilities, one with a gradient)."""
-    return (
-        isinstance(target, Tensor)
-        and target.layout is torch.strided
-        and not target.requires_grad
-        and not (
-            spec.name == "cross_entropy"
-            and (target.is_floating_point() or target.dtype is torch.uint8 or input.dim() > 2)
-        )
-    )
+def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
+    """Whether our op decides about this target, by computing, or by an error of the class that torch raises.
+
+    Torch takes others, too: class probabilities, bytes, images, dtypes that are promoted, shapes that broadcast,
+    subclasses, one with a gradient. Without `weights` its shape is not looked at.
+    """
+    if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
+        return False
+    if spec.name == "cross_entropy":
+        classes = not target.is_floating_point() and target.dtype is not torch.uint8
+        return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
+    if target.dtype is not input.dtype:
+        return spec.name == "bce_with_logits" and not target.is_floating_point()
+    if weights is None:
+        return True
+    *leading, _ = input.shape or (0,)  # unpacked: half the time of slices
+    outputs, *_ = weights[-1].shape or (0,)
+    shape, wanted = target.shape, (*leading, outputs)
+    if shape == wanted:
+        return True
+    fits = all(a == b or 1 in (a, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
+    return spec.name == "mse" and not fits

@@ -7,6 +7,10 @@ The lecture's backward pass has them at hand: of example i, with one row of h_k 
 as an outer product has the product of the norms. So norms need no weight gradient at all, and a weighted sum of
 gradients Σ_i c_i ∂ℓ_i/∂Ω_k is one product of matrices, (c ⊙ ∂ℓ/∂f_k)ᵀ h_k. Both go through the batch in tiles of rows.
 
+All of this holds of layers that are linear and ReLUs that are ReLUs. Where somebody replaced torch's functions, or a
+`TorchFunctionMode` is around the call, that is not known: a gradient then comes from its definition, vmap(grad(ℓ_i)),
+through the functions as they are found.
+
 Left to others: which layers a model has (inspection/_layers.py); noise and privacy accounting, that is, DP-SGD itself.
 """
 
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster, widest_dtype
+from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster, undisturbed, widest_dtype
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import layers_of
 
@@ -51,12 +55,13 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
         input: h_0 (B, D_0).
-        target: (B, D_K) in the dtype of `input`, or (B,) class indices for "cross_entropy"; for a function, any tensor
-            with B rows.
+        target: (B, D_K), or (B,) class indices for "cross_entropy"; for a function, any tensor with B rows. The named
+            losses promote a target of another dtype as their namesakes do.
         loss: what ℓ_i is, see above.
 
     Returns:
-        Parameter name (as in ``model.named_parameters()``) → (B, *parameter.shape). Frozen parameters are left out.
+        Parameter name (as in ``model.named_parameters()``) → (B, *parameter.shape), in the dtype of the parameter.
+        Frozen parameters are left out.
 
     Raises:
         TypeError: `model` has other modules, or an argument is no tensor.
@@ -73,6 +78,8 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
     net = _Network("per_sample_gradients", model, input, target, loss)
     found: dict[str, Tensor] = {}
     with plain_arithmetic(input.device.type):
+        if not undisturbed(input):
+            return net.by_definition(input, target)
         for learner, df, h in net.backward(input, target):
             if learner.weight:
                 out = _huge_pages.empty((len(df), df.shape[1], h.shape[1]), like=df)
@@ -113,10 +120,15 @@ def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, l
     """
     net = _Network("per_sample_gradient_norms", model, input, target, loss)
     norms = input.new_zeros(len(input))
+    if not net.names:
+        return norms
     with plain_arithmetic(input.device.type):
-        for rows in net.tiles(len(input)):
-            if passes := list(net.backward(input[rows], target[rows])):
-                norms[rows] = _norms(passes)
+        hold = undisturbed(input)
+        for rows in net.tiles(len(input), hold):
+            if hold:
+                norms[rows] = _norms(list(net.backward(input[rows], target[rows])))
+            else:
+                norms[rows] = _norms_of(net.by_definition(input[rows], target[rows]))
     return norms
 
 
@@ -159,12 +171,19 @@ def clipped_gradients(
     net = _Network("clipped_gradients", model, input, target, loss)
     parameters = dict(model.named_parameters())
     total = {name: parameters[name].new_zeros(parameters[name].shape, dtype=_sum_dtype(input)) for name in net.names}
+    if not net.names:
+        return total
     with plain_arithmetic(input.device.type):
-        for rows in net.tiles(len(input)):
-            if not (passes := list(net.backward(input[rows], target[rows]))):
-                break
-            norms = _norms(passes)
-            factor = torch.where(norms > max_norm, max_norm / norms, 1).to(input.dtype).unsqueeze(1)
+        hold = undisturbed(input)
+        for rows in net.tiles(len(input), hold):
+            if not hold:
+                each = net.by_definition(input[rows], target[rows])
+                factor = _factors(_norms_of(each), max_norm)
+                for name, grads in each.items():
+                    total[name] += torch.tensordot(factor.to(total[name].dtype), grads.to(total[name].dtype), 1)
+                continue
+            passes = list(net.backward(input[rows], target[rows]))
+            factor = _factors(_norms(passes), max_norm).to(input.dtype).unsqueeze(1)
             for learner, df, h in passes:
                 df.mul_(factor)
                 if learner.weight and df.dtype is total[learner.weight].dtype:
@@ -200,6 +219,7 @@ class _Network:
         if input.dim() != 2:
             raise ValueError(f"{op}: `input` must have shape (B, D_0), one row per example, got {tuple(input.shape)}")
         self.loss: Loss = loss
+        self.loss_of_one = _of_one_example(loss)
         self.weights = [layer.weight.detach() for layer in layers]
         self.biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
         self.relus = [layer.relu for layer in layers]
@@ -213,10 +233,13 @@ class _Network:
         self.names = [name for learner in self.learners for name in learner if name]
         check_example_target(op, loss, target, len(input), self.weights[-1].shape[0])
 
-    def tiles(self, batch: int) -> Iterator[slice]:
+    def tiles(self, batch: int, equations_hold: bool) -> Iterator[slice]:
         """The batch in pieces of so many rows that what is computed of them stays near _TILE_NUMBERS."""
-        width = sum(weight.shape[0] + weight.shape[1] for weight in self.weights)
-        rows = max(_TILE_NUMBERS // max(width, 1), 64)
+        if equations_hold:
+            width = sum(weight.shape[0] + weight.shape[1] for weight in self.weights)
+            rows = max(_TILE_NUMBERS // max(width, 1), 64)
+        else:
+            rows = max(_TILE_NUMBERS // max(sum(weight.numel() for weight in self.weights), 1), 1)
         for first in range(0, batch, rows):
             yield slice(first, first + rows)
 
@@ -235,6 +258,28 @@ class _Network:
                 df = df @ self.weights[k]
                 if self.relus[k - 1]:
                     df = _relu_backward(df, h[k])
+
+    def by_definition(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """∂ℓ_i/∂β_k and ∂ℓ_i/∂Ω_k, by autograd through what torch's functions are now."""
+        learning = {
+            name: parameter
+            for learner, *parameters in zip(self.learners, self.weights, self.biases, strict=True)
+            for name, parameter in zip(learner, parameters, strict=True)
+            if name and parameter is not None
+        }
+        if not learning or len(input) == 0:  # vmap has no rule for no rows
+            return {name: parameter.new_empty((0, *parameter.shape)) for name, parameter in learning.items()}
+
+        def loss(learning: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            for learner, omega, beta, relu in zip(self.learners, self.weights, self.biases, self.relus, strict=True):
+                x = F.linear(x, learning.get(learner.weight or "", omega), learning.get(learner.bias or "", beta))
+                x = F.relu(x) if relu else x
+            return self.loss_of_one(x, y)
+
+        found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(
+            learning, input.detach(), target
+        )
+        return found
 
     def forward(self, input: Tensor) -> tuple[list[Tensor], Tensor]:
         """h_0 … h_{K−1}, and the output."""
@@ -268,8 +313,15 @@ def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
         rows: Tensor = torch.func.vmap(torch.func.grad(loss))(output, target)
         return rows.clone(memory_format=torch.contiguous_format)  # it may be expanded, or somebody else's
     # Row i of the gradient of the sum over all examples is that of ℓ_i: no other ℓ depends on output_i.
-    rows = LossSpec(loss).output_gradient(output, target)
-    return rows if loss == "cross_entropy" else rows.div_(max(output.shape[1], 1))  # the others are means over D_K
+    scale = 1.0 if loss == "cross_entropy" else 1 / max(output.shape[1], 1)  # the others are means over D_K
+    return LossSpec(loss).output_gradient(output, target, scale)
+
+
+def _of_one_example(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same losses as functions. The sum of one term is its mean, but 0 where its class is ignored."""
+    if callable(loss):
+        return loss
+    return LossSpec(loss, "sum" if loss == "cross_entropy" else "mean").of
 
 
 def _relu_backward(dh: Tensor, h: Tensor) -> Tensor:
@@ -295,3 +347,16 @@ def _norms(passes: Sequence[_Pass]) -> Tensor:
             norms.append(norm)
     norm_of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return norm_of_all
+
+
+def _norms_of(gradients: dict[str, Tensor]) -> Tensor:
+    """‖g_i‖ (rows,) of gradients (rows, *shape) that are there."""
+    wide = widest_dtype(next(iter(gradients.values())).device)
+    norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=wide) for each in gradients.values()]
+    norm_of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return norm_of_all
+
+
+def _factors(norms: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / ‖g_i‖) (rows,)."""
+    return torch.where(norms > max_norm, max_norm / norms, 1)

@@ -5,7 +5,7 @@ computed from the weights alone would not be the model's number then.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -13,6 +13,24 @@ from torch.nn import Parameter
 from torch_manualbp.modules import FusedForward, LinearReLU
 
 _MISSING = object()
+
+
+def _untouched(function: Any) -> Any:
+    """The function, if it is torch's or ours; if somebody has replaced it before we came, what equals nothing."""
+    home = getattr(function, "__globals__", {}).get("__name__", "torch")
+    return function if home.partition(".")[0] in ("torch", "torch_manualbp") else object()
+
+
+# What the call of a module goes through. Where one of them is another, on the class or on the module, nobody knows what
+# it computes: a LayerDrop is a Sequential whose `__iter__` leaves children out, and `forward` asks `__iter__`.
+_CALL = (
+    *("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__iter__", "_modules"),
+    *("__getattr__", "__getattribute__"),
+)
+_KNOWN: dict[type[nn.Module], list[tuple[str, Any]]] = {
+    kind: [(name, _untouched(getattr(kind, name, None))) for name in _CALL]
+    for kind in (nn.Linear, nn.ReLU, LinearReLU, FusedForward, nn.Sequential)
+}
 
 
 class Layer(NamedTuple):
@@ -45,8 +63,9 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
         A `Layer` (name, weight, bias, relu) for each linear layer; its tensors are the model's own parameters.
 
     Raises:
-        TypeError: `model` is not a module, or holds a child whose computation is not known: another module, a subclass
-            with its own forward, a layer that is parametrized or watched by hooks.
+        TypeError: `model` is not a module, or holds a child whose computation is not known: another module, a layer
+            that is parametrized or watched by hooks, or one whose forward, or whatever a call goes through before it,
+            is no longer torch's, as in a Sequential with its own ``__iter__``.
         ValueError: there is no linear layer, a ReLU comes before the first one, or two layers share a parameter.
 
     Example:
@@ -58,7 +77,7 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
         raise TypeError(f"{op}: `model` must be an nn.Module, got {type(model).__name__}")
     layers: list[Layer] = []
     owners: dict[int, str] = {}
-    for name, module in _leaves(op, model, "", outermost=True):
+    for name, module in _leaves(op, model, "", set(), outermost=True):
         if type(module) is nn.ReLU:
             if not layers:
                 raise ValueError(f"{op}: {_child(name, module)} comes before the first linear layer")
@@ -74,23 +93,49 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
     return layers
 
 
-def _leaves(op: str, module: nn.Module, name: str, outermost: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The Linear, LinearReLU and ReLU modules inside `module` with their names, in the order of the computation."""
-    known = type(module) in (nn.Linear, nn.ReLU, LinearReLU)
-    sequential = type(module).forward in (nn.Sequential.forward, FusedForward.forward)
-    if not (known or sequential) or "forward" in module.__dict__:
-        raise TypeError(
-            f"{op}: {_child(name, module)} is not supported: expected nn.Linear, nn.ReLU, LinearReLU or an "
-            "nn.Sequential of them (apply other modules to the input, or to the output in the loss)"
-        )
+def _leaves(
+    op: str, module: nn.Module, name: str, checked: set[type], outermost: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    """The Linear, LinearReLU and ReLU modules inside `module` with their names, in the order of the computation.
+
+    checked: the classes that have been found to compute what they are known for.
+    """
+    if type(module) not in checked:
+        _check_class(op, module, name)
+        checked.add(type(module))
+    for attribute in ("forward", "_call_impl", "_wrapped_call_impl"):  # the others are looked up on the class only
+        if attribute in module.__dict__:
+            raise _changed(op, module, name, attribute)
     if not outermost and _has_hooks(module):
         raise TypeError(f"{op}: {_child(name, module)} has hooks, which may change what it computes: remove them first")
-    if known:
+    if not isinstance(module, nn.Sequential):
         yield name, module
     else:
         for key, child in module._modules.items():
             if child is not None:
-                yield from _leaves(op, child, f"{name}.{key}" if name else key)
+                yield from _leaves(op, child, f"{name}.{key}" if name else key, checked)
+
+
+def _check_class(op: str, module: nn.Module, name: str) -> None:
+    """Raises TypeError unless modules of this class compute what it is known for."""
+    kind = type(module)
+    if isinstance(module, nn.Sequential):
+        kind = FusedForward if isinstance(module, FusedForward) else nn.Sequential
+    if kind not in _KNOWN:
+        raise TypeError(
+            f"{op}: {_child(name, module)} is not supported: expected nn.Linear, nn.ReLU, LinearReLU or an "
+            "nn.Sequential of them (apply other modules to the input, or to the output in the loss)"
+        )
+    for attribute, value in _KNOWN[kind]:
+        if getattr(type(module), attribute, None) is not value:
+            raise _changed(op, module, name, attribute)
+
+
+def _changed(op: str, module: nn.Module, name: str, attribute: str) -> TypeError:
+    return TypeError(
+        f"{op}: {_child(name, module)} is not supported: its `{attribute}` was replaced or overridden, so what it "
+        "computes is not known"
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:

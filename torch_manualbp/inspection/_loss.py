@@ -112,7 +112,7 @@ class TracedLoss:
 
     def _named_per_example(self, output: Tensor, target: Tensor) -> Tensor:
         if self.function == "mse":
-            losses = (output - target).square().sum(1)
+            losses = F.mse_loss(output, target, reduction="none").sum(1)
         elif self.function == "bce_with_logits":
             losses = F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(1)
         else:

@@ -47,14 +47,15 @@ class _Check(NamedTuple):
 
 def verify(trace: "Trace", tolerance: float | None) -> Differences:
     """See `Trace.verify`."""
-    allowed = TOLERANCE[trace.output.dtype] if tolerance is None else tolerance
+    if tolerance is None:  # the loss may be coarser than the output: "bce_with_logits" has the dtype of its target
+        tolerance = max(TOLERANCE[dtype] for dtype in (trace.output.dtype, trace.loss.dtype))
     with torch.inference_mode(False), torch.no_grad():
         differences = Differences({check.name: _difference(check) for check in _against_autograd(trace)})
-        exact = trace.output.dtype is torch.float64
+        exact = trace.output.dtype is trace.loss.dtype is torch.float64
         differences.finite_differences = dict(_against_finite_differences(trace)) if exact else {}
-    wrong = {name: value for name, value in differences.items() if not value <= allowed}
+    wrong = {name: value for name, value in differences.items() if not value <= tolerance}
     finite = {name: value for name, value in differences.finite_differences.items() if value > FINITE_TOLERANCE}
-    for what, bad, limit in (("autograd", wrong, allowed), ("finite differences", finite, FINITE_TOLERANCE)):
+    for what, bad, limit in (("autograd", wrong, tolerance), ("finite differences", finite, FINITE_TOLERANCE)):
         if bad:
             listed = ", ".join(f"{name} by {value:.1e}" for name, value in bad.items())
             raise AssertionError(f"verify: relative to {what}, at most {limit:.0e} is allowed, but off are {listed}")

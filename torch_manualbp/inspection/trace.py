@@ -4,12 +4,13 @@ Leaves to others: the model's layers (_layers.py), the loss (_loss.py), the comp
 differences (_verify.py), tables (_table.py) and figures (trace_plot.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
@@ -155,6 +156,9 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
     ∂ℓ_i/∂h_k = Ω_kᵀ ∂ℓ_i/∂f_k in reverse order; then ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k and ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ. On a CPU
     they are the numbers of `MLP` in training, bit for bit. The model is not changed: no hooks, no ``.grad``.
 
+    Where the kernels do not train, because somebody replaced torch's functions or a `TorchFunctionMode` is around the
+    call, say, forward is what those functions make of it, and the gradients are autograd's of that.
+
     L = Σ_i ℓ_i is the loss of the whole batch. With reduction "sum", ℓ_i = Σ_d (f_id − y_id)² for "mse"; with "mean"
     each ℓ_i is divided by what ``torch.nn.functional`` divides by (B·D_K for "mse" and "bce_with_logits", the number of
     examples for "cross_entropy"), so that L equals torch's loss with this reduction and Σ_i ℓ_i = L still holds.
@@ -207,31 +211,65 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
         ]
         target = target.detach().clone() if isinstance(target, Tensor) else target
         x, weights = input.detach().clone(), [layer.weight for layer in layers]
+
+        def output_gradient(output: Tensor) -> Tensor:
+            traced_loss.check_target(output, target)
+            return traced_loss.gradient(output, target)
+
         kernels = kernels_apply(x, weights) and not torch_is_faster(x, weights)  # else training runs on torch, too
-        f, h = _forward(x, layers, kernels)
-        output = h[-1] if layers[-1].relu else f[-1]
-        traced_loss.check_target(output, target)
+        passes = (_by_kernels if kernels else _by_autograd)(x, layers, output_gradient)
+        output = passes.h[-1] if layers[-1].relu else passes.f[-1]
         total = traced_loss.total(output, target)
         losses = traced_loss.per_example(output, target, total)
-        dl_df, dl_dh = _backward(traced_loss.gradient(output, target), h, layers, kernels)
-        dl_dbeta, dl_domega = _parameter_gradients(dl_df, h, layers, kernels)
     return Trace(
         layers=tuple(layers),
-        f=tuple(f),
-        h=tuple(h),
         output=output,
         target=target,
         loss=total,
         losses=losses,
-        dl_df=tuple(dl_df),
-        dl_dh=tuple(dl_dh),
-        dl_dbeta=tuple(dl_dbeta),
-        dl_domega=tuple(dl_domega),
         traced_loss=traced_loss,
+        **{name: tuple(quantities) for name, quantities in passes._asdict().items()},
     )
 
 
-def _forward(input: Tensor, layers: Sequence[Layer], kernels: bool) -> tuple[list[Tensor], list[Tensor]]:
+class _Passes(NamedTuple):
+    """Both passes, as in `Trace`."""
+
+    f: list[Tensor]
+    h: list[Tensor]
+    dl_df: list[Tensor]
+    dl_dh: list[Tensor]
+    dl_dbeta: list[Tensor | None]
+    dl_domega: list[Tensor]
+
+
+def _by_autograd(input: Tensor, layers: Sequence[Layer], output_gradient: Callable[[Tensor], Tensor]) -> _Passes:
+    """Through torch's functions as they are found, as modules call them; whatever they compute, autograd knows."""
+    h = [input.requires_grad_()]
+    f: list[Tensor] = []
+    omega = [layer.weight.detach().requires_grad_() for layer in layers]
+    beta = [None if layer.bias is None else layer.bias.detach().requires_grad_() for layer in layers]
+    with torch.enable_grad():
+        for k, layer in enumerate(layers):
+            f.append(F.linear(h[k], omega[k], beta[k]))
+            h.append(F.relu(f[k]) if layer.relu else f[k])
+    output = h[-1]
+    h = h if layers[-1].relu else h[:-1]
+    leaves = [*f, *h, *omega, *(b for b in beta if b is not None)]
+    grads = iter(torch.autograd.grad(output, leaves, output_gradient(output.detach()), materialize_grads=True))
+    df, dh, domega = ([next(grads) for _ in some] for some in (f, h, omega))
+    dbeta = [None if b is None else next(grads) for b in beta]
+    return _Passes([each.detach() for each in f], [each.detach() for each in h], df, dh, dbeta, domega)
+
+
+def _by_kernels(input: Tensor, layers: Sequence[Layer], output_gradient: Callable[[Tensor], Tensor]) -> _Passes:
+    """By the ops that train."""
+    f, h = _forward(input, layers)
+    dl_df, dl_dh = _backward(output_gradient(h[-1] if layers[-1].relu else f[-1]), h, layers)
+    return _Passes(f, h, dl_df, dl_dh, *_parameter_gradients(dl_df, h, layers))
+
+
+def _forward(input: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """f_0 … f_{K−1}, and h_0 … h_{K−1} (and h_K after a closing ReLU).
 
     Each run of layers is one call of the op that trains it, which stores h_k. It never stores f_k: each comes from the
@@ -241,27 +279,22 @@ def _forward(input: Tensor, layers: Sequence[Layer], kernels: bool) -> tuple[lis
     f: list[Tensor] = []
     for run in _runs(layers):
         first, weights, biases = len(f), [layer.weight for layer in run], [layer.bias for layer in run]
-        output, inner = _run_forward(h[first], weights, biases, run[-1].relu, kernels)
+        output, inner = _run_forward(h[first], weights, biases, run[-1].relu)
         h += [*inner, output]
         for k, layer in enumerate(run, first):
-            f.append(_run_forward(h[k], [layer.weight], [layer.bias], False, kernels)[0] if layer.relu else output)
+            f.append(_run_forward(h[k], [layer.weight], [layer.bias], False)[0] if layer.relu else output)
     return f, h if layers[-1].relu else h[:-1]
 
 
 def _run_forward(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, kernels: bool
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a run, and its h_1 … h_{K−1}."""
-    if not kernels:
-        output, h = reference.mlp_forward(input, weights, biases, final_relu)
-        return output, h[1:]
     output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
     return output, _split(hidden, input.shape, weights)
 
 
-def _backward(
-    grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer], kernels: bool
-) -> tuple[list[Tensor], list[Tensor]]:
+def _backward(grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1} and ∂ℓ/∂h_k = Ω_kᵀ ∂ℓ/∂f_k, from the last layer to the first.
 
     One call a layer, of the op that trains the network: it computes the same bits as one call for the whole network.
@@ -271,17 +304,14 @@ def _backward(
     dh = grad_output
     for k, layer in reversed(list(enumerate(layers))):
         df = reference.relu_mask(h[k + 1], dh) if layer.relu else dh
-        if kernels:
-            (dh,) = _ops.mlp_backward(df, h[k], [layer.weight], [], df.new_empty(0), None, [True, False, False])
-        else:
-            dh = df @ layer.weight
+        (dh,) = _ops.mlp_backward(df, h[k], [layer.weight], [], df.new_empty(0), None, [True, False, False])
         dl_df.insert(0, df)
         dl_dh.insert(0, dh)
     return dl_df, dl_dh
 
 
 def _parameter_gradients(
-    dl_df: Sequence[Tensor], h: Sequence[Tensor], layers: Sequence[Layer], kernels: bool
+    dl_df: Sequence[Tensor], h: Sequence[Tensor], layers: Sequence[Layer]
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """∂ℓ/∂β_k and ∂ℓ/∂Ω_k: one call for a run of layers, as in training, which may cut the batch as it likes."""
     dbeta: list[Tensor | None] = []
@@ -289,14 +319,10 @@ def _parameter_gradients(
     for run in _runs(layers):
         first, K = len(domega), len(run)
         inputs, df, weights = h[first : first + K], dl_df[first + K - 1], [layer.weight for layer in run]
-        if kernels:
-            hidden = torch.cat([df.new_empty(0), *(h_k.reshape(-1) for h_k in inputs[1:])])
-            grads = _ops.mlp_backward(df, inputs[0], weights, [], hidden, None, [False] + [True] * (2 * K))
-            dweights, dbiases = grads[:K], grads[K:]
-        else:
-            _, dweights, dbiases = reference.mlp_backward(df, inputs, weights)
-        domega += dweights
-        dbeta += [None if layer.bias is None else db for layer, db in zip(run, dbiases, strict=True)]
+        hidden = torch.cat([df.new_empty(0), *(h_k.reshape(-1) for h_k in inputs[1:])])
+        grads = _ops.mlp_backward(df, inputs[0], weights, [], hidden, None, [False] + [True] * (2 * K))
+        domega += grads[:K]
+        dbeta += [None if layer.bias is None else db for layer, db in zip(run, grads[K:], strict=True)]
     return dbeta, domega
 
 
