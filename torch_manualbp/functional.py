@@ -156,8 +156,8 @@ def compute_layers(
                 weights, biases = weights[first:], biases[first:]
             output: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)[0]
             return output
-    output, _ = _ops.mlp(input, weights, biases, final_relu, False)
-    return output
+    result: Tensor = _ops.mlp(input, weights, biases, final_relu, False)[0]
+    return result
 
 
 def _first_that_learns(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:

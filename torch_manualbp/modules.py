@@ -75,10 +75,11 @@ _Parameters = tuple[list[Tensor], list[Tensor | None]]
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("first", "last", "left_to_torch", "modules", "relu")
+    __slots__ = ("first", "last", "left_to_torch", "modules", "relu", "size")
 
     def __init__(self, first: int) -> None:
         self.first = self.last = first  # its linear layers are those from `first` to before `last` of the network
+        self.size = 0
         self.left_to_torch: list[Tensor | None] = []  # parameters that our op refused and torch took
         self.modules: list[nn.Module] = []
         self.relu = False
@@ -86,14 +87,15 @@ class _Run:
     def add(self, module: nn.Module) -> None:
         """Appends a Linear, ReLU or LinearReLU."""
         self.modules.append(module)
-        self.last += type(module) is not nn.ReLU
+        self.size += type(module) is not nn.ReLU
+        self.last = self.first + self.size
         self.relu = type(module) is not nn.Linear
 
-    def __call__(self, input: Any, weights: list[Tensor], biases: list[Tensor | None], store: bool) -> Any:
+    def __call__(self, input: Any, weights: list[Tensor], biases: list[Tensor | None], network: "FusedForward") -> Any:
         """The run's output; the parameters are the network's, or the run's own. `undisturbed` holds."""
-        if len(weights) != self.last - self.first:
+        if len(weights) != self.size:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
-        if len(weights) == 1:
+        if self.size == 1:
             if not self.relu:  # a lone linear layer: nothing to fuse
                 return F.linear(input, weights[0], biases[0])
             if rows_of(input) < rows_left_to_torch(weights[0]):
@@ -101,7 +103,7 @@ class _Run:
         if self.left_to_torch and all(map(is_, self.left_to_torch, (*weights, *biases))):
             return self._one_by_one(input)
         try:
-            return compute_layers(input, weights, biases, self.relu, store)
+            return compute_layers(input, weights, biases, self.relu, network._manualbp_activations == "store")
         except RuntimeError as error:  # of a bias that broadcasts, say
             output = _instead(error, self._one_by_one, input)
             self.left_to_torch = [*weights, *biases]
@@ -156,7 +158,7 @@ def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     """Up to how many numbers in the input it gains nothing to compute this step by our ops."""
     if not isinstance(step, _Run):
         return _INFINITE
-    if step.last - step.first > 1:
+    if step.size > 1:
         return 0.0
     weight = cast(Tensor, step.modules[0]._parameters["weight"])
     return min(rows_left_to_torch(weight) * weight.shape[-1], 2.0**62) if step.relu else _INFINITE
@@ -366,15 +368,23 @@ class FusedForward(nn.Sequential):
             return input
         if torch.compiler.is_compiling():
             return self._capture(input)
-        plan = self.__dict__.get("_manualbp_plan")
-        if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, self._modules):
+        own = self.__dict__
+        plan = own.get("_manualbp_plan")
+        if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, own["_modules"]):
             output = input
-            for module in self._modules.values():
+            for module in own["_modules"].values():
                 output = module(output)
         else:
-            output = self._compute(input)
-        if "_manualbp_watchers" in self.__dict__:
-            for watcher in self.__dict__["_manualbp_watchers"]:
+            planned = self._planned(input)
+            if planned is None:
+                output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+            else:
+                output = input
+                steps, weights, biases = planned
+                for step in steps:
+                    output = step(output, weights, biases, self) if isinstance(step, _Run) else step(output)
+        if "_manualbp_watchers" in own:
+            for watcher in own["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
         return output
 
@@ -395,15 +405,6 @@ class FusedForward(nn.Sequential):
         store = self._manualbp_activations == "store"
         for step in _steps_of(children, [_fusable_kind(child) for child in children]):
             input = step.capture(input, store) if isinstance(step, _Run) else step(input)
-        return input
-
-    def _compute(self, input: Any) -> Any:
-        if (planned := self._planned(input)) is None:
-            return super().forward(input)  # type: ignore[no-untyped-call]
-        steps, weights, biases = planned
-        store = self._manualbp_activations == "store"
-        for step in steps:
-            input = step(input, weights, biases, store) if isinstance(step, _Run) else step(input)
         return input
 
     def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
