@@ -19,9 +19,11 @@ from torch_manualbp.inspection.gradient_flow import (
     VANISHING,
     GradientFlow,
     LayerFlow,
-    _compose_passes,
+    _compose_backward,
+    _compose_forward,
     dead_share_limit,
-    run_passes,
+    run_backward,
+    run_forward,
     weight_changes,
 )
 
@@ -252,22 +254,19 @@ def test_the_kernels_measure_what_plain_torch_does(sizes, relus, rows, dtype, la
     layers = [Layer("", *layer) for layer in zip(weights, biases, relus, strict=True)]
     x, gradient = normal(rows, sizes[0]), normal(rows, sizes[-1])
     tolerance = 1e-4 if dtype is torch.float32 else 1e-11
-    outputs = []
-
-    def of_output(output):
-        outputs.append(output)
-        return gradient
-
-    plain = _compose_passes(x, weights, biases, relus, of_output)
-    memory = run_passes(layers, -x, -gradient)
-    runs = [run_passes(layers, x, of_output), run_passes(layers, x, gradient), run_passes(layers, x, gradient, memory)]
-    assert runs[2].f is memory.f
-    for passes in runs:
+    output, f = _compose_forward(x, weights, biases, relus)
+    plain = _compose_backward(x, weights, relus, f, gradient)
+    memory = run_backward(run_forward(layers, -x), -gradient)
+    of_other_size = run_backward(run_forward(layers, x.repeat(2, 1)), gradient.repeat(2, 1))
+    for reused in (None, memory, of_other_size):
+        forward = run_forward(layers, x, reused)
+        torch.testing.assert_close(forward.output, output, rtol=tolerance, atol=tolerance)
+        passes = run_backward(forward, gradient)
+        assert (reused is not None and passes.f is reused.f) == (reused is memory)
         for got, want in zip(passes, plain, strict=True):
             torch.testing.assert_close(got, want.to(got.dtype), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(*outputs, rtol=tolerance, atol=tolerance)
-    moved = [layer._replace(weight=layer.weight + 0.5) for layer in layers]
-    expected = [0.5 * math.sqrt(layer.weight.numel()) for layer in layers]
+    moved = [weight + 0.5 for weight in weights]
+    expected = [0.5 * math.sqrt(weight.numel()) for weight in weights]
     assert weight_changes(moved, passes.weights).tolist() == pytest.approx(expected, rel=1e-5)
 
 

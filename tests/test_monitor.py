@@ -11,6 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations, parametrize, prune, vector_to_parameters
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manualbp as mbp
 
@@ -52,6 +57,21 @@ def train(model, step, steps=7, lr=0.1, seed=1, rows=40):
     return x, y
 
 
+def assert_describes(flow, model, x, y):
+    """The measurement is of this network, trained on the mean square error."""
+    expected = mbp.gradient_flow(copy.deepcopy(model).double(), x.double(), y.double())
+    for got, want in zip(flow.layers, expected.layers, strict=True):
+        assert (got.name, got.d_in, got.d_out) == (want.name, want.d_in, want.d_out)
+        assert got.dl_df == pytest.approx(want.dl_df / len(x), rel=1e-4)  # the loss is the mean over the examples
+        for quantity in ("f", "h", "dead", "always_on", "growth", "growth_theory", "forward_growth", "forward_theory"):
+            value = getattr(want, quantity)
+            assert getattr(got, quantity) == (value and pytest.approx(value, rel=1e-4)), quantity
+
+
+def data(rows=40):
+    return torch.randn(rows, SIZES[0]), torch.randn(rows, SIZES[-1])
+
+
 @pytest.mark.parametrize(("name", "how"), WAYS)
 def test_training_is_the_same_bit_for_bit(name, how):
     alone = MODELS[name]()
@@ -75,15 +95,344 @@ def test_it_sees_the_gradient_of_the_loss_and_the_step_that_follows(name, how):
         x, y = train(model, STEPS[how], steps=1)
     (flow,) = monitor.history
     assert flow.step == 1
-    expected = mbp.gradient_flow(reference, x.double(), y.double())
-    for k, (got, want) in enumerate(zip(flow.layers, expected.layers, strict=True)):
-        assert got.dl_df == pytest.approx(want.dl_df / 40, rel=1e-4)  # the loss is the mean over 40 examples
-        for quantity in ("f", "h", "dead", "always_on", "growth", "growth_theory", "forward_growth", "forward_theory"):
-            value = getattr(want, quantity)
-            assert getattr(got, quantity) == (value and pytest.approx(value, rel=1e-4)), quantity
+    assert_describes(flow, reference, x, y)
+    for k, got in enumerate(flow.layers):
         before = reference[2 * k].weight
         change = (model[2 * k].weight.double() - before).norm() / before.norm()
         assert got.update_ratio == pytest.approx(change.item(), rel=1e-4)
+
+
+def replace_layer(model):
+    model[2] = nn.Linear(16, 16)
+    nn.init.normal_(model[2].weight, std=3.0)
+
+
+def append_layers(model):
+    model.append(nn.ReLU())
+    model.append(nn.Linear(3, 3))
+
+
+def exchange_data(model):
+    for parameter in model.parameters():
+        parameter.data = 3 * parameter.data
+
+
+def write_data(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+
+
+def assign_state(model):
+    model.load_state_dict({name: 3 * value for name, value in model.state_dict().items()}, assign=True)
+
+
+def remove_bias(model):
+    model[2].bias = None
+
+
+def narrow(model):
+    model.zero_grad()
+    model[0].weight.data, model[0].bias.data = model[0].weight.data[:9], model[0].bias.data[:9]
+    model[2].weight.data = model[2].weight.data[:, :9]
+
+
+def prune_for_good(model):
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    prune.remove(model[2], "weight")
+
+
+CHANGES = [
+    replace_layer,
+    append_layers,
+    exchange_data,
+    write_data,
+    assign_state,
+    remove_bias,
+    narrow,
+    prune_for_good,
+    lambda model: model.__delitem__(3),  # a ReLU: two linear layers follow one another
+    lambda model: model.insert(0, nn.Linear(6, 6)),
+    lambda model: vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())), model.parameters()),
+    mbp.fuse,
+]
+
+
+@pytest.mark.parametrize(("name", "how"), WAYS)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_it_measures_the_network_that_the_forward_pass_computed(name, how, change):
+    model = MODELS[name]()
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        STEPS[how](model, *data())
+        change(model)
+        x, y = data()
+        STEPS[how](model, x, y)
+    assert len(monitor.history) == 2
+    assert_describes(monitor.history[1], model, x, y)
+    str(monitor)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("change", [change for change in CHANGES if change not in (write_data, narrow)])
+def test_what_happens_between_forward_and_backward_does_not_matter(name, change):
+    """But for what changes the backward pass itself: values that are written through ``.data``, other shapes."""
+    model = MODELS[name]()
+    before, (x, y) = copy.deepcopy(model), data()
+    with mbp.GradientFlowMonitor(model) as monitor:
+        output = model(x)
+        change(model)
+        F.mse_loss(output, y).backward()
+    assert_describes(monitor.history[0], before, x, y)
+
+
+def test_the_first_layer_the_biases_and_the_input_may_be_written_before_the_backward_pass():
+    """As autograd allows: their values are not needed any more."""
+    model = plain()
+    model[0].requires_grad_(False)
+    (x, y), before = data(), copy.deepcopy(model)
+    x_before = x.clone()
+    with mbp.GradientFlowMonitor(model) as monitor:
+        output = model(x)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+            for layer in model[::2]:
+                layer.bias.add_(1)
+            x.zero_()
+        F.mse_loss(output, y).backward()
+    for got, want in zip(monitor.history[0].layers, mbp.gradient_flow(before, x_before, y).layers, strict=True):
+        assert (got.f, got.h) == pytest.approx((want.f, want.h), rel=1e-4)
+        assert got.dl_df == pytest.approx(want.dl_df / 40, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_functional_call_lends_are_measured(name):
+    model, other, (x, y) = MODELS[name](), MODELS[name](), data()
+    before = copy.deepcopy(model)
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        F.mse_loss(torch.func.functional_call(model, dict(other.named_parameters()), (x,)), y).backward()
+        autograd(model, x, y)
+    assert_describes(monitor.history[0], other, x, y)
+    assert_describes(monitor.history[1], before, x, y)
+
+
+def test_other_hooks_do_not_hide_the_output():
+    model, (x, y) = plain(), data()
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+    with mbp.GradientFlowMonitor(model) as monitor:
+        (model(x) / 2 - y).square().mean().backward()
+    assert_describes(monitor.history[0], nn.Sequential(*model), x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda m: prune.l1_unstructured(m[2], "weight", 0.5), TypeError, "child '2'"),
+        (lambda m: parametrize.register_parametrization(m[2], "weight", nn.Identity()), TypeError, "child '2'"),
+        (lambda m: parametrizations.spectral_norm(m[0]), TypeError, "child '0'"),
+        (lambda m: m.__setitem__(1, nn.Tanh()), TypeError, "child '1' .Tanh. is not supported"),
+        (lambda m: m.append(nn.Dropout()), TypeError, "child '5' .Dropout."),
+        (lambda m: m[4].register_forward_hook(lambda *_: None), TypeError, "child '4' .* has hooks"),
+        (lambda m: setattr(m[2], "forward", F.relu), TypeError, "child '2'"),
+        (lambda m: setattr(m[2], "bias", m[0].bias), ValueError, "child '2' .* shares a parameter with child '0'"),
+    ],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_it_cannot_describe_any_more_it_refuses_before_the_step_is_taken(name, change, error, message):
+    model, (x, y) = MODELS[name](), data()
+    with mbp.GradientFlowMonitor(model, every=2) as monitor:
+        autograd(model, x, y)
+        change(model)
+        model.zero_grad()
+        model(x)  # not to be measured
+        for _ in range(2):
+            with pytest.raises(error, match=f"GradientFlowMonitor: {message}"):
+                autograd(model, x, y)
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(monitor.history) == 1
+
+
+def test_no_gradient_is_added_when_a_loss_is_refused():
+    model, (x, y) = mbp.MLP(SIZES), data()
+    with mbp.GradientFlowMonitor(model, every=1):
+        model[2].bias = model[0].bias
+        for how in ("loss", "loss_backward"):
+            with pytest.raises(ValueError, match="shares a parameter"):
+                STEPS[how](model, x, y)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def per_sample(model, x, y):
+    def loss(parameters, x, y):
+        return F.mse_loss(torch.func.functional_call(model, parameters, (x[None],))[0], y)
+
+    torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(dict(model.named_parameters()), x, y)
+
+
+def of_parameters(transform):
+    def run(model, x, y):
+        transform(lambda parameters: torch.func.functional_call(model, parameters, (x,)))(
+            dict(model.named_parameters())
+        )
+
+    return run
+
+
+def ensemble(model, x, y):
+    parameters = {name: torch.stack([p.detach()] * 2).requires_grad_() for name, p in model.named_parameters()}
+    outputs = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+    outputs.square().sum().backward()
+
+
+def batched_backward(model, x, y):
+    output = model(x)
+    gradients = torch.randn(5, *output.shape)
+    torch.autograd.grad(output, list(model.parameters()), gradients, is_grads_batched=True)
+
+
+def vmapped_backward(model, x, y):
+    output, parameters = model(x), list(model.parameters())
+    gradients = torch.randn(5, *output.shape)
+    torch.func.vmap(lambda g: torch.autograd.grad(output, parameters, g, retain_graph=True))(gradients)
+
+
+def forward_mode(model, x, y):
+    with forward_ad.dual_level():
+        parameters = {name: forward_ad.make_dual(p, p.detach()) for name, p in model.named_parameters()}
+        torch.func.functional_call(model, parameters, (x,)).square().sum().backward()
+
+
+def fake_tensors(model, x, y):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x)).sum().backward()
+
+
+def fake_parameters(model, x, y):
+    with torch._subclasses.FakeTensorMode() as mode:
+        parameters = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
+        torch.func.functional_call(model, parameters, (mode.from_tensor(x),)).sum().backward()
+
+
+def compiled(model, x, y):
+    torch._dynamo.reset()
+    F.mse_loss(torch.compile(model, backend="eager")(x), y).backward()
+
+
+def compiled_backward(model, x, y):
+    torch._dynamo.reset()
+    loss = F.mse_loss(model(x), y)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        loss.backward()
+
+
+def jit_trace(model, x, y):
+    torch.jit.trace(model, (x,))
+
+
+def nested(model, x, y):
+    model(torch.nested.nested_tensor([x, x[:5]], layout=torch.jagged)).values().sum().backward()
+
+
+def on_meta(model, x, y):
+    parameters = {name: p.detach().to("meta").requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, parameters, (x.to("meta"),)).sum().backward()
+
+
+TRANSFORMS = {
+    "vmap of grad": per_sample,
+    "vmap": lambda model, x, y: torch.func.vmap(model)(x).sum().backward(),
+    "vmap over models": ensemble,
+    "grad": lambda model, x, y: torch.func.grad(lambda x: model(x).sum())(x),
+    "vjp": lambda model, x, y: torch.func.vjp(model, x)[1](y),
+    "jvp": lambda model, x, y: torch.func.jvp(model, (x,), (x,)),
+    "linearize": lambda model, x, y: torch.func.linearize(model, x)[1](x),
+    "jacrev": of_parameters(torch.func.jacrev),
+    "jacfwd": of_parameters(torch.func.jacfwd),
+    "hessian": lambda model, x, y: torch.func.hessian(lambda x: model(x).square().sum())(x[0]),
+    "is_grads_batched": batched_backward,
+    "vmap of backward": vmapped_backward,
+    "jacobian": lambda model, x, y: torch.autograd.functional.jacobian(model, x),
+    "jacobian, vectorized": lambda model, x, y: torch.autograd.functional.jacobian(model, x, vectorize=True),
+    "jacobian, vectorized, forward": lambda model, x, y: torch.autograd.functional.jacobian(
+        model, x, vectorize=True, strategy="forward-mode"
+    ),
+    "hessian, vectorized": lambda model, x, y: torch.autograd.functional.hessian(
+        lambda x: model(x).square().sum(), x[0], vectorize=True
+    ),
+    "forward mode": forward_mode,
+    "expanded weights": lambda model, x, y: call_for_per_sample_grads(model)(x).sum().backward(),
+    "torch.compile": compiled,
+    "compiled autograd": compiled_backward,
+    "torch.export": lambda model, x, y: torch.export.export(model, (x,)),
+    "torch.jit.trace": jit_trace,
+    "make_fx": lambda model, x, y: make_fx(lambda x: torch.autograd.grad(model(x).sum(), list(model.parameters())))(x),
+    "fake tensors": fake_tensors,
+    "fake parameters": fake_parameters,
+    "no data": on_meta,
+    "nested": nested,
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "fused", "MLP"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore")  # some of these are deprecated, or prototypes
+def test_transforms_run_while_it_watches(name, transform):
+    run = TRANSFORMS[transform]
+    alone = MODELS[name]()
+    model, (x, y) = copy.deepcopy(alone), data(8)
+    run(alone, x, y)
+    with mbp.GradientFlowMonitor(model, every=2) as monitor:
+        run(model, x, y)
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or type(p.grad) is not nn.Parameter or torch.equal(p.grad, q.grad)
+        model.zero_grad()
+        for _ in range(2):
+            autograd(model, x, y)
+    assert monitor.history
+    for flow in monitor.history:
+        assert all(math.isfinite(layer.f) and math.isfinite(layer.dl_df) for layer in flow.layers)
+
+
+def test_a_graph_that_is_captured_holds_nothing_of_the_monitor():
+    model, (x, _) = plain(), data()
+
+    def step(x):
+        return torch.autograd.grad(model(x).sum(), list(model.parameters()))
+
+    alone = make_fx(step)(x).code
+    with mbp.GradientFlowMonitor(model):
+        assert make_fx(step)(x).code == alone
+
+
+def test_a_batched_backward_pass_does_not_take_the_place_of_the_step():
+    model, (x, y) = mbp.MLP(SIZES), data()
+    with mbp.GradientFlowMonitor(model) as monitor:
+        output = model(x)
+        torch.autograd.grad(
+            output, list(model.parameters()), torch.randn(5, *output.shape), is_grads_batched=True, retain_graph=True
+        )
+        F.mse_loss(output, y).backward()
+    assert_describes(monitor.history[0], model, x, y)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modes_and_subclasses_do_not_see_it(name):
+    class Image(torch.Tensor):
+        pass
+
+    model, (x, y) = MODELS[name](), data()
+    flops = []
+    for every in (None, 1):
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            if every is None:
+                autograd(model, x.as_subclass(Image), y)
+            else:
+                with mbp.GradientFlowMonitor(model, every) as monitor:
+                    autograd(model, x.as_subclass(Image), y)
+                assert_finite = monitor.history[0].layers[0].f
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+    assert math.isfinite(assert_finite)
+    assert_describes(monitor.history[0], model, x, y)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
@@ -204,6 +553,111 @@ def test_without_a_step_there_is_no_update():
     assert monitor.history[0].layers[0].update_ratio is None
 
 
+def write_through_data(model, gradients):
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.data.add_(gradient, alpha=-0.1)
+
+
+def exchange_storage(model, gradients):
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.data = parameter.data - 0.1 * gradient
+
+
+def new_parameters(model, gradients):
+    state = {name: p.detach() - 0.1 * g for (name, p), g in zip(model.named_parameters(), gradients, strict=True)}
+    model.load_state_dict(state, assign=True)
+
+
+def set_vector(model, gradients):
+    stepped = [p.detach() - 0.1 * g for p, g in zip(model.parameters(), gradients, strict=True)]
+    vector_to_parameters(torch.cat([p.flatten() for p in stepped]), model.parameters())
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("step", [write_through_data, exchange_storage, new_parameters, set_vector])
+@pytest.mark.parametrize(("name", "how"), WAYS)
+def test_a_step_is_measured_however_it_is_written(name, how, step, every):
+    model, (x, y) = MODELS[name](), data()
+    with mbp.GradientFlowMonitor(model, every=every) as monitor:
+        STEPS[how](model, x, y)
+        before = [p.detach().clone() for p in model.parameters()]
+        step(model, [p.grad for p in model.parameters()])
+        STEPS[how](model, x, y)
+    for layer, old, new in zip(monitor.history[0].layers, before[::2], list(model.parameters())[::2], strict=True):
+        assert layer.update_ratio == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
+
+
+def test_steps_of_functional_training_are_measured():
+    """The weights are other tensors after each step; the model's own never change, and are no step at the end."""
+    model, (x, y) = mbp.MLP(SIZES), data()
+    parameters, ratios = {name: 2 * p.detach() for name, p in model.named_parameters()}, []
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        for _ in range(3):
+            before = {name: p.requires_grad_() for name, p in parameters.items()}
+            F.mse_loss(torch.func.functional_call(model, before, (x,)), y).backward()
+            parameters = {name: (p - 0.1 * p.grad).detach() for name, p in before.items()}
+            ratios.append((0.1 * before["0.weight"].grad.norm() / before["0.weight"].norm()).item())
+    assert [flow.layers[0].update_ratio for flow in monitor.history] == [*map(pytest.approx, ratios[:2]), None]
+
+
+def test_weights_that_were_computed_do_not_keep_their_graph():
+    model, (x, _) = mbp.MLP(SIZES), data()
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return 2 * weight
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    with mbp.GradientFlowMonitor(model) as monitor:
+        parameters = {name: Twice.apply(p) for name, p in model.named_parameters()}
+        node = weakref.ref(parameters["0.weight"].grad_fn)
+        torch.func.functional_call(model, parameters, (x,)).sum().backward()
+        del parameters
+        gc.collect()
+        assert len(monitor.history) == 1
+        assert node() is None
+
+
+def test_a_step_that_is_lost_to_rounding_is_a_step():
+    model = mbp.MLP(SIZES, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    with mbp.GradientFlowMonitor(model) as monitor:
+        model(torch.randn(10, 6).bfloat16()).sum().backward()
+        optimizer.step()
+    assert [layer.update_ratio for layer in monitor.history[0].layers] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_layer_of_another_shape_has_no_update(every):
+    model, (x, y) = mbp.MLP(SIZES), data()
+    with mbp.GradientFlowMonitor(model, every=every) as monitor:
+        autograd(model, x, y)
+        before = model[2].weight.detach().clone()
+        model.zero_grad()
+        model[2].weight.data = 1.5 * before
+        model[4].weight.data = model[4].weight.data[:2]
+        model[4].bias.data = model[4].bias.data[:2]
+        autograd(model, x, y[:, :2])
+    ratios = [layer.update_ratio for layer in monitor.history[0].layers]
+    assert ratios == [0, pytest.approx(0.5), None]
+
+
+def test_frozen_layers_have_no_update():
+    model, (x, y) = mbp.MLP(SIZES), data()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mbp.GradientFlowMonitor(model) as monitor:
+        autograd(model, x, y)
+        optimizer.step()
+    first, *rest = [layer.update_ratio for layer in monitor.history[0].layers]
+    assert first == 0
+    assert all(ratio > 0 for ratio in rest)
+
+
 def test_a_part_of_a_larger_model():
     class Model(nn.Module):
         def __init__(self):
@@ -318,6 +772,20 @@ def test_plot_shows_every_layer_over_the_steps(layers):
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [3] * layers
     assert list(figure.axes[0].lines[0].get_xdata()) == [1, 3, 5]
     assert len(figure.axes[1].lines) == layers - 1
+    figure.canvas.draw()
+
+
+def test_plot_of_a_network_that_grew_and_shrank():
+    model, (x, y) = plain(), data()
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        autograd(model, x, y)
+        append_layers(model)
+        autograd(model, x, y)
+        del model[6], model[5]
+        autograd(model, x, y)
+    figure = monitor.plot()
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 2, 3]] * 3 + [[2]]
+    assert [list(line.get_xdata()) for line in figure.axes[1].lines] == [[1, 2, 3]] * 2 + [[2]]
     figure.canvas.draw()
 
 

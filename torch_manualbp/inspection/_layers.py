@@ -81,7 +81,7 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
         if type(module) is nn.ReLU:
             if not layers:
                 raise ValueError(f"{op}: {_child(name, module)} comes before the first linear layer")
-            layers[-1] = layers[-1]._replace(relu=True)
+            layers[-1] = Layer(*layers[-1][:3], relu=True)
             continue
         weight, bias = _parameters(op, name, module)
         for parameter in (weight, bias):
@@ -140,13 +140,15 @@ def _changed(op: str, module: nn.Module, name: str, attribute: str) -> TypeError
 
 def _has_hooks(module: nn.Module) -> bool:
     own = module.__dict__
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(own.get(kind) for kind in kinds)
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def _parameters(op: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Ω and β, where they are the module's own parameters: nothing else would be the model's gradient."""
-    weight, bias = (module._parameters.get(kind, _MISSING) for kind in ("weight", "bias"))
+    own = module._parameters
+    weight, bias = own.get("weight", _MISSING), own.get("bias", _MISSING)
     if type(weight) not in (Parameter, Tensor) or not (bias is None or type(bias) in (Parameter, Tensor)):
         raise TypeError(f"{op}: {_child(name, module)} does not compute with plain parameters `weight` and `bias`")
     return cast(Tensor, weight), cast("Tensor | None", bias)

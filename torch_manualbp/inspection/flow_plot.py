@@ -56,22 +56,25 @@ def plot_flow(flow: "GradientFlow") -> "Figure":
 
 
 def plot_history(history: Sequence["GradientFlow"]) -> "Figure":
-    """Three panels over the steps of training, a line for each layer."""
+    """Three panels over the steps of training, a line for each layer; the network may have changed on the way."""
     figure = new_figure(15, 5.4)
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     panels = figure.subplots(1, 3)
-    steps, depth = [flow.step for flow in history], len(history[0].layers)
+    steps, depth = [flow.step for flow in history], max(len(flow.layers) for flow in history)
     colors = mpl.colormaps["viridis"]
     for k in range(depth):
         color = colors(0.9 * k / max(depth - 1, 1))
-        layers = [flow.layers[k] for flow in history]
-        _line(panels[0], steps, [layer.dl_df for layer in layers], color, f"layer {k}")
-        if layers[0].dead is not None:
-            _line(panels[1], steps, [100 * (layer.dead or 0.0) for layer in layers], color, f"layer {k}")
-        _line(panels[2], steps, [layer.update_ratio for layer in layers], color, f"layer {k}")
+        layers = [flow.layers[k] if k < len(flow.layers) else None for flow in history]
+        dl_df, dead, update_ratio = (
+            [getattr(layer, name, None) for layer in layers] for name in ("dl_df", "dead", "update_ratio")
+        )
+        _line(panels[0], steps, dl_df, color, f"layer {k}")
+        if any(share is not None for share in dead):
+            _line(panels[1], steps, [None if share is None else 100 * share for share in dead], color, f"layer {k}")
+        _line(panels[2], steps, update_ratio, color, f"layer {k}")
     panels[0].set_title(r"Size of $\partial L/\partial f_k$")
     panels[1].set_title("Dead units")
     panels[1].set_ylabel("% of the units")

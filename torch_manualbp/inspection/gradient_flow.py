@@ -15,7 +15,7 @@ Left to others: training loops (monitor.py), figures (flow_plot.py), the model's
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,7 +78,8 @@ class LayerFlow:
     """√(D_k Var[Ω_k] / 2), what theory predicts for `forward_growth`; without the ½ if no ReLU precedes the layer."""
     update_ratio: float | None
     """From `gradient_flow`: ‖∂L/∂Ω_k‖ / ‖Ω_k‖ with L the mean of ℓ_i; times the learning rate it is the relative size
-    of a step of plain SGD. From `GradientFlowMonitor`: ‖ΔΩ_k‖ / ‖Ω_k‖ of the step that was taken; None if none was."""
+    of a step of plain SGD. From `GradientFlowMonitor`: ‖ΔΩ_k‖ / ‖Ω_k‖ of the step that was taken; None if none was, or
+    the weight has got another shape."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,10 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         target = target.to(widest_dtype(input.device))
     with plain_arithmetic(input.device.type):
         rows = rows.to(widest_dtype(input.device))
-        passes = run_passes(layers, rows, lambda output: output_gradient(loss, output, target))
-        return GradientFlow(describe(layers, len(rows), passes.sums, _gradient_ratios(passes, layers, rows)))
+        forward = run_forward(layers, rows)
+        passes = run_backward(forward, output_gradient(loss, forward.output, target))
+        ratios = _gradient_ratios(passes, layers, rows)
+        return GradientFlow(describe([outline(layer) for layer in layers], len(rows), passes.sums, ratios))
 
 
 def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -260,6 +263,21 @@ def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
     if input.dim() < 2 or input.shape[-1] != d_in or input.shape[:-1].numel() == 0:
         raise ValueError(f"{op}: `input` must have shape (…, {d_in}) and hold examples, got {tuple(input.shape)}")
     return input.detach().flatten(0, -2)
+
+
+class ForwardPass(NamedTuple):
+    """The forward pass over so many rows, and what the backward pass needs of it."""
+
+    rows: Tensor
+    weights: list[Tensor]
+    """Ω_k in the dtype of `rows`, to stay what they are when the model gets others."""
+    relus: list[bool]
+    output: Tensor
+    """(rows, D_K)"""
+    f: Tensor
+    """All f_k (rows, D_{k+1}), flat."""
+    memory: tuple[Tensor, Tensor] | None
+    """Where the kernels will write all ∂ℓ/∂f_k, and copies of all Ω_k."""
 
 
 class Passes(NamedTuple):
@@ -276,47 +294,56 @@ class Passes(NamedTuple):
     """A copy of all Ω_k, flat."""
 
 
-def run_passes(
-    layers: Sequence[Layer],
-    rows: Tensor,
-    output_gradient: Tensor | Callable[[Tensor], Tensor],
-    memory: Passes | None = None,
-) -> Passes:
-    """Runs both passes in the dtype of `rows`, from ∂ℓ/∂output (rows, D_K), or what gives it for the output.
+def run_forward(layers: Sequence[Layer], rows: Tensor, memory: Passes | None = None) -> ForwardPass:
+    """Runs the forward pass in the dtype of `rows`.
 
-    The kernels write into `memory`, what a call with the same layers and as many rows of the same dtype has returned.
+    The kernels write into `memory`, what another run has returned, if that is of the right size.
     """
-    weights = [_as(rows.dtype, layer.weight) for layer in layers]
-    biases = [None if layer.bias is None else _as(rows.dtype, layer.bias) for layer in layers]
+    dtype = rows.dtype
+    weights = [_as(dtype, layer.weight.detach()) for layer in layers]
+    biases = [None if layer.bias is None else _as(dtype, layer.bias) for layer in layers]
     relus = [layer.relu for layer in layers]
     if rows.device.type != "cpu":
-        return _compose_passes(rows, weights, biases, relus, output_gradient)
-    if memory is None:
-        units = len(rows) * sum(omega.shape[0] for omega in weights)
-        f, df, copies = rows.new_empty(units), rows.new_empty(units), rows.new_empty(sum(map(torch.numel, weights)))
+        with plain_arithmetic(rows.device.type):
+            return ForwardPass(rows, weights, relus, *_compose_forward(rows, weights, biases, relus), None)
+    units, size = len(rows) * sum([omega.shape[0] for omega in weights]), sum([omega.numel() for omega in weights])
+    if memory is None or (memory.f.dtype, len(memory.f), len(memory.weights)) != (dtype, units, size):
+        f, df, copies = rows.new_empty(units), rows.new_empty(units), rows.new_empty(size)
     else:
         _, f, df, copies = memory
-    has_f = not isinstance(output_gradient, Tensor)
-    if not isinstance(output_gradient, Tensor):
-        output_gradient = output_gradient(_ops.flow_forward(rows, weights, biases, relus, f, df))
-    gradient = _as(rows.dtype, output_gradient)
-    return Passes(_ops.flow_backward(gradient, rows, weights, biases, relus, f, has_f, df, copies), f, df, copies)
+    output = _ops.flow_forward(rows, weights, biases, relus, f, df)  # h_k lie where ∂ℓ/∂f_k will
+    return ForwardPass(rows, weights, relus, output, f, (df, copies))
 
 
-def _compose_passes(
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    relus: Sequence[bool],
-    output_gradient: Tensor | Callable[[Tensor], Tensor],
-) -> Passes:
-    """The same in plain torch, where the kernels do not run."""
-    f, h = [], [rows]
+def run_backward(forward: ForwardPass, gradient: Tensor) -> Passes:
+    """Runs the backward pass from ∂ℓ/∂output (rows, D_K), and adds up."""
+    rows, weights, relus, _, f, memory = forward
+    gradient = _as(rows.dtype, gradient)
+    if memory is None:
+        with plain_arithmetic(rows.device.type):
+            return _compose_backward(rows, weights, relus, f, gradient)
+    no_biases = [None] * len(weights)  # which are not needed any more
+    return Passes(_ops.flow_backward(gradient, rows, weights, no_biases, relus, f, True, *memory), f, *memory)
+
+
+def _compose_forward(
+    rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], relus: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """The output and all f_k in plain torch, where the kernels do not run."""
+    f, h = [], rows
     for omega, beta, relu in zip(weights, biases, relus, strict=True):
-        f.append(F.linear(h[-1], omega, beta))
-        h.append(f[-1].relu() if relu else f[-1])
+        f.append(F.linear(h, omega, beta))
+        h = f[-1].relu() if relu else f[-1]
+    return h, torch.cat([f_k.flatten() for f_k in f])
+
+
+def _compose_backward(
+    rows: Tensor, weights: Sequence[Tensor], relus: Sequence[bool], f_flat: Tensor, dh: Tensor
+) -> Passes:
+    """The backward pass and the sums, likewise."""
+    f = [f_k.view(len(rows), -1) for f_k in torch.split(f_flat, [len(rows) * omega.shape[0] for omega in weights])]
+    h = [rows, *(f_k.relu() if relu else f_k for f_k, relu in zip(f, relus, strict=True))]
     df: list[Tensor] = []
-    dh = _as(rows.dtype, output_gradient if isinstance(output_gradient, Tensor) else output_gradient(h[-1]))
     for omega, f_k, relu in zip(reversed(weights), reversed(f), reversed(relus), strict=True):
         df.insert(0, reference.relu_mask(f_k, dh) if relu else dh)
         dh = df[0] @ omega
@@ -329,12 +356,14 @@ def _compose_passes(
             omega.to(wide).sum(), omega.to(wide).square().sum(),
         ]) for f_k, h_k, df_k, omega in zip(f, h, df, weights, strict=False)
     ]  # fmt: skip
-    return Passes(torch.stack(sums, 1), *(torch.cat([each.flatten() for each in some]) for some in (f, df, weights)))
+    return Passes(
+        torch.stack(sums, 1), f_flat, *(torch.cat([each.flatten() for each in some]) for some in (df, weights))
+    )
 
 
-def weight_changes(layers: Sequence[Layer], before: Tensor) -> Tensor:
-    """‖ΔΩ_k‖ (K,) since `before`, the copy that `run_passes` made."""
-    weights = [_as(before.dtype, layer.weight) for layer in layers]
+def weight_changes(weights: Sequence[Tensor], before: Tensor) -> Tensor:
+    """‖ΔΩ_k‖ (K,) from `before`, the copy that `run_backward` made, to `weights`, of the same shapes."""
+    weights = [_as(before.dtype, weight) for weight in weights]
     if before.device.type == "cpu":
         changes: Tensor = _ops.flow_update(weights, before)
         return changes
@@ -357,20 +386,36 @@ def _gradient_ratios(passes: Passes, layers: Sequence[Layer], rows: Tensor) -> l
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """The tensor in this dtype. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+    return tensor if tensor.dtype is dtype else tensor.detach().to(dtype)
 
 
-def describe(layers: Sequence[Layer], rows: int, sums: Tensor, ratios: Sequence[float | None]) -> tuple[LayerFlow, ...]:
-    """What `run_passes` added up for so many rows, beside theory."""
-    sums, widths = sums.cpu(), torch.tensor([layer.weight.shape for layer in layers])
+class Outline(NamedTuple):
+    """A layer without its parameters."""
+
+    name: str
+    d_in: int
+    d_out: int
+    relu: bool
+
+
+def outline(layer: Layer) -> Outline:
+    """What there is to say of a layer when its parameters may be gone."""
+    d_out, d_in = layer.weight.shape
+    return Outline(layer.name, d_in, d_out, layer.relu)
+
+
+def describe(
+    layers: Sequence[Outline], rows: int, sums: Tensor, ratios: Sequence[float | None]
+) -> tuple[LayerFlow, ...]:
+    """What `run_backward` added up for so many rows, beside theory."""
+    sums, widths = sums.cpu(), torch.tensor([(layer.d_out, layer.d_in) for layer in layers], device="cpu")
     sizes = sums[:3] / (rows * torch.stack([widths[:, 0], widths[:, 1], widths[:, 0]]))
     f, h, df = sizes.sqrt().tolist()
     dead, always_on = (sums[3:5] / widths[:, 0]).tolist()
     mean, mean_square = sums[5:7] / widths.prod(1)
     variances = (mean_square - mean.square()).clamp(min=0).tolist()
     found = []
-    for k, (name, weight, _, relu) in enumerate(layers):
-        d_out, d_in = weight.shape
+    for k, (name, d_in, d_out, relu) in enumerate(layers):
         kept = 0.5 if k > 0 and layers[k - 1].relu else 1.0  # the share of f_{k−1} that ReLU passes, in theory
         found.append(
             LayerFlow(
