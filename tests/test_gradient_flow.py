@@ -406,3 +406,10 @@ def test_cross_entropy_of_mnist_size():
     r = mbp.gradient_flow(model, x, torch.randint(10, (64,)), "cross_entropy")
     top = (F.softmax(model(x), 1) - F.one_hot(torch.randint(10, (64,)), 10)).square().mean().sqrt()
     assert r.layers[-1].dl_df == pytest.approx(top.item(), rel=0.05)
+
+
+def test_a_replaced_linear_is_refused(monkeypatch):
+    model, input, target = mbp.MLP([4, 5, 3]), torch.randn(7, 4), torch.randn(7, 3)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda input, weight, bias=None: input @ weight.t())
+    with pytest.raises(TypeError, match="linear or ReLU is replaced"):
+        mbp.gradient_flow(model, input, target)

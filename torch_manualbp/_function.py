@@ -87,14 +87,8 @@ _sequential_forward: Any = _of_torch(nn.Sequential.forward, nn.modules.container
 _sequential_iter: Any = _of_torch(nn.Sequential.__iter__, nn.modules.container)
 
 
-def undisturbed(input: Tensor) -> bool:
-    """Whether a linear layer or a ReLU of plain tensors computes now what torch computes, and nothing looks on.
-
-    Not where torch's functions or modules have been replaced; not under transforms that must see through the
-    computation (torch.func, forward-mode AD, make_fx, torch.jit.trace) nor under a `TorchFunctionMode`; not under
-    autocast, which chooses dtypes by op. Where the answer is no, plain torch is called, and sees all of it: a function
-    mode even sees what is read of a tensor, so this is the first thing to ask.
-    """
+def layers_are_torchs() -> bool:
+    """Whether torch's functions and modules for linear and ReLU are its own, and no function mode changes them."""
     return (
         F.linear is _linear
         and F.relu is _relu
@@ -106,8 +100,21 @@ def undisturbed(input: Tensor) -> bool:
         and nn.Module._call_impl is _call_impl
         and nn.Sequential.forward is _sequential_forward
         and nn.Sequential.__iter__ is _sequential_iter
-        and not _transforms_active()
         and not (count_function_modes() and _function_modes_matter())
+    )
+
+
+def undisturbed(input: Tensor) -> bool:
+    """Whether a linear layer or a ReLU of plain tensors computes now what torch computes, and nothing looks on.
+
+    Not where torch's functions or modules have been replaced; not under transforms that must see through the
+    computation (torch.func, forward-mode AD, make_fx, torch.jit.trace) nor under a `TorchFunctionMode`; not under
+    autocast, which chooses dtypes by op. Where the answer is no, plain torch is called, and sees all of it: a function
+    mode even sees what is read of a tensor, so this is the first thing to ask.
+    """
+    return (
+        layers_are_torchs()
+        and not _transforms_active()
         and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
         and getattr(forward_ad, "_current_level", 0) < 0
         and not _is_tracing()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import plain_arithmetic, widest_dtype
+from torch_manualbp._function import layers_are_torchs, plain_arithmetic, widest_dtype
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
 
@@ -221,7 +221,7 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         A `GradientFlow`, to be printed; ``.layers``, ``.diagnosis``, ``.explanation``, ``.plot()``, ``.to_dict()``.
 
     Raises:
-        TypeError: `model` has other modules, or an argument is no tensor.
+        TypeError: `model` has other modules, or an argument is no tensor; or torch's linear or ReLU was replaced.
         ValueError: unknown `loss`, an `input` or `target` that does not fit, no examples, or layers that share a
             parameter.
 
@@ -240,6 +240,11 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         []
     """
     layers = layers_of(model, "gradient_flow")
+    if not layers_are_torchs():
+        raise TypeError(
+            "gradient_flow: torch's linear or ReLU is replaced, or a TorchFunctionMode may change it: the numbers would "
+            "not be those of the network that runs"
+        )
     check_tensor("gradient_flow", "input", input)
     check_tensor("gradient_flow", "target", target)
     if not callable(loss):

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from torch_manualbp._function import PLAIN, _is_legacy_batched, _tracing_state, _transforms_active, plain_arithmetic
+from torch_manualbp._function import (
+    PLAIN,
+    _is_legacy_batched,
+    _is_tracing,
+    _transforms_active,
+    layers_are_torchs,
+    plain_arithmetic,
+)
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import (
@@ -246,7 +253,8 @@ def _is_ordinary(tensor: Tensor) -> bool:
         and not (tensor.is_nested or tensor.is_meta)
         and not (_transforms_active() or _is_legacy_batched(tensor))
         and getattr(forward_ad, "_current_level", 0) < 0
-        and _tracing_state() is None
+        and not _is_tracing()
+        and layers_are_torchs()
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
