@@ -242,8 +242,8 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
     layers = layers_of(model, "gradient_flow")
     if not layers_are_torchs():
         raise TypeError(
-            "gradient_flow: torch's linear or ReLU is replaced, or a TorchFunctionMode may change it: the numbers would "
-            "not be those of the network that runs"
+            "gradient_flow: torch's linear or ReLU is replaced, or a TorchFunctionMode may change it: "
+            "these would not be the numbers of the network that runs"
         )
     check_tensor("gradient_flow", "input", input)
     check_tensor("gradient_flow", "target", target)
