@@ -5,12 +5,13 @@ tensors that PyTorch allocates and frees in the plain network, and what our ops 
 and network.h, whose rules for cutting a batch into blocks are repeated in `_Cut`).
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_manualbp import _ops
 from torch_manualbp._function import torch_is_faster
@@ -42,7 +43,7 @@ class MemoryPlan:
     batch: int
     """Rows of the input."""
     parameters: int
-    """Bytes of the parameters; their gradients take as much and are part of every ``peak``."""
+    """Bytes of the parameters. The gradients of those that learn take as much, and are part of every ``peak``."""
     eager: ModeMemory
     """An ``nn.Sequential`` of the layers and a loss of its output."""
     store: ModeMemory
@@ -73,6 +74,9 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     - in the plain network: every h_k (B, D_k) that the lecture's backward pass needs, and ∂ℓ/∂f_k on the way back
     - in our modes: the h_k if they are stored, and a workspace for the block of rows that is being computed
 
+    Parameters that do not require a gradient get none. Of the layers in front of the first that learns, nothing is kept
+    but what the last one hands on; if no parameter learns, the step ends with the loss.
+
     bfloat16 that is left to torch, where the CPU has instructions for it, is counted as the plain network. Not counted
     are an optimizer's state, the libraries' own buffers (BLAS, oneDNN), and half a byte for each row in `MLP.loss`.
 
@@ -102,25 +106,42 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
     if batch < 0:
         raise ValueError(f"memory: `batch` must not be negative, got {batch}")
     itemsize = layers[0].weight.element_size()
-    cut = _Cut(batch, layers)
-    output = batch * layers[-1].weight.shape[0] * itemsize
-    hidden = batch * cut.hidden * itemsize
-    gradients = sum(p.numel() for layer in layers for p in (layer.weight, layer.bias) if p is not None) * itemsize
-    # A loss outside of the network makes temporaries (B, D_K), then the gradient of the output.
-    temporaries = _loss_temporaries(itemsize) * output
-    outside = output + max(temporaries, output + cut.backward(0) + gradients)
-    again = output + max(temporaries, output + cut.backward(len(layers) - 1) + gradients)
-    eager = _eager(layers, batch, itemsize)
-    store = ModeMemory(hidden + output, hidden + max(output + cut.forward(kept=True), outside))
+    eager, store, recompute = _eager(layers, batch, itemsize), _ours(layers, batch, True), _ours(layers, batch, False)
+    whole = _Cut(batch, layers)
     input = torch.empty((), dtype=layers[0].weight.dtype).expand(batch, layers[0].weight.shape[1])
     return MemoryPlan(
         batch=batch,
-        parameters=gradients,
+        parameters=sum(p.numel() for layer in layers for p in (layer.weight, layer.bias) if p is not None) * itemsize,
         eager=eager,
         store=eager if torch_is_faster(input, [layer.weight for layer in layers]) else store,
-        recompute=ModeMemory(output, max(output + cut.forward(kept=False), again)),
-        loss=ModeMemory(0, cut.backward(len(layers)) + gradients),
+        recompute=recompute,
+        loss=ModeMemory(0, whole.backward(len(layers)) + whole.gradients * itemsize),
     )
+
+
+def _ours(layers: Sequence[Layer], batch: int, stored: bool) -> ModeMemory:
+    """Our network and a loss outside of it: `store`, or `recompute`. Frozen layers in front are one call, ahead."""
+    itemsize = layers[0].weight.element_size()
+    frozen = next((k for k, layer in enumerate(layers) if _learns(layer.weight) or _learns(layer.bias)), len(layers))
+    output = batch * layers[-1].weight.shape[0] * itemsize
+    temporaries = _loss_temporaries(itemsize) * output
+    handed_on = batch * layers[frozen - 1].weight.shape[0] * itemsize if frozen else 0
+    ahead = handed_on + _Cut(batch, layers[:frozen]).forward(kept=False) if frozen else 0
+    if frozen == len(layers):
+        return ModeMemory(output, max(ahead, output + temporaries))
+    layers = layers[frozen:]
+    cut = _Cut(batch, layers)
+    again = 0 if stored else len(layers) - 1
+    hidden = batch * cut.hidden * itemsize if stored else 0
+    kept = hidden + output + (handed_on if again or _learns(layers[0].weight) else 0)
+    forward = handed_on + hidden + output + cut.forward(kept=stored)
+    # A loss outside of the network makes temporaries (B, D_K), then the gradient of the output.
+    backward = kept + max(temporaries, output + cut.backward(again) + cut.gradients * itemsize)
+    return ModeMemory(kept, max(ahead, forward, backward))
+
+
+def _learns(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
@@ -134,26 +155,33 @@ def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
         peak = max(peak, now)
         return numbers
 
-    kept = 0
-    for width, layer in zip(widths, layers, strict=True):
+    # Whether f_k has a gradient; whether h_k is kept by the ReLU that made it, and by the layer that it enters.
+    graph = list(accumulate((_learns(layer.weight) or _learns(layer.bias) for layer in layers), operator.or_))
+    by_relu = [False, *(layer.relu and has for layer, has in zip(layers[:-1], graph, strict=False))]
+    by_layer = [k > 0 and _learns(layer.weight) for k, layer in enumerate(layers)]
+    for k, (width, layer) in enumerate(zip(widths, layers, strict=True)):
         f = make(batch * width)
+        if k > 0 and not (by_relu[k] or by_layer[k]):
+            now -= batch * widths[k - 1]
         if layer.relu:
             make(batch * width)  # h_{k+1}; nobody needs f_k any more
             now -= f
-        kept = now
+    kept = now
     output = batch * widths[-1]
-    temporaries = make(_loss_temporaries(itemsize) * output)  # of which one stays until the loss's backward
+    temporaries = make(_loss_temporaries(itemsize) * output)  # of which one stays as long as the loss
     now -= temporaries - output
-    df = make(output)
-    now -= output  # the output itself lives as long as the loss
+    df = make(output) if graph[-1] else 0
+    now -= 0 if layers[-1].relu else output  # the output, unless a ReLU keeps that too
     for k in reversed(range(len(layers))):
         weight, bias, relu = layers[k].weight, layers[k].bias, layers[k].relu
+        if not graph[k]:
+            break
         if relu:  # ∂ℓ/∂f_k beside ∂ℓ/∂h_{k+1}; then this and h_{k+1} go
             make(df)
-            now -= df + (batch * widths[k] if k < len(layers) - 1 else 0)
-        dh = make(batch * weight.shape[1]) if k > 0 else 0
-        make(weight.numel() + (0 if bias is None else bias.numel()))
-        if k > 0 and not layers[k - 1].relu:
+            now -= df + batch * widths[k]
+        dh = make(batch * weight.shape[1]) if k > 0 and graph[k - 1] else 0
+        make(sum(p.numel() for p in (weight, bias) if p is not None and p.requires_grad))
+        if by_layer[k] and not by_relu[k]:
             now -= batch * widths[k - 1]
         now -= df
         df = dh
@@ -179,6 +207,14 @@ class _Cut:
         self.widest, self.top = max(self.widths), self.widths[-1]
         self.hidden, self.widest_hidden = sum(self.widths[1:-1]), max(self.widths[1:-1], default=0)
         self.parameters = sum((d_in + 1) * d_out for d_in, d_out in pairwise(self.widths))
+        learns = [(_learns(layer.weight), _learns(layer.bias)) for layer in layers]
+        self.lowest = next((k for k, some in enumerate(learns) if any(some)), len(layers))  # where backward ends
+        sizes = [
+            (d_in * d_out * omega, d_out * beta)
+            for (d_in, d_out), (omega, beta) in zip(pairwise(self.widths), learns, strict=True)
+        ]
+        self.gradients = sum(map(sum, sizes))
+        self.widest_dbeta = max(beta for _, beta in sizes)
         self.work = (batch + 8) * self.parameters
         self.slice_rows = self._slice_rows()
         self.tall = self.slice_rows < batch
@@ -217,7 +253,7 @@ class _Cut:
         if self.tall:
             return fixed + self._sums(-(-self.batch // self.slice_rows)) + each * self.threads
         units = -(-rows // _UNIT_ROWS)
-        dbeta = units * max(self.widths[1:]) * self.wide_itemsize if units > 1 or rows < self.batch else 0
+        dbeta = units * self.widest_dbeta * self.wide_itemsize if units > 1 or rows < self.batch else 0
         return fixed + self._sums(1) + each + dbeta
 
     def _team(self, depth: int) -> int:
@@ -238,7 +274,7 @@ class _Cut:
         """Weights packed for the backward pass, which needs no gradient of the input."""
         sizes = [
             d_out * _up(d_in, self.panel)
-            for d_in, d_out in pairwise(self.widths[1:])
+            for d_in, d_out in pairwise(self.widths[self.lowest + 1 :])
             if d_in > 1 and not self._reads_in_place(d_in)
         ]
         return sum(sizes) * self.wide_itemsize if self._packs() else 0
@@ -257,7 +293,7 @@ class _Cut:
     def _sums(self, slices: int) -> int:
         """Where gradients are summed, unless that is where they end."""
         direct = slices == 1 and self.itemsize == self.wide_itemsize
-        return 0 if direct else slices * self.parameters * self.wide_itemsize
+        return 0 if direct else slices * self.gradients * self.wide_itemsize
 
     def _share_rows(self) -> int:
         """Rows that a thread takes through all layers."""
