@@ -573,24 +573,20 @@ class MLP(FusedForward):
         return spec.of(output, target)
 
     def _backward_by_autograd(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
-        before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.parameters() if p.requires_grad]
-        try:
-            with torch.enable_grad():
-                value = self.loss(
-                    input,
-                    target,
-                    spec.name,
-                    spec.reduction,
-                    ignore_index=spec.ignore_index,
-                    label_smoothing=spec.label_smoothing,
-                )
-            value.backward()  # type: ignore[no-untyped-call]
-        except BaseException:  # a hook that raises, say: some parameters have their gradients by then
-            for parameter, grad, numbers in before:
-                parameter.grad = grad
-                if grad is not None and numbers is not None:
-                    grad.detach().copy_(numbers)
-            raise
+        options: Any = {"ignore_index": spec.ignore_index, "label_smoothing": spec.label_smoothing}
+        with torch.enable_grad():
+            value = self.loss(input, target, spec.name, spec.reduction, **options)
+        with _ADDING:
+            learners = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in learners]
+            try:
+                value.backward()  # type: ignore[no-untyped-call]
+            except BaseException:  # a hook that raises, say: some parameters have their gradients by then
+                for parameter, grad, numbers in before:
+                    parameter.grad = grad
+                    if grad is not None and numbers is not None:
+                        grad.detach().copy_(numbers)
+                raise
         return value.detach()
 
     def _whole(self, input: Any) -> _Parameters | None:
