@@ -36,8 +36,8 @@ def test_the_table_of_tolerances_is_that_of_the_tests():
 
 
 @pytest.mark.skipif(_ops.isa() == "default", reason="the portable level has no fused multiply-add instruction")
-@pytest.mark.parametrize("batch", [1, 7, 300])
-@pytest.mark.parametrize("terms", [1, 17, 64, 65, 100, 1000])  # 128 or 384 are added up before memory is written
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 300])
+@pytest.mark.parametrize("terms", [1, 13, 17, 64, 65, 100, 1000])  # 128 or 384 are added up before memory is written
 def test_a_sum_over_the_units_is_made_in_ascending_order(terms, batch):
     x, weight, bias = torch.randn(batch, terms), torch.randn(33, terms), torch.randn(33)
     f = documented_product(x, weight.t()) + bias

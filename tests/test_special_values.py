@@ -35,10 +35,15 @@ def test_every_pair_of_special_values_multiplies_as_in_torch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_output_is_minus_zero_in_a_batch_only(dtype):
-    batch = mbp.mlp(torch.zeros(100, 1, dtype=dtype), [torch.tensor([[-1.0]], dtype=dtype)])
-    one = mbp.mlp(torch.zeros(1, 1, dtype=dtype), [torch.tensor([[-1.0]], dtype=dtype)])
-    assert torch.equal(torch.signbit(batch), torch.signbit(one).expand(100, 1))
+@pytest.mark.parametrize("terms", [1, 13, 70])
+@pytest.mark.parametrize("outputs", [1, 20])
+def test_the_sign_of_an_output_that_is_zero_does_not_depend_on_its_batch(outputs, terms, dtype):
+    tiny = torch.finfo(dtype).tiny
+    for x, omega in ((0.0, -1.0), (tiny, -tiny)):  # +0, since sums start there; a product that is rounded to -0
+        input, weight = torch.full((100, terms), x, dtype=dtype), torch.full((outputs, terms), omega, dtype=dtype)
+        batch = mbp.mlp(input, [weight])
+        for rows in (1, 2, 4, 20):
+            assert torch.equal(torch.signbit(mbp.mlp(input[:rows], [weight])), torch.signbit(batch[:rows]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

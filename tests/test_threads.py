@@ -98,6 +98,8 @@ def test_a_row_of_the_output_does_not_depend_on_its_batch(sizes, dtype, threads)
         whole = function(*net)
         for rows in (slice(0, 1), slice(17, 18), slice(599, 600), slice(5, 12), slice(100, 164), slice(1, 400)):
             assert_equal(function(net.input[rows], *net[1:]), whole[rows])
+        for few in (2, 3, 4, 5, 8, 16, 25):
+            assert_equal(function(net.input[7 : 7 + few], *net[1:]), whole[7 : 7 + few])
         assert_equal(function(net.input[13], *net[1:]), whole[13])
         assert_equal(function(net.input[::3], *net[1:]), whole[::3])
         assert_equal(function(net.input.flip(0), *net[1:]), whole.flip(0))

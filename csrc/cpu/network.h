@@ -400,8 +400,8 @@ class Network {
     std::vector<int64_t> offsets;
     int64_t size = 0;
     // Few rows a thread: each packs for itself, just before it multiplies. To fetch what another core has packed takes
-    // longer (64 wide, 50 layers, 32 rows, two threads: forward 184 us so, 137 us without), and rows that are all in one
-    // share read a weight only once (10-400-400-3, one row: 32 us so, 12 us without).
+    // longer (64 wide, 50 layers, 32 rows, two threads: forward 184 us so, 137 us without). Rows that are all in one
+    // share read a weight once (10-400-400-3, one row: 36 us so, 20 us without).
     const int64_t share = share_rows(workers.threads());
     const bool shared = workers.threads() > 1 && multiply_adds() >= 2 * kGrain;
     if (is_short() && share <= kOwnPackRows && (shared || batch_ <= share)) return Buffer<A>(0);

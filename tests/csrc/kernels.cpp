@@ -69,11 +69,12 @@ int64_t draw_size() {
 template <typename T, typename Out>
 void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates, bool masks) {
   const auto& kernel = kernels<T>();
-  // One column, times one number or not, and one number have code of their own.
-  const int64_t n = chance(10) ? 1 : draw_size(), m = n == 1 && chance(30) ? 1 : draw_size();
+  // One column, times one number or not, and one number have code of their own; so do few rows times a weight.
+  const bool few = chance(20);
+  const int64_t n = chance(10) ? 1 : draw_size(), m = few ? 1 + below(5) : n == 1 && chance(30) ? 1 : draw_size();
   const int64_t k = chance(3) ? 0 : chance(n == 1 ? 30 : 1) ? 1 : draw_size();
   if (m * n * k > 3000000) return;
-  const Strided<T> a(m, k, 2), b(k, n, 1);
+  const Strided<T> a(m, k, 2, few ? below(2) : below(6), below(3)), b(k, n, 1, few ? 2 : below(6), below(3));
   const int64_t c_m = n + (chance(30) ? 3 : 0), mask_m = n + (chance(30) ? 2 : 0), bias_stride = below(3);
   Exact<Out> c((m - 1) * c_m + n), mask((m - 1) * mask_m + n);
   Exact<T> bias((n - 1) * bias_stride + 1);
@@ -116,6 +117,36 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   }
   for (int64_t j = 0; p.column_sum && j < n; ++j) {
     if (to_double(column_sum.data[j]) != sums[size_t(j)]) fail("column sum of a product", name_of<T>(), m, n, k);
+  }
+}
+
+// Real numbers, whose sums depend on the order in which they are made: a row of h Omega^T has the same bits whatever rows
+// it is with, and whether Omega is packed. Some products are so small that they round to -0, which adding 0 would lose.
+// (Not for one number alone: its multiply-adds are fused by name, those of vectors by the compiler, from -O2 on.)
+template <typename T>
+void check_rows() {
+  const auto& kernel = kernels<T>();
+  const int64_t rows = 30, n = chance(20) ? 1 : below(40) + 1, k = chance(30) ? 1 + below(20) : draw_size();
+  Exact<T> h(rows * k), omega(n * k), beta(n), whole(rows * n);
+  Exact<accumulator_t<T>> packed(kernel.packed_size(k, n));
+  const WorkspaceFor<T> workspace(n, k);
+  const double size = chance(10) ? std::ldexp(1.0, sizeof(T) == 8 ? -540 : sizeof(T) == 4 ? -75 : -10) : 0.01;
+  for (int64_t i = 0; i < h.size; ++i) h.data[i] = rounded<T>(size * double(below(2001) - 1000));
+  for (int64_t i = 0; i < omega.size; ++i) omega.data[i] = rounded<T>(size * double(below(2001) - 1000));
+  for (int64_t i = 0; i < n; ++i) beta.data[i] = rounded<T>(size * double(below(2001) - 1000));
+  const T* const bias = chance(50) ? beta.data : nullptr;
+  const bool relu = chance(30);
+  kernel.pack(omega.data, 1, k, k, n, packed.data);
+  kernel.gemm({rows, n, k, h.data, k, 1, omega.data, 1, k, whole.data, n, bias, 1, relu, false, packed.data},
+              workspace.data);
+  for (const int64_t m : {1, 2, 3, 4, 5, 8, 16, 24, 25, 30}) {
+    if (m == 1 && n == 1) continue;
+    const int64_t first = below(rows - m + 1);
+    Exact<T> part(m * n);
+    kernel.gemm({m, n, k, h.data + first * k, k, 1, omega.data, 1, k, part.data, n, bias, 1, relu}, workspace.data);
+    if (std::memcmp(part.data, whole.data + first * n, size_t(m * n) * sizeof(T)) != 0) {
+      fail("a row among others", name_of<T>(), m, n, k);
+    }
   }
 }
 
@@ -278,6 +309,7 @@ void check_all(int cases) {
   for (int i = 0; i < cases; ++i) {
     check_product<T, T>(kernel.gemm, false, whole);
     check_product<T, accumulator_t<T>>(kernel.gemm_accumulated, true, whole);
+    check_rows<T>();
     check_relu_backward<T>();
     check_reduce<T>();
     check_loss<T>(i % 3);

@@ -143,12 +143,13 @@ void check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fin
 
 template <typename T>
 void check_all(int cases) {
-  // Tall, short, wide, many parameters, few rows, one output, deep: every way to cut the work over threads.
+  // Tall, short, wide, many parameters, few rows, one row, one output, deep: every way to cut the work over threads.
   check<T>(1500, {33, 100, 64, 7}, true, false);
   check<T>(250, {30, 100, 90, 20}, true, true);
   check<T>(250, {30, 100, 90, 20}, false, false);
   check<T>(90, {300, 520, 10}, true, false);
   check<T>(5, {1100, 1000, 3}, true, false);
+  check<T>(1, {10, 200, 300, 3}, true, false);
   check<T>(300, {40, 200, 1}, true, false);
   check<T>(40, {64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64}, true, true);
   for (int i = 0; i < cases; ++i) {

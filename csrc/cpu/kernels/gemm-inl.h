@@ -454,7 +454,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
       for (int64_t kk = k0; kk < min_i64(k0 + kSumDepth, p.k); ++kk) {
         part = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), part);
       }
-      sum += part;
+      sum = p.accumulate || k0 > 0 ? part + sum : part;
     }
     if (p.bias) sum += widen(p.bias[0]);
     p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
@@ -586,8 +586,7 @@ template <typename T>
 static void gemm(const Gemm<T, T>& p, void* workspace) {
   using A = accumulator_t<T>;
   if constexpr (sizeof(T) == sizeof(A)) {
-    if (p.n == 1 && p.c_m == 1 && p.m > 1 && !p.accumulate && !p.packed_b)
-      return gemm_column<T>(p, workspace);
+    if (p.n == 1 && p.c_m == 1 && p.m > 1 && !p.accumulate && !p.packed_b) return gemm_column<T>(p, workspace);
     gemm_accumulated<T>(p, workspace);
   } else {
     using W = Workspace<T>;
