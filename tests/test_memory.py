@@ -41,6 +41,7 @@ FROZEN = {
     "the last layer": lambda k, last: (k < last, k < last),
     "all but a layer between": lambda k, last: (k == 1, k == 1),
     "all but a bias between": lambda k, last: (False, k == 1),
+    "all but the last bias": lambda k, last: (False, k == last),
     "the weights": lambda k, last: (False, True),
     "the biases": lambda k, last: (True, False),
     "everything": lambda k, last: (False, False),
@@ -223,6 +224,7 @@ def test_what_is_kept_where_layers_are_frozen():
     assert kept(sizes, "a layer between") == [64 + 32 + 16 + 3, 64 + 32 + 16 + 3, 3, 0]
     assert kept(sizes, "all but a layer between") == [64 + 32 + 16 + 3, 64 + 32 + 16 + 3, 64 + 3, 0]
     assert kept(sizes, "all but a bias between") == [32 + 16 + 3, 32 + 16 + 3, 64 + 3, 0]
+    assert kept(sizes, "all but the last bias") == [3, 3, 16 + 3, 0]
     assert kept(sizes, "the weights") == [64 + 32 + 16 + 3, 64 + 32 + 16 + 3, 3, 0]
     assert kept(sizes, "everything") == [3, 3, 3, 0]
     assert kept([64] * 9 + [10], "all but the last layer") == [64 + 10, 64 + 10, 64 + 10, 0]

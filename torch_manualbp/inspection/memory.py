@@ -133,7 +133,7 @@ def _ours(layers: Sequence[Layer], batch: int, stored: bool) -> ModeMemory:
     cut = _Cut(batch, layers)
     again = 0 if stored else len(layers) - 1
     hidden = batch * cut.hidden * itemsize if stored else 0
-    kept = hidden + output + (handed_on if again or _learns(layers[0].weight) else 0)
+    kept = hidden + output + (handed_on if not stored or _learns(layers[0].weight) else 0)
     forward = handed_on + hidden + output + cut.forward(kept=stored)
     # A loss outside of the network makes temporaries (B, D_K), then the gradient of the output.
     backward = kept + max(temporaries, output + cut.backward(again) + cut.gradients * itemsize)
