@@ -28,6 +28,7 @@ NETWORKS = {
     "wide, several blocks": ([16, 1024, 1024, 4], 9000),
     "short": ([17, 256, 256, 1], 256),
     "few rows": ([300, 200, 100, 3], 20),
+    "one row": ([10, 500, 400, 3], 1),
     "one unit": ([300, 1, 400, 300], 5000),
     "two layers": ([100, 50, 200], 5000),
 }
@@ -162,7 +163,7 @@ def test_our_peaks_are_as_exact_where_layers_are_frozen(case, frozen, mode):
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
-@pytest.mark.parametrize("case", ["tall", "short", "wide", "few rows"])
+@pytest.mark.parametrize("case", ["tall", "short", "wide", "few rows", "one row"])
 def test_threads_are_counted(case, mode):
     sizes, batch = NETWORKS[case]
     torch.set_num_threads(2)

@@ -217,7 +217,7 @@ MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lane
   }
 }
 
-// The same where it is not worth code of its own: the edges of B.
+// The same for the edges of B, which are not worth code of their own wherever they occur.
 template <typename T>
 static __attribute__((noinline)) void pack_edge(const T* b, int64_t b_n, int64_t k, int64_t lanes,
                                                 accumulator_t<T>* out) {
@@ -349,7 +349,7 @@ MBP_INLINE void multiply_block(const A* a, int64_t a_m, const A* b, int64_t b_n,
   }
 }
 
-// The next part of the sums.
+// Adds the next part to the sums, where there are some: 0 + part would lose the sign of a part that is -0.
 template <typename A, int MR>
 MBP_INLINE void add_part(const vec<A> (&part)[MR], bool& started, vec<A> (&sums)[MR]) {
 #pragma GCC unroll 4
@@ -357,7 +357,7 @@ MBP_INLINE void add_part(const vec<A> (&part)[MR], bool& started, vec<A> (&sums)
   started = true;
 }
 
-// `lanes` columns of C, as `tile` would sum them up.
+// `lanes` columns of C, summed up as `tile` does it.
 template <typename A, int MR>
 MBP_INLINE void tile_transposed(const Gemm<A, A>& p, const A* b, int64_t lanes, vec<A> (&sums)[MR]) {
   // A row's additions wait for one another: with short vectors, two parts go on at the same time.
@@ -460,6 +460,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
     p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
     return;
   }
+  // Only the input gradient has masks and column sums; its B is a weight the other way round.
   if constexpr (sizeof(T) == sizeof(A)) {
     if (p.m <= kTransposedRows && p.a_k == 1 && p.b_k == 1 && p.b_n != 1 && !p.packed_b && !p.mask && !p.column_sum) {
       return gemm_transposed<A>(p);
