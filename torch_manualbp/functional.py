@@ -250,6 +250,9 @@ def compute_loss(
     return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
 
 
+_WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
 def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
     """Whether our op decides about this target, by computing, or by an error of the class that torch raises.
 
@@ -261,8 +264,8 @@ def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequ
     if spec.name == "cross_entropy":
         classes = not target.is_floating_point() and target.dtype is not torch.uint8
         return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
-    if target.dtype is not input.dtype:
-        return spec.name == "bce_with_logits" and not target.is_floating_point()
+    if target.dtype is not input.dtype:  # torch promotes, or refuses with an error that depends on its version
+        return spec.name == "bce_with_logits" and target.dtype in _WHOLE_NUMBERS
     if weights is None:
         return True
     *leading, _ = input.shape or (0,)  # unpacked: half the time of slices
