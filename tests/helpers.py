@@ -39,6 +39,7 @@ WIDTHS = (1, 2, 7, 8, 9, 16, 17, 64, 100)
 # columns, depth 384), on all ways to cut the work: by rows of the batch through all layers, and layer by layer.
 LARGE = {
     "tall": (3000, [33, 100, 64, 7]),
+    "slices of several chunks": (80_000, [2, 5, 1]),
     "short": (250, [30, 100, 90, 20]),
     "odd": (1021, [9, 17, 5]),
     "wide": (700, [300, 520, 10]),

@@ -22,6 +22,7 @@ PEAK_MEMORY = Path(__file__).parent.parent / "benchmarks" / "peak_memory.py"
 # Batches cut in each way that our ops know: blocks of rows (tall), all at once (wide), few rows (short).
 NETWORKS = {
     "tall": ([32, 64, 64, 64, 64, 16], 20_000),
+    "tall, slices of several chunks": ([2, 40, 30, 1], 100_000),
     "tall, more weights": ([784, 512, 512, 10], 4096),
     "wide": ([784, 512, 512, 10], 512),
     "wide, more weights": ([479, 1024, 1024, 512, 256, 1], 1024),

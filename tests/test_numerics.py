@@ -3,10 +3,13 @@
 That threads, runs and batches change no bit is in test_threads.py; errors beside eager's are in test_benchmarks.py.
 """
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import torch_manualbp as mbp
 from helpers import DTYPES, TOLERANCE, assert_equal
@@ -51,6 +54,51 @@ def test_an_input_gradient_is_summed_in_ascending_order(units):
     x, weight, grad_output = torch.randn(20, 9, requires_grad=True), torch.randn(units, 9), torch.randn(20, units)
     (gradient,) = torch.autograd.grad(mbp.mlp(x, [weight]), x, grad_output)
     assert_equal(gradient, documented_product(grad_output, weight))
+
+
+# Tall, in blocks of one and of several units of rows; columns that fill vectors and that do not; and wide layers.
+EQUAL_ROWS = {
+    "2-4-1": ([2, 4, 1], 1 << 22),
+    "2-4-1, a part of a unit over": ([2, 4, 1], (1 << 21) + 77),
+    "1-1": ([1, 1], 1 << 22),
+    "1-1-1": ([1, 1, 1], 1 << 21),
+    "multiples of a vector": ([8, 64, 32, 3], 1 << 19),
+    "parts of a vector": ([5, 48, 33, 2], 1 << 18),
+    "blocks of one unit": ([2, 300, 5], 1 << 18),
+    "wide": ([1, 1100, 1000, 1], 13_000),
+}
+
+
+@pytest.mark.parametrize("way", ["store", "recompute", "loss", "fuse"])
+@pytest.mark.parametrize("case", EQUAL_ROWS)
+def test_a_sum_over_equal_rows_errs_by_less_than_a_millionth(case, way):
+    """The sum of n equal terms is n times one of them, which float64 knows; added one by one, they lose a digit or four."""
+    sizes, rows = EQUAL_ROWS[case]
+    plain = nn.Sequential(*mbp.MLP(sizes), *[nn.ReLU()] * (way == "fuse"))
+    nn.init.constant_(plain[2 * len(sizes) - 4].bias, 2)  # so that a ReLU on top is on
+    exact = copy.deepcopy(plain).double()
+    x, y = torch.rand(1, sizes[0]) + 0.5, torch.rand(1, sizes[-1]) + 3
+    F.mse_loss(exact(x.double()), y.double()).backward()
+    mode = "recompute" if way == "recompute" else "store"
+    model = mbp.fuse(plain) if way == "fuse" else mbp.MLP(sizes, activations=mode)
+    model.load_state_dict(exact.state_dict())
+    input, target = x.expand(rows, -1).contiguous(), y.expand(rows, -1).contiguous()
+    # The mean is taken in float64, so that the gradient of each row is right to the last place.
+    loss = model.loss(input, target) if way == "loss" else F.mse_loss(model(input).double(), target.double())
+    loss.backward()
+    assert abs(loss.item() / F.mse_loss(exact(x.double()), y.double()).item() - 1) < 1e-6
+    for got, want in zip(model.parameters(), exact.parameters(), strict=True):
+        scale = want.grad.abs().max()
+        assert ((got.grad - want.grad).abs().max() <= 1e-6 * scale).item()
+
+
+def test_a_gradient_over_random_rows_keeps_its_digits_where_terms_cancel():
+    rows = 1 << 22
+    x, g = torch.randn(rows, 1), torch.randn(rows, 1)
+    model = mbp.MLP([1, 1])
+    model(x).backward(g)
+    for got, terms in ((model[0].weight.grad, g.double() * x.double()), (model[0].bias.grad, g.double())):
+        assert abs(got.item() - terms.sum().item()) < 1e-7 * terms.abs().sum().item() ** 0.5 * rows**0.25
 
 
 def documented_product(a, b):

@@ -95,11 +95,9 @@ class _Run:
         """The run's output; the parameters are the network's, or the run's own. `undisturbed` holds."""
         if len(weights) != self.size:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
-        if self.size == 1:
-            if not self.relu:  # a lone linear layer: nothing to fuse
-                return F.linear(input, weights[0], biases[0])
-            if rows_of(input) < rows_left_to_torch(weights[0]):
-                return torch.relu(F.linear(input, weights[0], biases[0]))
+        if self.size == 1 and rows_of(input) < rows_left_to_torch(weights[0], self.relu):
+            output = F.linear(input, weights[0], biases[0])
+            return torch.relu(output) if self.relu else output
         if self.left_to_torch and all(map(is_, self.left_to_torch, (*weights, *biases))):
             return self._one_by_one(input)
         try:
@@ -161,7 +159,10 @@ def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     if step.size > 1:
         return 0.0
     weight = cast(Tensor, step.modules[0]._parameters["weight"])
-    return min(rows_left_to_torch(weight) * weight.shape[-1], 2.0**62) if step.relu else _INFINITE
+    rows = rows_left_to_torch(weight, step.relu)
+    if rows == _INFINITE and not step.relu:
+        return _INFINITE
+    return min(rows * weight.shape[-1], 2.0**62)
 
 
 class _Plan:

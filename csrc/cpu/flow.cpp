@@ -55,7 +55,7 @@ struct FlowNetwork {
         const bool last = k + 1 == layers.size();
         if (last ? !output : !relus[k]) continue;
         T* const next = last ? output + first * h.cols : at(h_next, k, first);
-        relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, false, who);  // f masked by itself is a[f]
+        relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, who);  // f masked by itself is a[f]
         h = Matrix<const T>::contiguous(next, count, h.cols);
       }
     });
@@ -69,7 +69,7 @@ struct FlowNetwork {
       for (size_t k = layers.size(); k-- > 0;) {
         T* const df_k = at(df, k, first);
         if (relus[k] || k + 1 == layers.size()) {
-          relu_backward<T>(dh, relus[k] ? at(f, k, first) : nullptr, df_k, nullptr, false, who);
+          relu_backward<T>(dh, relus[k] ? at(f, k, first) : nullptr, df_k, nullptr, who);
         }
         if (k == 0) break;
         dh = Matrix<const T>::contiguous(at(df, k - 1, first), count, layers[k].d_in());

@@ -9,12 +9,16 @@
 // Each step runs on one thread or cuts its work over torch's threads, as its Workers say. How work is cut never
 // changes a result: an element of a product is summed by one thread in ascending order, and sums over rows are cut
 // into slices whose number depends on the sizes alone, then added in order.
+//
+// Sums over rows stay within 1e-6 at any number of rows: parts of 48 rows, the parts of a unit, and units up to a few
+// thousand rows are added up in the accumulator type, all else in double (see Sums in network.h).
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "isa.h"
@@ -35,9 +39,6 @@ constexpr int64_t kFetchRows = 8;
 inline double product_work(int64_t m, int64_t n, int64_t k) {
   return double(m + kFetchRows) * double(n) * double(std::max<int64_t>(k, 1));
 }
-
-// Sums over rows that are cut over threads are taken in units of so many rows.
-constexpr int64_t kUnitRows = 128;
 
 // Uninitialised memory, aligned to a cache line: small pieces straight from malloc (a tensor costs 1 us, and a small
 // network needs five), large ones from torch's allocator, which knows what to do when there is none left.
@@ -150,10 +151,10 @@ void gemm(const Gemm<T, T>& p, const Workers& workers) {
 // A layer's parameters, and its weight packed for the two products that multiply by it.
 template <typename T>
 struct Layer {
-  Matrix<const T> omega;                                // (D_out, D_in)
-  Bias<T> beta;                                         // (D_out), or none
+  Matrix<const T> omega;  // (D_out, D_in)
+  Bias<T> beta;  // (D_out), or none
   const accumulator_t<T>* packed_transposed = nullptr;  // Omega^T (D_in, D_out), for forward
-  const accumulator_t<T>* packed = nullptr;             // Omega (D_out, D_in), for the input gradient
+  const accumulator_t<T>* packed = nullptr;  // Omega (D_out, D_in), for the input gradient
 
   int64_t d_in() const { return omega.cols; }
   int64_t d_out() const { return omega.rows; }
@@ -190,53 +191,63 @@ void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Work
           workers);
 }
 
-// out (size) (+)= sum of partial (slices, size), slice by slice; the slices lie `stride` apart.
-template <typename T>
-void reduce(const accumulator_t<T>* partial, int64_t slices, int64_t stride, int64_t size, T* out, bool accumulate,
-            const Workers& workers) {
+// f(begin, end) over [0, size) by shares of a cheap pass, whose work is `passes` of a sum for each element.
+template <typename F>
+void run_shares(int64_t size, double passes, const Workers& workers, const F& f) {
   const int64_t share = 4096;
-  workers.run(ceil_div(size, share), double(slices) * double(size), [&](int64_t begin, int64_t end) {
-    kernels<T>().reduce({slices, stride, partial, out, accumulate}, begin * share, std::min(end * share, size));
+  workers.run(ceil_div(size, share), passes * double(size),
+              [&](int64_t begin, int64_t end) { f(begin * share, std::min(end * share, size)); });
+}
+
+// out (size) = sum of partial (slices, size), slice by slice; the slices lie `stride` apart.
+template <typename T, typename Partial>
+void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size, T* out, const Workers& workers) {
+  const auto& kernel = kernels<T>();
+  run_shares(size, double(slices), workers, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<Partial, accumulator_t<T>>) {
+      kernel.reduce({slices, stride, partial, out}, begin, end);
+    } else {
+      kernel.reduce_double({slices, stride, partial, out}, begin, end);
+    }
   });
 }
 
-// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and d(beta) (D) (+)= the sum over rows of df.
+// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and d(beta) (D) += the sum over rows of df.
 // h = nullptr: no ReLU, only the sums. df = nullptr: only the sums. dbeta = nullptr: only df.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T* h, T* df, accumulator_t<T>* dbeta, bool accumulate,
-                   const Workers& workers) {
-  using A = accumulator_t<T>;
+void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
   const int64_t rows = dh.rows, cols = dh.cols;
-  const auto part = [&](int64_t first, int64_t count, A* sums, bool add) {
+  const auto part = [&](int64_t first, int64_t count, double* sums) {
     kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
-                                h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums, add});
+                                h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums});
   };
-  // Units of a fixed size, added in order: a block of several units and several blocks give the same sums.
+  // Threads take units of a fixed size; the first place is for what is in d(beta) already.
   const int64_t units = ceil_div(rows, kUnitRows);
-  if (workers.is_alone() || (units <= 1 && !accumulate)) return part(0, rows, dbeta, accumulate);
-  const Buffer<A> partial(dbeta ? units * cols : 0);
+  if (workers.is_alone() || units <= 1) return part(0, rows, dbeta);
+  const Buffer<double> partial(dbeta ? (1 + units) * cols : 0);
+  if (dbeta) {
+    std::copy_n(dbeta, cols, partial.data);
+    std::fill_n(partial.data + cols, units * cols, 0.0);
+  }
   // 16: a pass over memory costs about as much as that many multiply-adds for each element.
   workers.run(units, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t first = u * kUnitRows;
-      part(first, std::min(kUnitRows, rows - first), dbeta ? partial.data + u * cols : nullptr, false);
+      part(first, std::min(kUnitRows, rows - first), dbeta ? partial.data + (1 + u) * cols : nullptr);
     }
   });
-  if (dbeta) {
-    reduce<A>(partial.data, units, cols, cols, dbeta, accumulate, workers);
-  }
+  if (dbeta) reduce<double>(partial.data, 1 + units, cols, cols, dbeta, workers);
 }
 
-// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) (+)= the sum over rows of it, or
+// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += the sum over rows of it, or
 // nullptr. On one thread while the product is in registers, if it fills them: a pass of its own is 3 % of a step of
 // 32-64-64-64-64-16, but tiles that overhang took 40 % longer (48 wide) than that pass.
 template <typename T>
-void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, accumulator_t<T>* dbeta,
-                     bool accumulate, const Workers& workers) {
+void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, double* dbeta,
+                     const Workers& workers) {
   const auto& omega = layer.omega;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
     if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0) {
-      if (dbeta && !accumulate) std::fill_n(dbeta, omega.cols, T(0));
       return gemm<T>(
           {df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
            omega.col_stride, df_below, omega.cols, nullptr, 0, false, false, layer.packed, h, omega.cols, dbeta},
@@ -244,17 +255,33 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* d
     }
   }
   input_gradient<T>(df, layer, df_below, workers);
-  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, accumulate, workers);
+  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers);
 }
 
 // A block of a weight's gradient, computed by one thread: so few columns that the strip of df is read in place. With
 // blocks of 192 x 256, which copy it, backward of apex and dlrm_top took 7 % longer.
 constexpr int64_t kGradientRows = 96, kGradientCols = 128;
 
+// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N). Its rows lie `stride` apart;
+// unit_rows: see Gemm.
+template <typename T>
+void gradient_block(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, int64_t stride, bool accumulate,
+                    int64_t unit_rows, void* workspace) {
+  Gemm<T, accumulator_t<T>> product{df.cols, h.cols,       h.rows,       df.data, df.col_stride, df.row_stride,
+                                    h.data,  h.row_stride, h.col_stride, domega,  stride};
+  product.accumulate = accumulate;
+  product.unit_rows = unit_rows;
+  kernels<T>().gemm_accumulated(product, workspace);
+}
+template <typename T>
+Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t most) {
+  return {m.data + first * m.col_stride, m.rows, std::min(most, m.cols - first), m.row_stride, m.col_stride};
+}
+
 // d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
 template <typename T>
 void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
-                     const Workers& workers) {
+                     int64_t unit_rows, const Workers& workers) {
   const int64_t d_out = df.cols, d_in = h.cols;
   if (d_out == 0 || d_in == 0) return;
   const bool whole = workers.is_alone();
@@ -262,12 +289,9 @@ void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* do
   const int64_t across = ceil_div(d_in, block_cols), blocks = ceil_div(d_out, block_rows) * across;
   workers.run(blocks, product_work(h.rows, d_out, d_in), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t m0 = block / across * block_rows, n0 = block % across * block_cols;
-      kernels<T>().gemm_accumulated(
-          {std::min(d_out - m0, block_rows), std::min(d_in - n0, block_cols), h.rows, df.data + m0 * df.col_stride,
-           df.col_stride, df.row_stride, h.data + n0 * h.col_stride, h.row_stride, h.col_stride,
-           domega + m0 * d_in + n0, d_in, nullptr, 0, false, accumulate},
-          workers.workspace());
+      const int64_t row = block / across * block_rows, col = block % across * block_cols;
+      gradient_block<T>(columns_of(df, row, block_rows), columns_of(h, col, block_cols), domega + row * d_in + col,
+                        d_in, accumulate, unit_rows, workers.workspace());
     }
   });
 }

@@ -13,6 +13,7 @@
 // The choice depends on the sizes alone, never on the number of threads: so do the results.
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -41,6 +42,9 @@ class Network {
   using A = accumulator_t<T>;
   static constexpr int64_t kOwnPackRows = 32;
   static constexpr int64_t kLossRows = 16;  // blocks and slices begin at multiples of it
+  static constexpr int64_t kMostUnits = 6;               // in a block of a tall batch
+  static constexpr int64_t kChunkRows =
+      24 * kUnitRows;  // of it; adding their sums to the total takes 0.5 % of the time
 
  public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
@@ -136,47 +140,64 @@ class Network {
     const T* output;
   };
 
-  // Where each slice of the batch sums its gradients: the gradients themselves if there is one slice and its sums
-  // need no rounding, else a row of a buffer.
+  // Where each slice of the batch sums its gradients. d(beta): a row of a buffer, in double. d(Omega): the gradient itself
+  // if there is one slice and its sums need no rounding, else a row of a buffer; if a slice is several chunks of rows,
+  // there lies the sum of a chunk, and the total of those before it in double.
   class Sums {
    public:
-    Sums(const std::vector<Layer<T>>& layers, const Gradients<T>& grads, int64_t slices)
+    // running: slices that are summed at the same time.
+    Sums(const std::vector<Layer<T>>& layers, const Gradients<T>& grads, int64_t slices, int64_t running, bool chunks)
         : layers_(layers), grads_(grads), slices_(slices), direct_(slices == 1 && sizeof(T) == sizeof(A)) {
-      if (direct_) return;
       for (size_t k = 0; k < layers.size(); ++k) {
-        offsets_.push_back(size_);
-        if (grads.omega[k]) size_ += layers[k].d_in() * layers[k].d_out();
-        offsets_.push_back(size_);
-        if (grads.beta[k]) size_ += layers[k].d_out();
+        beta_at_.push_back(betas_size_);
+        if (grads.beta[k]) betas_size_ += layers[k].d_out();
+        omega_at_.push_back(omegas_size_);
+        if (grads.omega[k]) omegas_size_ += layers[k].d_out() * layers[k].d_in();
       }
-      buffer_.emplace(slices * size_);
+      betas_.emplace(slices * betas_size_);
+      std::fill_n(betas_->data, slices * betas_size_, 0.0);
+      if (!direct_) omegas_.emplace(slices * omegas_size_);
+      if (chunks) totals_.emplace(running * omegas_size_);
     }
-    A* omega(int64_t slice, size_t k) const { return place(slice, 2 * k, grads_.omega[k]); }
-    A* beta(int64_t slice, size_t k) const { return place(slice, 2 * k + 1, grads_.beta[k]); }
+    double* beta(int64_t slice, size_t k) const {
+      return grads_.beta[k] ? betas_->data + slice * betas_size_ + beta_at_[k] : nullptr;
+    }
+    A* omega(int64_t slice, size_t k) const {
+      T* const out = grads_.omega[k];
+      if (!out) return nullptr;
+      return direct_ ? reinterpret_cast<A*>(out) : omegas_->data + slice * omegas_size_ + omega_at_[k];
+    }
+
+    // Adds a chunk of a slice to its total, the total to the last. run: which of those at the same time the slice is.
+    void add_up(int64_t slice, bool first, bool last, int64_t run, const Workers& workers) const {
+      for (size_t k = 0; k < layers_.size() && !(first && last); ++k) {
+        A* const sum = omega(slice, k);
+        if (!sum) continue;
+        double* const total = totals_->data + run * omegas_size_ + omega_at_[k];
+        run_shares(size_of(k), 1, workers,
+                   [&](int64_t begin, int64_t end) { kernels<A>().add_up({sum, total, first, last}, begin, end); });
+      }
+    }
 
     // Adds up the slices in order and rounds to the storage type.
     void finish(const Workers& workers) const {
-      if (direct_) return;
       for (size_t k = 0; k < layers_.size(); ++k) {
-        if (T* out = grads_.omega[k]) {
-          reduce<T>(omega(0, k), slices_, size_, layers_[k].d_in() * layers_[k].d_out(), out, false, workers);
+        if (T* out = grads_.omega[k]; out && !direct_) {
+          reduce<T>(omega(0, k), slices_, omegas_size_, size_of(k), out, workers);
         }
-        if (T* out = grads_.beta[k]) reduce<T>(beta(0, k), slices_, size_, layers_[k].d_out(), out, false, workers);
+        if (T* out = grads_.beta[k]) reduce<T>(beta(0, k), slices_, betas_size_, layers_[k].d_out(), out, workers);
       }
     }
 
    private:
-    A* place(int64_t slice, size_t item, T* grad) const {
-      if (!grad) return nullptr;
-      if (direct_) return reinterpret_cast<A*>(grad);
-      return buffer_->data + slice * size_ + offsets_[item];
-    }
+    int64_t size_of(size_t k) const { return layers_[k].d_out() * layers_[k].d_in(); }
     const std::vector<Layer<T>>& layers_;
     const Gradients<T>& grads_;
-    int64_t slices_, size_ = 0;
+    int64_t slices_, betas_size_ = 0, omegas_size_ = 0;
     bool direct_;
-    std::vector<int64_t> offsets_;
-    std::optional<Buffer<A>> buffer_;
+    std::vector<int64_t> beta_at_, omega_at_;  // in a row of a buffer
+    std::optional<Buffer<double>> betas_, totals_;
+    std::optional<Buffer<A>> omegas_;
   };
 
   static Matrix<const T> rows_of(Matrix<const T> m, int64_t first, int64_t count) {
@@ -200,19 +221,21 @@ class Network {
     if (is_short()) return short_backward(input, hidden, again, grads, top);
     const int64_t slice_rows = is_tall() ? slice_rows_ : batch_;
     const int64_t touched = 2 * widest_ + (again ? starts_.back() : 0);
-    const int64_t rows = is_tall() ? std::min(slice_rows, block_rows(touched)) : again ? long_rows(touched) : batch_;
+    const int64_t chunk_rows = is_tall() ? kChunkRows : long_rows(1), unit_rows = is_tall() ? kUnitRows : kLongUnitRows;
+    const int64_t rows =
+        is_tall() ? std::min(slice_rows, block_rows(touched)) : std::min(batch_, long_rows(again ? touched : 1));
     const Team<T> team(widest_, std::max(widest_, rows));
     const auto& workers = team.workers;
     const size_t lowest = grads.lowest();
     const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers_.size(), workers));
     const Buffer<A> packed_transposed(pack(&Layer<T>::packed_transposed, 0, again, workers));
-    const Sums sums(layers_, grads, slices());
+    const Sums sums(layers_, grads, slices(), std::min(workers.threads(), slices()), chunk_rows < slice_rows);
     // A thread's memory: two buffers in which df takes turns, and the activations that are computed again.
     const int64_t turn = rows * std::max(widest_hidden_, layers_.back().d_out());
     const int64_t each = 2 * turn + (again ? rows * starts_.back() : 0);
     const Buffer<T> memory(each * (is_tall() ? workers.threads() : 1));
 
-    const auto block = [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* turns, const Workers& who) {
+    const auto block = [&](int64_t first, int64_t count, int64_t slice, bool add, T* turns, const Workers& who) {
       const auto h0 = rows_of(input, first, count);
       const auto activations =
           again ? Activations{turns + 2 * turn, rows, 0} : Activations{const_cast<T*>(hidden), batch_, first};
@@ -224,35 +247,43 @@ class Network {
       const auto [gradient, output] = top(first, count, turns);
       auto df = gradient;
       if (output) df = Matrix<const T>::contiguous(turns, count, layers_.back().d_out());
-      if (A* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
-        relu_backward<T>(gradient, output, output ? turns : nullptr, dbeta, accumulate, who);
+      if (double* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
+        relu_backward<T>(gradient, output, output ? turns : nullptr, dbeta, who);
       }
       for (size_t k = layers_.size(); k-- > lowest;) {
         const auto& layer = layers_[k];
         const auto h = k == 0 ? h0 : Matrix<const T>::contiguous(activations.at(*this, k), count, layer.d_in());
-        if (A* domega = sums.omega(slice, k)) weight_gradient<T>(df, h, domega, accumulate, who);
+        if (A* domega = sums.omega(slice, k)) weight_gradient<T>(df, h, domega, add, unit_rows, who);
         if (k > lowest) {
           T* below = df.data == turns ? turns + turn : turns;
-          hidden_gradient<T>(df, layer, h.data, below, sums.beta(slice, k - 1), accumulate, who);
+          hidden_gradient<T>(df, layer, h.data, below, sums.beta(slice, k - 1), who);
           df = Matrix<const T>::contiguous(below, count, layer.d_in());
         } else if (grads.input) {
           input_gradient<T>(df, layer, grads.input + first * layer.d_in(), who);
         }
       }
     };
-    const auto slice = [&](int64_t s, T* mine, const Workers& who) {
+    const auto slice = [&](int64_t s, int64_t run, T* mine, const Workers& who) {
       const int64_t start = s * slice_rows, stop = std::min(start + slice_rows, batch_);
-      int64_t first = start;
+      int64_t chunk = start;
       do {  // once even for an empty batch: its gradients are zero
-        block(first, std::min(rows, stop - first), s, first > start, mine, who);
-        first += rows;
-      } while (first < stop);
+        const int64_t end = std::min(chunk + chunk_rows, stop);
+        int64_t first = chunk;
+        do {
+          block(first, std::min(rows, end - first), s, first > chunk, mine, who);
+          first += rows;
+        } while (first < end);
+        sums.add_up(s, chunk == start, end == stop, run, who);
+        chunk = end;
+      } while (chunk < stop);
     };
     if (!is_tall()) {
-      slice(0, memory.data, workers);
+      slice(0, 0, memory.data, workers);
     } else {
+      std::atomic<int64_t> runs{0};
       workers.run(slices(), 3 * multiply_adds(), [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) slice(s, memory.data + each * workers.index(), workers.alone());
+        const int64_t run = runs++;
+        for (int64_t s = begin; s < end; ++s) slice(s, run, memory.data + each * workers.index(), workers.alone());
       });
     }
     sums.finish(workers);
@@ -267,7 +298,7 @@ class Network {
     const size_t lowest = grads.lowest(), layers = layers_.size();
     const Buffer<A> packed(pack(&Layer<T>::packed, grads.input ? 0 : lowest + 1, layers, workers));
     const Buffer<A> packed_transposed(pack(&Layer<T>::packed_transposed, 0, again, workers));
-    const Sums sums(layers_, grads, 1);
+    const Sums sums(layers_, grads, 1, 1, false);
     // df_k of all rows and layers, then the activations that are computed again.
     const int64_t hidden_width = starts_.back(), top_width = layers_.back().d_out();
     const Buffer<T> memory(batch_ * (hidden_width + top_width + (again ? hidden_width : 0)));
@@ -298,14 +329,13 @@ class Network {
       auto [gradient, output] = top(first, count, df_rows(layers - 1));
       if (output) {
         T* out = df_rows(layers - 1);
-        relu_backward<T>(gradient, output, out, nullptr, false, alone);
+        relu_backward<T>(gradient, output, out, nullptr, alone);
         gradient = Matrix<const T>::contiguous(out, count, top_width);
       } else if (first == 0) {
         whole = {gradient.data, batch_, top_width, gradient.row_stride, gradient.col_stride};
       }
       for (size_t k = layers - 1; k > lowest; --k) {
-        hidden_gradient<T>(gradient, layers_[k], rows_of(h_of(k), first, count).data, df_rows(k - 1), nullptr, false,
-                           alone);
+        hidden_gradient<T>(gradient, layers_[k], rows_of(h_of(k), first, count).data, df_rows(k - 1), nullptr, alone);
         gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, layers_[k].d_in());
       }
       if (grads.input) input_gradient<T>(gradient, layers_[0], grads.input + first * layers_[0].d_in(), alone);
@@ -330,22 +360,15 @@ class Network {
       for (int64_t i = begin; i < end; ++i) {
         const auto [k, row, col] = tasks[size_t(i)];
         if (row < 0) {
-          relu_backward<T>(df[k], nullptr, nullptr, sums.beta(0, k), false, alone);
+          relu_backward<T>(df[k], nullptr, nullptr, sums.beta(0, k), alone);
           continue;
         }
         const int64_t d_in = layers_[k].d_in();
-        const auto a = columns_of(df[k], row, std::min(kGradientRows, layers_[k].d_out() - row));
-        const auto b = columns_of(h_of(k), col, std::min(kGradientCols, d_in - col));
-        kernels<T>().gemm_accumulated({a.cols, b.cols, batch_, a.data, a.col_stride, a.row_stride, b.data, b.row_stride,
-                                       b.col_stride, sums.omega(0, k) + row * d_in + col, d_in},
-                                      alone.workspace());
+        gradient_block<T>(columns_of(df[k], row, kGradientRows), columns_of(h_of(k), col, kGradientCols),
+                          sums.omega(0, k) + row * d_in + col, d_in, false, kLongUnitRows, alone.workspace());
       }
     });
     sums.finish(workers);
-  }
-
-  static Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t count) {
-    return {m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
   }
 
   bool is_tall() const { return slice_rows_ < batch_; }
@@ -382,14 +405,16 @@ class Network {
   // Rows of a block of which a thread touches `width` features a row again and again: half of a 1 MiB cache.
   static int64_t block_rows(int64_t width) {
     const int64_t units = 128 * 1024 / std::max<int64_t>(width, 1) / kUnitRows;
-    return std::clamp<int64_t>(units, 1, 4) * kUnitRows;
+    return std::clamp<int64_t>(units, 1, kMostUnits) * kUnitRows;
   }
 
-  // The same for rows that go layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks alike.
+  // The same for rows that go layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks alike, and no
+  // more than 16 times the depth of a product's block, for which sums are made in the accumulator type.
   int64_t long_rows(int64_t width) const {
-    const int64_t most = std::max<int64_t>((32 << 20) / int64_t(sizeof(T)) / std::max<int64_t>(width, 1), kUnitRows);
+    const int64_t fitting = (32 << 20) / int64_t(sizeof(T)) / std::max<int64_t>(width, 1);
+    const int64_t most = std::clamp(fitting, kLongUnitRows, 16 * kLongUnitRows);
     const int64_t blocks = std::max<int64_t>(ceil_div(batch_, most), 1);
-    return std::max<int64_t>(ceil_div(ceil_div(batch_, blocks), kUnitRows), 1) * kUnitRows;
+    return std::max<int64_t>(ceil_div(ceil_div(batch_, blocks), kLongUnitRows), 1) * kLongUnitRows;
   }
 
   // Packs the weights of layers [first, last) once, for all the blocks that will multiply by them.

@@ -78,7 +78,8 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   const int64_t c_m = n + (chance(30) ? 3 : 0), mask_m = n + (chance(30) ? 2 : 0), bias_stride = below(3);
   Exact<Out> c((m - 1) * c_m + n), mask((m - 1) * mask_m + n);
   Exact<T> bias((n - 1) * bias_stride + 1);
-  Exact<accumulator_t<T>> column_sum(n), packed(kernel.packed_size(k, n));
+  Exact<accumulator_t<T>> packed(kernel.packed_size(k, n));
+  Exact<double> column_sum(n);
   const WorkspaceFor<T> workspace(n, k);
   for (int64_t i = 0; i < c.size; ++i) c.data[i] = Out(rounded<Out>(double(below(5) - 2)));
   for (int64_t i = 0; i < mask.size; ++i) mask.data[i] = rounded<Out>(double(below(3) - 1));
@@ -88,6 +89,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   if (chance(50)) p.bias = bias.data, p.bias_stride = bias_stride;
   p.relu = chance(30);
   p.accumulate = accumulates && chance(50);
+  if (accumulates && chance(50)) p.unit_rows = chance(50) ? kUnitRows : kLongUnitRows;
   masks = masks && n % kernel_table().tile_cols == 0;
   if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
   if (masks && chance(50)) p.column_sum = column_sum.data;
@@ -97,7 +99,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   }
   (void)kernel.reads_in_place(m, p.b_k, p.b_n, n);
   std::vector<double> want(size_t(m * n)), sums(size_t(n), 0.0);
-  for (int64_t j = 0; j < n; ++j) sums[size_t(j)] = to_double(column_sum.data[j]);
+  for (int64_t j = 0; j < n; ++j) sums[size_t(j)] = column_sum.data[j];
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = p.accumulate ? to_double(c.data[i * c_m + j]) : 0;
@@ -116,7 +118,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
     }
   }
   for (int64_t j = 0; p.column_sum && j < n; ++j) {
-    if (to_double(column_sum.data[j]) != sums[size_t(j)]) fail("column sum of a product", name_of<T>(), m, n, k);
+    if (column_sum.data[j] != sums[size_t(j)]) fail("column sum of a product", name_of<T>(), m, n, k);
   }
 }
 
@@ -152,22 +154,20 @@ void check_rows() {
 
 template <typename T>
 void check_relu_backward() {
-  using A = accumulator_t<T>;
   const int64_t rows = chance(5) ? 0 : chance(20) ? 100 + below(200) : draw_size(), cols = draw_size();
   const Strided<T> grad(rows, cols, 2);
   const int64_t h_row = cols + (chance(30) ? 3 : 0);
   Exact<T> h(rows ? (rows - 1) * h_row + cols : 0), apart(rows * cols);
-  Exact<A> sum(cols);
+  Exact<double> sum(cols);
   h.fill(1);
   sum.fill(2);
-  ReluBackward<T> p{rows, cols, grad.memory.data, grad.row, grad.col, nullptr, h_row, nullptr, nullptr, chance(50)};
+  ReluBackward<T> p{rows, cols, grad.memory.data, grad.row, grad.col, nullptr, h_row, nullptr, nullptr};
   if (chance(70)) p.h = h.data;
   const bool in_place = grad.row == cols && grad.col == 1;
   if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
   if (chance(70)) p.column_sum = sum.data;
-  std::vector<double> want(size_t(rows * cols)), sums(size_t(cols), 0.0);
+  std::vector<double> want(size_t(rows * cols)), sums(sum.data, sum.data + cols);
   for (int64_t j = 0; j < cols; ++j) {
-    if (p.accumulate) sums[size_t(j)] = to_double(sum.data[j]);
     for (int64_t i = 0; i < rows; ++i) {
       const bool off = p.h && to_double(h.data[i * h_row + j]) <= 0;
       sums[size_t(j)] += want[size_t(i * cols + j)] = off ? 0 : grad.at(i, j);
@@ -178,31 +178,53 @@ void check_relu_backward() {
     if (to_double(p.out[i]) != want[size_t(i)]) fail("relu_backward", name_of<T>(), rows, cols, 0);
   }
   for (int64_t j = 0; p.column_sum && j < cols; ++j) {
-    if (to_double(sum.data[j]) != sums[size_t(j)]) fail("sums of relu_backward", name_of<T>(), rows, cols, 0);
+    if (sum.data[j] != sums[size_t(j)]) fail("sums of relu_backward", name_of<T>(), rows, cols, 0);
   }
 }
 
-template <typename T>
-void check_reduce() {
+template <typename T, typename Partial>
+void check_reduce(void (*reduce)(const Reduce<T, Partial>&, int64_t, int64_t)) {
   const int64_t slices = 1 + below(9), size = chance(20) ? 500 + below(600) : draw_size(), stride = size + below(5);
-  Exact<accumulator_t<T>> partial((slices - 1) * stride + size);
+  Exact<Partial> partial((slices - 1) * stride + size);
   Exact<T> out(size);
   partial.fill(2);
   out.fill(2);
-  const bool accumulate = chance(50);
   const int64_t begin = chance(50) ? 0 : below(size), end = chance(50) ? size : begin + below(size - begin + 1);
   std::vector<double> want(static_cast<size_t>(size));
   for (int64_t i = 0; i < size; ++i) {
     double sum = to_double(out.data[i]);
     if (i >= begin && i < end) {
-      if (!accumulate) sum = 0;
+      sum = 0;
       for (int64_t s = 0; s < slices; ++s) sum += to_double(partial.data[s * stride + i]);
     }
     want[size_t(i)] = to_double(rounded<T>(sum));
   }
-  kernels<T>().reduce({slices, stride, partial.data, out.data, accumulate}, begin, end);
+  reduce({slices, stride, partial.data, out.data}, begin, end);
   for (int64_t i = 0; i < size; ++i) {
     if (to_double(out.data[i]) != want[size_t(i)]) fail("reduce", name_of<T>(), slices, size, 0);
+  }
+}
+
+// Sums are added to a total, which takes the first as it is, and is added to the last.
+template <typename A>
+void check_add_up(const Kernels<A>& kernel) {
+  const int64_t size = draw_size(), begin = below(size), end = begin + below(size - begin + 1);
+  Exact<A> sum(size);
+  Exact<double> total(size);
+  const bool first = chance(50), last = !first && chance(50);
+  std::vector<double> sums(static_cast<size_t>(size)), totals(static_cast<size_t>(size));
+  sum.fill(2);
+  total.fill(2);
+  for (int64_t i = 0; i < size; ++i) {
+    const bool in = i >= begin && i < end;
+    const double s = to_double(sum.data[i]), t = total.data[i];
+    sums[size_t(i)] = in && last ? s + t : s;
+    totals[size_t(i)] = !in || last ? t : first ? s : s + t;
+  }
+  kernel.add_up({sum.data, total.data, first, last}, begin, end);
+  for (int64_t i = 0; i < size; ++i) {
+    const bool right = to_double(sum.data[i]) == sums[size_t(i)] && total.data[i] == totals[size_t(i)];
+    if (!right) fail("add_up", name_of<A>(), size, begin, end);
   }
 }
 
@@ -311,7 +333,9 @@ void check_all(int cases) {
     check_product<T, accumulator_t<T>>(kernel.gemm_accumulated, true, whole);
     check_rows<T>();
     check_relu_backward<T>();
-    check_reduce<T>();
+    check_reduce<T>(kernels<T>().reduce);
+    check_reduce<T>(kernels<T>().reduce_double);
+    if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) check_add_up<T>(kernels<T>());
     check_loss<T>(i % 3);
     check_flow<T>();
   }
@@ -336,7 +360,8 @@ void check_threads(int threads, int64_t overlap) {
   const auto& kernel = kernels<T>();
   const int64_t rows = 300, d_in = 70, d_out = 50, unit = 128, units = (rows + unit - 1) / unit;
   Exact<T> h(rows * d_in), omega(d_out * d_in), beta(d_out), f(rows * d_out), df(rows * d_out), dbeta(d_out);
-  Exact<A> packed(kernel.packed_size(d_in, d_out)), partial(units * d_out), domega(d_out * d_in);
+  Exact<A> packed(kernel.packed_size(d_in, d_out)), domega(d_out * d_in);
+  std::vector<double> partial(size_t(units * d_out), 0.0);
   h.fill(2), omega.fill(1), beta.fill(2), df.fill(1);
   kernel.pack(omega.data, 1, d_in, d_in, d_out, packed.data);
   std::vector<double> want_f(size_t(rows * d_out)), want_domega(size_t(d_out * d_in)),
@@ -362,11 +387,11 @@ void check_threads(int threads, int64_t overlap) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t at = u * unit * d_out;
       kernel.relu_backward({std::min(unit, rows - u * unit), d_out, df.data + at, d_out, 1, f.data + at, d_out,
-                            df.data + at, partial.data + u * d_out, false});
+                            df.data + at, partial.data() + u * d_out});
     }
   });
   in_parallel(d_out, threads, [&](int64_t begin, int64_t end) {
-    kernel.reduce({units, d_out, partial.data, dbeta.data, false}, begin, end);
+    kernel.reduce_double({units, d_out, partial.data(), dbeta.data}, begin, end);
     const WorkspaceFor<T> workspace(d_in, rows);
     kernel.gemm_accumulated(
         {end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in},

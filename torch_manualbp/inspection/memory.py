@@ -21,7 +21,7 @@ from torch_manualbp.inspection._layers import Layer, layers_of
 _LEVELS = {"default": (16, 6), "avx2": (32, 6), "avx512": (64, 12)}
 _BLOCK_DEPTH, _BLOCK_BYTES = 384, 384 * 1024  # of the part of a matrix that a thread packs
 _DIRECT_STRIDE = 512  # up to which a row of a weight is read where it lies
-_UNIT_ROWS = 128  # whose sum is one term of ∂ℓ/∂β_k
+_UNIT_ROWS, _LONG_UNIT_ROWS = 96, 384  # whose sum is one term of ∂ℓ/∂β_k
 
 MODES = ("eager", "store", "recompute", "loss")
 
@@ -213,7 +213,8 @@ class _Cut:
             (d_in * d_out * omega, d_out * beta)
             for (d_in, d_out), (omega, beta) in zip(pairwise(self.widths), learns, strict=True)
         ]
-        self.gradients = sum(map(sum, sizes))
+        self.weight_gradients, self.bias_gradients = (sum(column) for column in zip(*sizes, strict=True))
+        self.gradients = self.weight_gradients + self.bias_gradients
         self.widest_dbeta = max(beta for _, beta in sizes)
         self.work = (batch + 8) * self.parameters
         self.slice_rows = self._slice_rows()
@@ -247,14 +248,15 @@ class _Cut:
         if self.tall:
             rows = min(self.slice_rows, self._block_rows(touched))
         else:
-            rows = self._long_rows(touched) if again else self.batch
+            rows = min(self.batch, self._long_rows(touched if again else 1))
         fixed = self._team(rows) + packed
         each = rows * (2 * max(self.widest_hidden, self.top) + (self.hidden if again else 0)) * self.itemsize
         if self.tall:
-            return fixed + self._sums(-(-self.batch // self.slice_rows)) + each * self.threads
+            slices = -(-self.batch // self.slice_rows)
+            return fixed + self._sums(slices, self.slice_rows > 24 * _UNIT_ROWS) + each * self.threads
         units = -(-rows // _UNIT_ROWS)
-        dbeta = units * self.widest_dbeta * self.wide_itemsize if units > 1 or rows < self.batch else 0
-        return fixed + self._sums(1) + each + dbeta
+        dbeta = 8 * (1 + units) * self.widest_dbeta if units > 1 else 0
+        return fixed + self._sums(1, self.batch > self._long_rows(1)) + each + dbeta
 
     def _team(self, depth: int) -> int:
         """Each thread's own: a block of a matrix, a strip of the other, and their like (`Workspace`)."""
@@ -290,10 +292,12 @@ class _Cut:
         near, whole = d_in <= _DIRECT_STRIDE, d_in % self.panel == 0
         return self.short and self.itemsize == self.wide_itemsize and (few or (near and whole))
 
-    def _sums(self, slices: int) -> int:
-        """Where gradients are summed, unless that is where they end."""
+    def _sums(self, slices: int, chunks: bool = False) -> int:
+        """Where gradients are summed: those of biases in double, as those of weights from chunk to chunk of a slice."""
         direct = slices == 1 and self.itemsize == self.wide_itemsize
-        return 0 if direct else slices * self.gradients * self.wide_itemsize
+        totals = 8 * min(self.threads, slices) * self.weight_gradients if chunks else 0
+        sums = 0 if direct else slices * self.weight_gradients * self.wide_itemsize
+        return 8 * slices * self.bias_gradients + sums + totals
 
     def _share_rows(self) -> int:
         """Rows that a thread takes through all layers."""
@@ -307,13 +311,13 @@ class _Cut:
 
     def _long_rows(self, width: int) -> int:
         """Rows of a block that goes layer by layer over all threads: up to 32 MiB, blocks alike."""
-        most = max((32 << 20) // self.itemsize // max(width, 1), _UNIT_ROWS)
+        most = min(max((32 << 20) // self.itemsize // max(width, 1), _LONG_UNIT_ROWS), 16 * _LONG_UNIT_ROWS)
         blocks = max(-(-self.batch // most), 1)
-        return max(_up(-(-self.batch // blocks), _UNIT_ROWS), _UNIT_ROWS)
+        return max(_up(-(-self.batch // blocks), _LONG_UNIT_ROWS), _LONG_UNIT_ROWS)
 
     def _block_rows(self, width: int) -> int:
         """Rows of a block of which a thread touches `width` features again and again: half of a 1 MiB cache."""
-        return min(max(128 * 1024 // max(width, 1) // _UNIT_ROWS, 1), 4) * _UNIT_ROWS
+        return min(max(128 * 1024 // max(width, 1) // _UNIT_ROWS, 1), 6) * _UNIT_ROWS
 
 
 def _up(value: int, step: int) -> int:

@@ -30,6 +30,10 @@ struct Accumulator<double> {
 template <typename T>
 using accumulator_t = typename Accumulator<T>::type;
 
+// Sums over rows of a batch are made in units of so many rows, where the batch is cut into blocks of several thousand rows
+// at most; in long units where it is cut into longer blocks.
+constexpr int64_t kUnitRows = 96, kLongUnitRows = 4 * kUnitRows;
+
 // C = A B, then optionally + bias and ReLU. One product serves the three of a layer:
 //   forward       f    = h Omega^T + beta   A = h,   B = Omega^T, with bias and ReLU in the same pass
 //   input grad    dh   = df Omega           A = df,  B = Omega, with the mask and the column sums of the layer below
@@ -53,10 +57,12 @@ struct Gemm {
   // register tiles, and not for halves.
   const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
   int64_t mask_m = 0;
-  accumulator_t<T>* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
+  double* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
+  // K is rows of a batch, summed in units of so many: kUnitRows or kLongUnitRows. (Else 0.)
+  int64_t unit_rows = 0;
 };
 
-// df = I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta).
+// df = I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta); from unit to unit in double.
 // Written with PyTorch's rule: a gradient passes unless h <= 0 (so NaN passes, exactly 0 blocks).
 template <typename T>
 struct ReluBackward {
@@ -66,17 +72,23 @@ struct ReluBackward {
   const T* h;  // (rows, cols), columns contiguous; nullptr: no mask
   int64_t h_row;
   T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
-  accumulator_t<T>* column_sum;  // (cols), nullptr: not wanted
-  bool accumulate;  // add to what is in column_sum
+  double* column_sum;  // (cols): added to what is in it; nullptr: not wanted
 };
 
-// out[i] = sum over s of partial[s][i], s ascending: the fixed order that makes gradients reproducible.
-template <typename T>
+// out[i] = sum over s of partial[s][i], by fours, which are added up in double: a fixed order.
+template <typename T, typename Partial>
 struct Reduce {
   int64_t slices, stride;
-  const accumulator_t<T>* partial;  // (slices, stride)
+  const Partial* partial;  // (slices, stride)
   T* out;  // (size)
-  bool accumulate;  // add to what is in out
+};
+
+// total (+)= sum, in double; at the end of all sums, sum = total + sum instead.
+template <typename A>
+struct AddUp {
+  A* sum;
+  double* total;
+  bool first, last;
 };
 
 // A loss of f (rows, cols) against targets: returns the sum over rows, and turns f into df in place if asked for.
@@ -123,7 +135,9 @@ struct Kernels {
   // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
   int64_t (*workspace_bytes)(int64_t n, int64_t k);
   void (*relu_backward)(const ReluBackward<T>&);
-  void (*reduce)(const Reduce<T>&, int64_t begin, int64_t end);
+  void (*reduce)(const Reduce<T, A>&, int64_t begin, int64_t end);
+  void (*reduce_double)(const Reduce<T, double>&, int64_t begin, int64_t end);
+  void (*add_up)(const AddUp<A>&, int64_t begin, int64_t end);
   double (*mse)(const Loss<T>&);
   double (*bce_with_logits)(const Loss<T>&);
   double (*cross_entropy)(const Loss<T>&);

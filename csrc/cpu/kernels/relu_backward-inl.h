@@ -1,4 +1,4 @@
-// The two cheap passes of the backward: ReLU mask with the bias gradient, and the fixed-order reduction.
+// The cheap passes of the backward: ReLU mask with the bias gradient, and sums of sums in a fixed order.
 
 // One row. Always inlined with constant arguments where they are known, so that the compiler vectorises it.
 template <typename T>
@@ -30,61 +30,81 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T
 
 // df = I[h > 0] . dh, and d(beta) = column sums of df, in one pass over memory.
 //
-// Narrow rows are taken several at a time, as one wide row with a sum for each of its elements (else a vector would be
-// mostly empty, and each sum would wait for the one before); every kChunk rows the wide sums are folded. Blocks of rows
-// begin at multiples of kChunk, so that the order of summation does not depend on how the rows are cut.
+// Rows are summed kSumRows at a time or fewer, then in double, or their sums would err with the number of rows. Wide rows
+// are taken kStripe columns at a time; of narrow rows, a group as one wide row with a sum for each of its elements (else a
+// vector would be mostly empty, and each sum would wait for the one before), whose sums are then added up in pairs.
 template <typename T>
 static void relu_backward(const ReluBackward<T>& p) {
   using A = accumulator_t<T>;
-  constexpr int64_t kChunk = 128, kWide = 64;
-  if (p.column_sum && !p.accumulate) {
-    for (int64_t j = 0; j < p.cols; ++j) p.column_sum[j] = A(0);
-  }
-  const int64_t group = p.cols > 0 && p.cols < kWide ? kWide / p.cols : 1;
+  constexpr int64_t kStripe = 512, kWide = 96;
+  int64_t group = p.cols > 0 && p.cols <= kWide / 3 ? kUnitRows : 1;
+  while (group > 3 && group * p.cols > kWide) group /= 2;
+  const int64_t step = group == 1 ? kSumRows : kUnitRows;
   const bool wide_rows = p.grad_col == 1 && p.grad_row == p.cols && (!p.h || p.h_row == p.cols);
-  A wide[kWide];
-  for (int64_t i = 0; i < p.rows;) {
-    const int64_t stop = group == 1 ? p.rows : min_i64(i + kChunk, p.rows);
-    A* const sums = group == 1 || !p.column_sum ? p.column_sum : wide;
-    if (sums == wide) {
-      for (int64_t j = 0; j < kWide; ++j) wide[j] = A(0);
-    }
-    for (int64_t row = 0; i < stop; row = (row + 1) % group) {
-      const T* grad = p.grad + i * p.grad_row;
-      const T* h = p.h ? p.h + i * p.h_row : nullptr;
-      T* out = p.out ? p.out + i * p.cols : nullptr;
-      A* const sum = sums ? sums + row * p.cols : nullptr;
-      if (group > 1 && wide_rows && i + group <= stop) {
-        relu_backward_row<T>(grad, 1, h, out, sum, group * p.cols);
-        i += group;
-        row = group - 1;  // the next one starts a wide row again
-      } else {
-        relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, out, sum, p.cols);
-        ++i;
+  A sums[kStripe];
+  for (int64_t j0 = 0; j0 < p.cols; j0 += kStripe) {
+    const int64_t cols = min_i64(kStripe, p.cols - j0);
+    for (int64_t i = 0; i < p.rows;) {
+      const int64_t stop = min_i64(i + step, p.rows);
+      for (int64_t j = 0; p.column_sum && j < group * cols; ++j) sums[j] = A(0);
+      for (int64_t row = 0; i < stop; row = (row + 1) % group) {
+        const T* grad = p.grad + i * p.grad_row + j0 * p.grad_col;
+        const T* h = p.h ? p.h + i * p.h_row + j0 : nullptr;
+        T* out = p.out ? p.out + i * p.cols + j0 : nullptr;
+        A* const sum = p.column_sum ? sums + row * cols : nullptr;
+        if (group > 1 && wide_rows && i + group <= stop) {
+          relu_backward_row<T>(grad, 1, h, out, sum, group * cols);
+          i += group;
+          row = group - 1;  // the next one starts a wide row again
+        } else {
+          relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, out, sum, cols);
+          ++i;
+        }
       }
-    }
-    if (sums == wide) {
-      for (int64_t row = 0; row < group; ++row) {
-        for (int64_t j = 0; j < p.cols; ++j) p.column_sum[j] += wide[row * p.cols + j];
+      if (!p.column_sum) continue;
+      int64_t left = group;
+      for (; left % 2 == 0; left /= 2) {
+        for (int64_t j = 0; j < left / 2 * cols; ++j) sums[j] += sums[left / 2 * cols + j];
+      }
+      for (int64_t row = 0; row < left; ++row) {
+        for (int64_t j = 0; j < cols; ++j) p.column_sum[j0 + j] += double(sums[row * cols + j]);
       }
     }
   }
 }
 
-template <typename T>
-static void reduce(const Reduce<T>& p, int64_t begin, int64_t end) {
-  using A = accumulator_t<T>;
-  // Short runs keep their sums in the first-level cache while the slices pass by.
+template <typename T, typename Partial>
+static void reduce(const Reduce<T, Partial>& p, int64_t begin, int64_t end) {
+  // Short runs keep their sums in the first-level cache while the slices pass by, four at a time.
   constexpr int64_t kRun = 512;
-  A sum[kRun];
+  double sum[kRun];
   for (int64_t i0 = begin; i0 < end; i0 += kRun) {
     const int64_t n = min_i64(kRun, end - i0);
-    const A* first = p.partial + i0;
-    for (int64_t i = 0; i < n; ++i) sum[i] = p.accumulate ? widen(p.out[i0 + i]) : A(0);
-    for (int64_t s = 0; s < p.slices; ++s) {
-      const A* slice = first + s * p.stride;
-      for (int64_t i = 0; i < n; ++i) sum[i] += slice[i];
+    const Partial* slice = p.partial + i0;
+    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+    for (int64_t left = p.slices; left > 0;) {
+      if (left >= 4) {
+        const Partial *second = slice + p.stride, *third = second + p.stride, *fourth = third + p.stride;
+        for (int64_t i = 0; i < n; ++i) sum[i] += double((slice[i] + second[i]) + (third[i] + fourth[i]));
+        slice = fourth + p.stride;
+        left -= 4;
+      } else {
+        for (int64_t i = 0; i < n; ++i) sum[i] += double(slice[i]);
+        slice += p.stride;
+        left -= 1;
+      }
     }
-    for (int64_t i = 0; i < n; ++i) p.out[i0 + i] = narrow<T>(sum[i]);
+    for (int64_t i = 0; i < n; ++i) p.out[i0 + i] = narrow<T>(accumulator_t<T>(sum[i]));
+  }
+}
+
+template <typename A>
+static void add_up(const AddUp<A>& p, int64_t begin, int64_t end) {
+  if (p.last) {
+    for (int64_t i = begin; i < end; ++i) p.sum[i] = A(p.total[i] + double(p.sum[i]));
+  } else if (p.first) {
+    for (int64_t i = begin; i < end; ++i) p.total[i] = double(p.sum[i]);
+  } else {
+    for (int64_t i = begin; i < end; ++i) p.total[i] += double(p.sum[i]);
   }
 }

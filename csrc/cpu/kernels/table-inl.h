@@ -2,9 +2,10 @@
 
 template <typename T>
 static constexpr Kernels<T> kernels_of() {
-  return {reads_in_place<T>,  packed_size<T>,   pack_b<T>,     gemm<T>,   gemm_accumulated<T>,
-          workspace_bytes<T>, relu_backward<T>, reduce<T>,     mse<T>,    bce_with_logits<T>,
-          cross_entropy<T>,   store_scalar<T>,  layer_flow<T>, moments<T>};
+  return {reads_in_place<T>,   packed_size<T>,           pack_b<T>,        gemm<T>,
+          gemm_accumulated<T>, workspace_bytes<T>,       relu_backward<T>, reduce<T, accumulator_t<T>>,
+          reduce<T, double>,   add_up<accumulator_t<T>>, mse<T>,           bce_with_logits<T>,
+          cross_entropy<T>,    store_scalar<T>,          layer_flow<T>,    moments<T>};
 }
 
 extern const KernelTable kTable;

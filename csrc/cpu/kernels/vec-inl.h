@@ -4,7 +4,7 @@
 
 #define MBP_INLINE static inline __attribute__((always_inline))
 
-// `type` is a full register; `unaligned` is the same for loads and stores at any address.
+// `type` is a full register; `unaligned` is the same for loads and stores at any address; `doubles` as many numbers.
 template <typename A>
 struct VecOf;
 template <>
@@ -12,12 +12,14 @@ struct VecOf<float> {
   typedef float type __attribute__((vector_size(MBP_VECTOR_BYTES)));
   typedef float unaligned __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t mask __attribute__((vector_size(MBP_VECTOR_BYTES)));
+  typedef double doubles __attribute__((vector_size(2 * MBP_VECTOR_BYTES), aligned(8), may_alias));
 };
 template <>
 struct VecOf<double> {
   typedef double type __attribute__((vector_size(MBP_VECTOR_BYTES)));
   typedef double unaligned __attribute__((vector_size(MBP_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t mask __attribute__((vector_size(MBP_VECTOR_BYTES)));
+  typedef unaligned doubles;
 };
 template <typename A>
 using vec = typename VecOf<A>::type;
