@@ -213,7 +213,8 @@ class _Cut:
             (d_in * d_out * omega, d_out * beta)
             for (d_in, d_out), (omega, beta) in zip(pairwise(self.widths), learns, strict=True)
         ]
-        self.weight_gradients, self.bias_gradients = (sum(column) for column in zip(*sizes, strict=True))
+        self.weight_gradients = sum(omega for omega, _ in sizes)
+        self.bias_gradients = sum(beta for _, beta in sizes)
         self.gradients = self.weight_gradients + self.bias_gradients
         self.widest_dbeta = max(beta for _, beta in sizes)
         self.work = (batch + 8) * self.parameters
