@@ -486,6 +486,23 @@ def test_every_and_rows():
     assert not model._manualbp_watchers
 
 
+def test_a_model_may_be_fused_and_unfused_meanwhile():
+    model = nn.Sequential(*mbp.MLP(SIZES))
+    hooks = len(model._forward_hooks)
+    with mbp.GradientFlowMonitor(model, every=1) as monitor:
+        for change in (mbp.fuse, mbp.unfuse, mbp.fuse, mbp.unfuse):
+            change(model)
+            train(model, autograd, steps=1)
+    with mbp.GradientFlowMonitor(mbp.fuse(model), every=1) as second:
+        train(model, autograd, steps=1)
+        train(mbp.unfuse(copy.deepcopy(model)), autograd, steps=1)  # the copy tells nobody
+        train(mbp.unfuse(model), autograd, steps=1)
+    train(model, autograd, steps=1)
+    assert [flow.step for flow in monitor.history] == [1, 2, 3, 4]
+    assert [flow.step for flow in second.history] == [1, 2]
+    assert len(model._forward_hooks) == hooks
+
+
 def test_batches_may_differ_in_size_and_models_in_dtype():
     model = mbp.MLP(SIZES)
     reference = copy.deepcopy(model)

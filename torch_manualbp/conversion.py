@@ -92,8 +92,11 @@ def unfuse(module: _M) -> _M:
             )
     for child, kind in changed:
         child.__class__ = kind
+        watchers = child.__dict__.get("_manualbp_watchers", ())
         for name in [name for name in child.__dict__ if name.startswith("_manualbp_")]:
             del child.__dict__[name]
+        for watcher in watchers:
+            watcher.watch(child)
     return module
 
 

@@ -342,6 +342,9 @@ _use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tenso
 class _Watcher(Protocol):
     """What `FusedForward` tells of its passes."""
 
+    def watch(self, model: nn.Module) -> None:
+        """The model has become another kind: listen to it as it is now."""
+
     def after_forward(self, input: Tensor, output: Tensor) -> None:
         """The network has computed its output."""
 

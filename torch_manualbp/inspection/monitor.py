@@ -105,25 +105,22 @@ class GradientFlowMonitor:
         # Of the last one, used again: to map fresh pages took as long as both passes.
         self._memory: Passes | None = None
         self._writers: list[tuple[Any, str]] = []
-        self._release: Callable[[], None] | None = None
+        self._watcher: _Watcher | None = None
 
     def __enter__(self) -> "Self":
-        if self._release is not None:
+        if self._watcher is not None:
             raise RuntimeError("GradientFlowMonitor: it is active already; use one monitor per `with`")
         layers_of(self._model, "GradientFlowMonitor")
-        watcher = _Watcher(self)
-        if isinstance(self._model, FusedForward):
-            self._release = self._model._watch(watcher)
-        else:  # before other hooks, which may change the output
-            self._release = self._model.register_forward_hook(watcher.hook, with_kwargs=True, prepend=True).remove
+        self._watcher = _Watcher(self)
+        self._watcher.watch(self._model)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._release is not None:
-            self._release()
-        self._release = None
+        if self._watcher is not None:
+            self._watcher.release()
+        self._watcher = None
         if self._pending is not None:
             with _no_functions(), _no_dispatch():
                 self._see_update(None)
@@ -374,6 +371,14 @@ class _Watcher:
 
     def __init__(self, monitor: GradientFlowMonitor | None = None) -> None:
         self._monitor: Callable[[], GradientFlowMonitor | None] = weakref.ref(monitor) if monitor else _nobody
+        self.release: Callable[[], None] = _nobody
+
+    def watch(self, model: nn.Module) -> None:
+        """Listens to a model, until `release`; again after `unfuse` has made it a plain one."""
+        if isinstance(model, FusedForward):
+            self.release = model._watch(self)
+        else:  # before other hooks, which may change the output
+            self.release = model.register_forward_hook(self.hook, with_kwargs=True, prepend=True).remove
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook of a plain model."""
