@@ -141,7 +141,8 @@ def test_sizes_are_readable(size, text):
     assert _readable(size) == text
 
 
-# Pieces of workspace up to 64 KiB are counted and not seen: there are at most two of them at a time.
+# Pieces of workspace up to 64 KiB are counted and not seen: there are at most three of them at a time, of which one holds
+# the sums of the gradients of the biases.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize("case", NETWORKS)
@@ -149,10 +150,10 @@ def test_our_peaks_are_exact_but_for_small_pieces(case, mode, dtype):
     sizes, batch = NETWORKS[case]
     measured = peak_of(mode, sizes, batch, dtype)
     counted = getattr(mbp.memory(mbp.MLP(sizes, dtype=dtype), batch), mode).peak
-    assert counted == pytest.approx(measured, rel=1e-3, abs=128 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
+    assert counted == pytest.approx(measured, rel=1e-3, abs=192 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
-# Where few parameters learn, a third piece is so small: the sums of their gradients.
+# Where few parameters learn, a fourth piece is so small: the sums of their gradients.
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("case", ["tall", "wide", "short"])
@@ -160,7 +161,7 @@ def test_our_peaks_are_as_exact_where_layers_are_frozen(case, frozen, mode):
     sizes, batch = NETWORKS[case]
     model = freeze(mlp_for(mode, sizes), frozen)
     measured, counted = peak_of_step(model, mode, batch), getattr(mbp.memory(model, batch), mode).peak
-    assert counted == pytest.approx(measured, rel=1e-3, abs=192 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
+    assert counted == pytest.approx(measured, rel=1e-3, abs=256 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
