@@ -88,8 +88,8 @@ static void tile(const Tile<A>& t) {
   const A* b = t.b;
 
   vec<A> acc[MR][NV];
-  alignas(64) A sums[MR * NV * L],
-      parts[kRowsOfA ? 1 : MR * NV * L];  // of the units before this one; of its parts so far
+  alignas(64) A sums[MR * NV * L];  // of the units before this one
+  alignas(64) A parts[kRowsOfA ? 1 : MR * NV * L];  // of its parts so far
   const A* before = t.accumulate ? t.c : nullptr;
   int64_t before_stride = t.c_stride, left_of_unit = 0;
   for (int64_t left = t.k;;) {
