@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from torch_manualbp import _distributed
@@ -174,18 +173,17 @@ class _Plan:
     that their parameters are plain tensors. So the usual call looks at each child once.
     """
 
-    __slots__ = ("children", "left_to_torch", "modules", "stamp", "steps")
+    __slots__ = ("children", "classes", "left_to_torch", "modules", "stamp", "steps")
 
     def __init__(self, modules: dict[str, Any]) -> None:
         self.modules = children = [*modules.values()]
+        self.classes = [*map(type, children)]
         kinds = [_fusable_kind(child) for child in children]
         self.steps = _steps_of(children, kinds)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
         self.stamp = _hooks_so_far()
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
             self.stamp, self.left_to_torch = None, 0.0  # hooks may go without a trace: each call looks at them again
-        if any(map(is_parametrized, children)):
-            self.left_to_torch = 0.0  # a class may come back
         # Of each child: itself, its class; and if it is in a run, its attributes and their number.
         self.children = [
             (child, type(child), child.__dict__ if kind else None, len(child.__dict__) if kind else 0)
@@ -194,7 +192,8 @@ class _Plan:
 
     def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
         """Whether nothing is gained on so small an input."""
-        if [*modules.values()] != self.modules or type(input) not in PLAIN:
+        children = [*modules.values()]
+        if children != self.modules or [*map(type, children)] != self.classes or type(input) not in PLAIN:
             return False
         if self.left_to_torch == _INFINITE:
             return True
