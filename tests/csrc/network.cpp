@@ -145,6 +145,7 @@ template <typename T>
 void check_all(int cases) {
   // Tall, short, wide, many parameters, few rows, one row, one output, deep: every way to cut the work over threads.
   check<T>(1500, {33, 100, 64, 7}, true, false);
+  if constexpr (sizeof(T) == sizeof(float)) check<T>(80000, {2, 3, 1}, true, false);  // slices of several chunks
   check<T>(250, {30, 100, 90, 20}, true, true);
   check<T>(250, {30, 100, 90, 20}, false, false);
   check<T>(90, {300, 520, 10}, true, false);
