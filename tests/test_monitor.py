@@ -495,7 +495,7 @@ def test_a_model_may_be_fused_and_unfused_meanwhile():
             train(model, autograd, steps=1)
     with mbp.GradientFlowMonitor(mbp.fuse(model), every=1) as second:
         train(model, autograd, steps=1)
-        train(mbp.unfuse(copy.deepcopy(model)), autograd, steps=1)  # the copy tells nobody
+        train(mbp.unfuse(copy.deepcopy(model)), autograd, steps=1)  # the monitor does not see the copy
         train(mbp.unfuse(model), autograd, steps=1)
     train(model, autograd, steps=1)
     assert [flow.step for flow in monitor.history] == [1, 2, 3, 4]

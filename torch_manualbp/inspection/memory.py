@@ -21,7 +21,7 @@ from torch_manualbp.inspection._layers import Layer, layers_of
 _LEVELS = {"default": (16, 6), "avx2": (32, 6), "avx512": (64, 12)}
 _BLOCK_DEPTH, _BLOCK_BYTES = 384, 384 * 1024  # of the part of a matrix that a thread packs
 _DIRECT_STRIDE = 512  # up to which a row of a weight is read where it lies
-_UNIT_ROWS, _LONG_UNIT_ROWS = 96, 384  # whose sum is one term of ∂ℓ/∂β_k
+_UNIT_ROWS, _LONG_UNIT_ROWS = 96, 384  # in which the rows of a batch are summed
 
 MODES = ("eager", "store", "recompute", "loss")
 

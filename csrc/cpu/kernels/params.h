@@ -30,8 +30,7 @@ struct Accumulator<double> {
 template <typename T>
 using accumulator_t = typename Accumulator<T>::type;
 
-// Sums over rows of a batch are made in units of so many rows, where the batch is cut into blocks of several thousand rows
-// at most; in long units where it is cut into longer blocks.
+// The rows of a batch are summed in units: of kUnitRows in tall batches, whose blocks are short, else of kLongUnitRows.
 constexpr int64_t kUnitRows = 96, kLongUnitRows = 4 * kUnitRows;
 
 // C = A B, then optionally + bias and ReLU. One product serves the three of a layer:
@@ -58,7 +57,7 @@ struct Gemm {
   const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
   int64_t mask_m = 0;
   double* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
-  // K is rows of a batch, summed in units of so many: kUnitRows or kLongUnitRows. (Else 0.)
+  // Where K counts rows of a batch: the unit in which they are summed, kUnitRows or kLongUnitRows. 0: K counts features.
   int64_t unit_rows = 0;
 };
 
