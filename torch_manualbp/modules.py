@@ -173,11 +173,10 @@ class _Plan:
     that their parameters are plain tensors. So the usual call looks at each child once.
     """
 
-    __slots__ = ("children", "classes", "left_to_torch", "modules", "stamp", "steps")
+    __slots__ = ("children", "left_to_torch", "stamp", "steps")
 
     def __init__(self, modules: dict[str, Any]) -> None:
-        self.modules = children = [*modules.values()]
-        self.classes = [*map(type, children)]
+        children = list(modules.values())
         kinds = [_fusable_kind(child) for child in children]
         self.steps = _steps_of(children, kinds)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
@@ -192,10 +191,11 @@ class _Plan:
 
     def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
         """Whether nothing is gained on so small an input."""
-        children = [*modules.values()]
-        same = len(children) == len(self.modules) and all(map(is_, children, self.modules))
-        if not same or [*map(type, children)] != self.classes or type(input) not in PLAIN:
+        if len(modules) != len(self.children) or type(input) not in PLAIN:
             return False
+        for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
+            if module is not child or type(module) is not kind:
+                return False
         if self.left_to_torch == _INFINITE:
             return True
         if count_function_modes():  # they would see the questions
