@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from emulation import emulated_ops
-from torch_manualbp import _function, _ops
+from torch_manualbp import _ops, _route
 
 # The same examples in every run; how long one takes says nothing about it being right.
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
@@ -90,5 +90,5 @@ def _same_start(monkeypatch):
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    monkeypatch.setattr(_function, "_has_bfloat16_units", False)
-    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 0)
+    monkeypatch.setattr(_route, "_has_bfloat16_units", False)
+    monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 0)

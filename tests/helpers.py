@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_manualbp as mbp
 from torch_manualbp import _ops
-from torch_manualbp.functional import run_layers
+from torch_manualbp._compute import run_layers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,7 +17,7 @@ from torch.autograd import gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from helpers import assert_equal, integers, smooth_net
-from torch_manualbp import _function
+from torch_manualbp import _route
 from torch_manualbp.compile_backend import manualbp
 
 SIZES = [4, 6, 5, 3]
@@ -437,7 +437,7 @@ def test_inductor_says_which_of_its_options_it_does_not_know():
 
 
 def test_large_bfloat16_layers_may_still_go_to_torch(monkeypatch):
-    monkeypatch.setattr(_function, "_has_bfloat16_units", True)
+    monkeypatch.setattr(_route, "_has_bfloat16_units", True)
     net, x = Net(plain).bfloat16(), integers(7, 4, dtype=torch.bfloat16)
     assert_equal(compiled(net)(x), net(x))
 

@@ -25,7 +25,7 @@ from helpers import (
     results,
     units,
 )
-from torch_manualbp._function import kernels_apply
+from torch_manualbp._route import KERNELS, route
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -50,7 +50,7 @@ def gradients(model):
 
 
 def test_our_kernels_compute_what_is_on_the_gpu():
-    assert kernels_apply(torch.ones(2, device="cuda"))
+    assert route(torch.ones(2, device="cuda")) is KERNELS
     output = mbp.mlp(torch.ones(2, 3, device="cuda"), [torch.ones(4, 3, device="cuda", requires_grad=True)])
     assert "MLPFunction" in output.grad_fn.name()
 

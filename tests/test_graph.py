@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_manualbp as mbp
 from helpers import assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
-from torch_manualbp import _function, _graph
+from torch_manualbp import _graph, _route
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -274,7 +274,7 @@ def test_autocast_is_left_to_torch(where):
 
 @pytest.mark.parametrize("has_units", [False, True])
 def test_bfloat16_is_left_to_torch_where_it_has_instructions_for_it(has_units, monkeypatch):
-    monkeypatch.setattr(_function, "_has_bfloat16_units", has_units)
+    monkeypatch.setattr(_route, "_has_bfloat16_units", has_units)
     model, input = mbp.MLP([4, 6, 3]).bfloat16(), torch.randn(5, 4).bfloat16()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(input), model(input))

@@ -27,7 +27,7 @@ from helpers import (
     smooth_net,
 )
 from torch_manualbp._losses import LossSpec
-from torch_manualbp.functional import target_is_plain
+from torch_manualbp._route import target_is_ours
 
 LOSSES = {
     "mse": F.mse_loss,
@@ -471,7 +471,7 @@ def test_our_op_decides_about_no_shape_that_torch_takes_or_refuses_otherwise(los
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shapes broadcast
         by_torch = result_of(LOSSES[loss], output, target)
-    is_ours = target_is_plain(torch.ones(*leading, 4), target, LossSpec(loss), [torch.ones(outputs, 4)])
+    is_ours = target_is_ours(torch.ones(*leading, 4), target, LossSpec(loss), [torch.ones(outputs, 4)])
     fits = shape == (leading if loss == "cross_entropy" else (*leading, outputs))
     assert fits or not is_ours or by_torch is RuntimeError
     assert is_ours or not fits or (loss == "cross_entropy" and len(leading) == 2)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_manualbp as mbp
-from torch_manualbp import _function
+from torch_manualbp import _route
 from torch_manualbp.inspection.memory import MODES, _readable
 
 KIB, MIB = 2**10, 2**20
@@ -184,7 +184,7 @@ def test_every_thread_takes_its_own():
 
 @pytest.mark.parametrize("left_to_torch", [False, True])
 def test_bfloat16_that_is_left_to_torch_is_counted_as_the_plain_network(left_to_torch, monkeypatch):
-    monkeypatch.setattr(_function, "_has_bfloat16_units", left_to_torch)
+    monkeypatch.setattr(_route, "_has_bfloat16_units", left_to_torch)
     sizes, batch = NETWORKS["tall"]
     plan = mbp.memory(mbp.MLP(sizes, dtype=torch.bfloat16), batch)
     measured = peak_of("store", sizes, batch, torch.bfloat16)

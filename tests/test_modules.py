@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers, recorded_calls
-from torch_manualbp import _function
+from torch_manualbp import _route
 
 SIZES = ([3, 2], [4, 8, 1], [5, 7, 6, 2])
 
@@ -645,7 +645,7 @@ def test_frozen_layers_below_keep_no_activations():
     ("sizes", "rows", "by_torch"), [((4, 64), 64, True), ((4, 64), 4096, False), ((256, 8), 70000, True)], ids=str
 )
 def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
-    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
     model = mbp.fuse(nn.Sequential(nn.Linear(*sizes), nn.ReLU(), nn.Dropout(0.0)))
     input = torch.randn(rows, sizes[0])
     for _ in range(2):
@@ -656,7 +656,7 @@ def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
 
 
 def test_a_small_layer_that_is_left_to_torch_is_watched_all_the_same(monkeypatch):
-    monkeypatch.setattr(_function, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
     model, input = mbp.fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.0))), torch.randn(3, 4)
     model(input)
     seen = []

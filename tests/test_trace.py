@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_those_of_the_model_itself(seed):
 def test_without_kernels_the_numbers_are_autograds(seed, monkeypatch):
     model, *arguments = random_problem(seed)
     want = mbp.trace(model, *arguments)
-    monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "kernels_apply", lambda *_: False)
+    monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "route", lambda *_: "torch")
     assert calls_of(mbp.trace, model, *arguments) == []
     got = mbp.trace(model, *arguments)
     assert got.verify() <= 1e-12
@@ -582,7 +582,7 @@ def test_modes_of_torch_do_not_matter():
 def test_other_devices_and_dispatch_run_on_torch(monkeypatch):
     model, x, y = mbp.MLP([3, 5, 2], dtype=DOUBLE), torch.randn(4, 3, dtype=DOUBLE), torch.randn(4, 2, dtype=DOUBLE)
     want = mbp.trace(model, x, y)
-    monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "kernels_apply", lambda *_: False)
+    monkeypatch.setattr(sys.modules["torch_manualbp.inspection.trace"], "route", lambda *_: "torch")
     assert calls_of(mbp.trace, model, x, y) == []
     got = mbp.trace(model, x, y)
     assert got.verify() <= 1e-12

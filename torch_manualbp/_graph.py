@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import __version__, reference
-from torch_manualbp._function import kernels_apply_in_graph
+from torch_manualbp._route import TORCH, route_in_graph
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
 _library = torch.library.Library("manualbp", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -34,7 +34,7 @@ _library.define(  # type: ignore[no-untyped-call]
 def _layers(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
 ) -> Tensor:
-    if not kernels_apply_in_graph(input, weights) or all(1 in weight.shape for weight in weights):
+    if route_in_graph(input, weights) is TORCH:
         output, _ = reference.mlp_forward(input, weights, biases, final_relu)
     elif final_relu and len(weights) == 1:
         output = LinearReLUFunction.apply(input, weights[0], biases[0])

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._function import ManualFunction, asked_for, backward_is_composed, refuse_capture
+from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
+from torch_manualbp._route import backward_is_composed
 
 
 class LinearReLUFunction(ManualFunction):

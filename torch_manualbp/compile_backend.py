@@ -2,7 +2,7 @@
 
 Dynamo captures the model's graph of torch calls, whatever style they were written in; here each chain of linear layers
 with ReLUs between them is replaced by one call of ours. Parameters, state_dict and everything else stay as they were.
-What the calls do at run time (choose kernels or plain torch, record a graph node) is left to functional.py.
+Who computes them at run time is decided then, by `_route`.
 
 torch finds the backend by its entry point (pyproject.toml), so that importing torch_manualbp need not load Dynamo.
 """
@@ -20,7 +20,9 @@ from torch import Tensor, fx
 
 from torch_manualbp import _graph
 from torch_manualbp._checks import ACTIVATION_MODES
-from torch_manualbp.functional import linear_relu, run_layers
+from torch_manualbp._compute import run_layers
+from torch_manualbp._route import may_join_graph
+from torch_manualbp.functional import linear_relu
 
 logger = logging.getLogger("torch_manualbp")
 
@@ -152,7 +154,7 @@ def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None 
         return None
     input, weight, bias = _arguments(node)
     nodes = [input, weight] if bias is None else [input, weight, bias]
-    if not all(isinstance(value, fx.Node) and _is_ours(_value(value)) for value in nodes):
+    if not all(isinstance(value, fx.Node) and may_join_graph(_value(value)) for value in nodes):
         return None
     output = _value(node)
     omega, beta = _value(weight), None if bias is None else _value(bias)
@@ -219,15 +221,6 @@ def _relu_in_place(node: fx.Node) -> bool | None:
 def _value(node: fx.Node) -> Any:
     """The fake tensor, or whatever else, that Dynamo computed for this node."""
     return node.meta.get("example_value")
-
-
-def _is_ours(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.device.type == "cpu"
-        and value.layout is torch.strided
-        and value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    )
 
 
 def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:

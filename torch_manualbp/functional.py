@@ -1,18 +1,19 @@
-"""The functions: differentiable, any leading dimensions, and the plain torch composition where kernels do not apply."""
+"""The public functions: they check their arguments, ask `_route` who computes, and leave the rest to `_compute`.
+
+All are differentiable, take any leading dimensions, and give what plain torch gives wherever our kernels do not apply.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from torch_manualbp import _graph, _ops, reference
+from torch_manualbp import _compute
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
-from torch_manualbp._function import joins_graph, kernels_apply, torch_is_faster
-from torch_manualbp._losses import LossSpec, loss_spec
-from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
+from torch_manualbp._losses import loss_spec
+from torch_manualbp._route import KERNELS, TORCH, broadcasts, route, target_is_ours
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,29 +45,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         check_tensor("linear_relu", "input", input)
         check_tensor("linear_relu", "weight", weight)
         check_tensor("linear_relu", "bias", bias, optional=True)
-    if kernels_apply(input, (weight, bias)) and not (broadcasts(weight, bias) or torch_is_faster(input, (weight,))):
-        return compute_linear_relu(input, weight, bias)
-    if joins_graph(input, (weight, bias)) and not broadcasts(weight, bias):
-        return layers_in_graph(input, (weight,), (bias,), final_relu=True)
-    return F.relu(F.linear(input, weight, bias))
-
-
-def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether F.linear takes this weight without rows, or this bias, by broadcasting: rare, left to torch."""
-    return weight.dim() == 1 or (
-        bias is not None and weight.dim() > 0 and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
-    )
-
-
-def compute_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_relu` by our kernels on checked arguments."""
-    if torch.is_grad_enabled() and (
-        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        output: Tensor = LinearReLUFunction.record(input, weight, bias)
-    else:
-        output = _ops.linear_relu(input, weight, bias)
-    return output
+    way = route(input, (weight, bias))
+    if way is TORCH or broadcasts(weight, bias):
+        return F.relu(F.linear(input, weight, bias))
+    return _compute.linear_relu(way, input, weight, bias)
 
 
 def mlp(
@@ -109,73 +91,9 @@ def mlp(
         if stand_ins := _stand_ins(input, weights, biases):
             return handle_torch_function(mlp, stand_ins, input, weights, biases, activations=activations)
         raise
-    return _layers(input, weights, biases, False, activations == "store")
-
-
-def run_layers(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None = None,
-    final_relu: bool = False,
-    activations: str = "store",
-) -> Tensor:
-    """`mlp`, with a ReLU after the last layer too if `final_relu`."""
-    check_tensor("mlp", "input", input)
-    weights, biases = check_layers("mlp", weights, biases)
-    return _layers(input, weights, biases, final_relu, activations == "store")
-
-
-def _layers(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
-) -> Tensor:
-    if kernels_apply(input, (*weights, *biases)):
-        return compute_layers(input, weights, biases, final_relu, store)
-    if joins_graph(input, (*weights, *biases)):
-        return layers_in_graph(input, weights, biases, final_relu, store)
-    output, _ = reference.mlp_forward(input, weights, biases, final_relu)
-    return output
-
-
-def _stand_ins(*arguments: Any) -> list[Any]:
-    """Objects that are no tensors but stand for some, as a Proxy of torch.fx does: they say what becomes of a call."""
-    items = [item for argument in arguments for item in (argument if type(argument) in (list, tuple) else [argument])]
-    return [item for item in items if not isinstance(item, Tensor) and has_torch_function((item,))]
-
-
-def compute_layers(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
-) -> Tensor:
-    """`mlp` by our kernels on checked arguments, with a ReLU after the last layer too if `final_relu`."""
-    if store and torch_is_faster(input, weights):
-        return reference.mlp_forward(input, weights, biases, final_relu)[0]
-    if torch.is_grad_enabled():
-        first = _first_that_learns(input, weights, biases)
-        if first < len(weights):
-            if first > 0:  # below it there is nothing to learn, so that no activation is needed again
-                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False)
-                weights, biases = weights[first:], biases[first:]
-            output: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)[0]
-            return output
-    result: Tensor = _ops.mlp(input, weights, biases, final_relu, False)[0]
-    return result
-
-
-def _first_that_learns(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
-    """The lowest layer that needs a gradient, of its parameters or its input; the number of layers if none does."""
-    if input.requires_grad:
-        return 0
-    for k, weight in enumerate(weights):
-        if weight.requires_grad or ((bias := biases[k]) is not None and bias.requires_grad):
-            return k
-    return len(weights)
-
-
-def layers_in_graph(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool = True
-) -> Tensor:
-    """`mlp` on checked arguments for which `joins_graph` holds: one op of the graph that is being captured."""
-    output: Tensor = _graph.layers(input, weights, biases, final_relu, store)
-    return output
+    store = activations == "store"
+    way = route(input, (*weights, *biases), store)
+    return _compute.layers(way, input, weights, biases, False, store)
 
 
 def mlp_loss(
@@ -232,46 +150,13 @@ def mlp_loss(
                 mlp_loss, stand_ins, input, target, weights, biases, loss=loss, reduction=reduction, **options
             )
         raise
-    if not (kernels_apply(input, (*weights, *biases)) and target_is_plain(input, target, spec)):
-        if joins_graph(input, (*weights, *biases)):
-            return spec.of(layers_in_graph(input, weights, biases, final_relu=False), target)
-        output, _ = reference.mlp_forward(input, weights, biases)
-        return spec.of(output, target)
-    return compute_loss(input, target, weights, biases, spec)
+    way = route(input, (*weights, *biases), store=False)
+    if way is KERNELS and not target_is_ours(input, target, spec):
+        way = TORCH
+    return _compute.loss(way, input, target, weights, biases, spec)
 
 
-def compute_loss(
-    input: Tensor, target: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], spec: LossSpec
-) -> Tensor:
-    """`mlp_loss` by our kernels on checked arguments."""
-    if torch.is_grad_enabled() and _first_that_learns(input, weights, biases) < len(weights):
-        value: Tensor = MLPLossFunction.record(input, target, spec, len(weights), *weights, *biases)
-        return value
-    return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
-
-
-_WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-
-
-def target_is_plain(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
-    """Whether our op decides about this target, by computing, or by an error of the class that torch raises.
-
-    Torch takes others, too: class probabilities, bytes, images, dtypes that are promoted, shapes that broadcast,
-    subclasses, one with a gradient. Without `weights` its shape is not looked at.
-    """
-    if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
-        return False
-    if spec.name == "cross_entropy":
-        classes = not target.is_floating_point() and target.dtype is not torch.uint8
-        return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
-    if target.dtype is not input.dtype:  # torch promotes, or refuses with an error that depends on its version
-        return spec.name == "bce_with_logits" and target.dtype in _WHOLE_NUMBERS
-    if weights is None:
-        return True
-    *leading, _ = input.shape or (0,)  # unpacked: half the time of slices
-    outputs, *_ = weights[-1].shape or (0,)
-    shape, wanted = target.shape, (*leading, outputs)
-    if shape == wanted:
-        return True
-    fits = all(a == b or 1 in (a, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
-    return spec.name == "mse" and not fits
+def _stand_ins(*arguments: Any) -> list[Any]:
+    """Objects that are no tensors but stand for some, as a Proxy of torch.fx does: they say what becomes of a call."""
+    items = [item for argument in arguments for item in (argument if type(argument) in (list, tuple) else [argument])]
+    return [item for item in items if not isinstance(item, Tensor) and has_torch_function((item,))]

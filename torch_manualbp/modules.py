@@ -4,7 +4,6 @@ Parameters, initialisation, state_dict keys, indexing and hooks are those of `nn
 way in which forward computes is ours.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,20 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_manualbp import _distributed
+from torch_manualbp import _compute, _distributed
 from torch_manualbp._checks import check_activations
-from torch_manualbp._function import (
+from torch_manualbp._gradients import ADDING, accumulate, unwatched
+from torch_manualbp._losses import LossSpec, loss_spec
+from torch_manualbp._route import (
+    GRAPH,
+    KERNELS,
     PLAIN,
     PLAIN_OR_NONE,
+    TORCH,
     count_function_modes,
     global_hooks_exist,
-    has_kernels,
-    joins_graph,
+    route,
+    route_run,
     rows_left_to_torch,
-    undisturbed,
+    target_is_ours,
 )
-from torch_manualbp._losses import LossSpec, loss_spec
-from torch_manualbp.functional import compute_layers, compute_loss, layers_in_graph, linear_relu, target_is_plain
+from torch_manualbp.functional import linear_relu
 
 
 class LinearReLU(nn.Linear):
@@ -61,10 +64,13 @@ class LinearReLU(nn.Linear):
         """relu(input weightᵀ + bias)."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.relu(F.linear(input, self.weight, self.bias))
-        weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling() or type(input) not in PLAIN or undisturbed(input):
-            return linear_relu(input, weight, bias)
-        return nn.ReLU.forward(_RELU, super().forward(input))
+        way = route(input, (self.weight, self.bias))
+        if way is TORCH:  # by the modules, which may have been replaced
+            plain = isinstance(input, Tensor)
+            return (
+                nn.ReLU.forward(_RELU, super().forward(input)) if plain else linear_relu(input, self.weight, self.bias)
+            )
+        return _compute.linear_relu(way, input, self.weight, self.bias)
 
 
 _RELU = nn.ReLU()
@@ -75,13 +81,13 @@ _Parameters = tuple[list[Tensor], list[Tensor | None]]
 class _Run:
     """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
 
-    __slots__ = ("first", "last", "left_to_torch", "modules", "relu", "size")
+    __slots__ = ("first", "last", "modules", "refused", "relu", "size")
 
     def __init__(self, first: int) -> None:
         self.first = self.last = first  # its linear layers are those from `first` to before `last` of the network
         self.size = 0
-        self.left_to_torch: list[Tensor | None] = []  # parameters that our op refused and torch took
         self.modules: list[nn.Module] = []
+        self.refused: list[Tensor | None] = []  # parameters for which our op raised an error, and torch did not
         self.relu = False
 
     def add(self, module: nn.Module) -> None:
@@ -91,31 +97,26 @@ class _Run:
         self.last = self.first + self.size
         self.relu = type(module) is not nn.Linear
 
-    def __call__(self, input: Any, weights: list[Tensor], biases: list[Tensor | None], network: "FusedForward") -> Any:
-        """The run's output; the parameters are the network's, or the run's own. `undisturbed` holds."""
+    def __call__(
+        self, way: str, input: Any, weights: list[Tensor], biases: list[Tensor | None], network: "FusedForward"
+    ) -> Any:
+        """The run's output; the parameters are the network's, or the run's own, and `way` the network's."""
         if len(weights) != self.size:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
-        if self.size == 1 and rows_of(input) < rows_left_to_torch(weights[0], self.relu):
-            output = F.linear(input, weights[0], biases[0])
-            return torch.relu(output) if self.relu else output
-        if self.left_to_torch and all(map(is_, self.left_to_torch, (*weights, *biases))):
+        if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
             return self._one_by_one(input)
+        store = network._manualbp_activations == "store"
+        if self.size == 1 or input.dtype is torch.bfloat16:
+            way = route_run(way, input, weights, self.relu, store)
+            if self.size == 1 and way is TORCH:
+                output = F.linear(input, weights[0], biases[0])
+                return torch.relu(output) if self.relu else output
         try:
-            return compute_layers(input, weights, biases, self.relu, network._manualbp_activations == "store")
+            return _compute.layers(way, input, weights, biases, self.relu, store)
         except RuntimeError as error:  # of a bias that broadcasts, say
             output = _instead(error, self._one_by_one, input)
-            self.left_to_torch = [*weights, *biases]
+            self.refused = [*weights, *biases]
             return output
-
-    def capture(self, input: Any, store: bool) -> Any:
-        """The same in a graph that torch.compile captures."""
-        linears = [module for module in self.modules if type(module) is not nn.ReLU]
-        weights = [cast(Tensor, module._parameters["weight"]) for module in linears]
-        biases = [module._parameters["bias"] for module in linears]
-        fuses = self.relu or len(linears) > 1
-        if fuses and isinstance(input, Tensor) and joins_graph(input, (*weights, *biases)):
-            return layers_in_graph(input, weights, biases, self.relu, store)
-        return self._one_by_one(input)
 
     def _one_by_one(self, input: Any) -> Any:
         for module in self.modules:
@@ -131,21 +132,25 @@ def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
         raise error from None
 
 
-def _steps_of(children: list[nn.Module], kinds: list[type | None]) -> list[_Run | nn.Module]:
-    """The children as runs, and what is called as a module."""
+def _steps_of(children: list[nn.Module]) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]]:
+    """The children as runs, and what is called as a module; the weights and the biases of all runs."""
     steps: list[_Run | nn.Module] = []
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
     run: _Run | None = None
-    linears = 0
-    for child, kind in zip(children, kinds, strict=True):
+    for child in children:
+        kind = _fusable_kind(child)
         if kind is None or (run is None and kind is nn.ReLU):
             run = None
             steps.append(child)
             continue
         if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
-            steps.append(run := _Run(linears))
+            steps.append(run := _Run(len(weights)))
         run.add(child)
-        linears = run.last
-    return steps
+        if kind is not nn.ReLU:
+            weights.append(cast(Tensor, child._parameters["weight"]))
+            biases.append(child._parameters["bias"])
+    return steps, weights, biases
 
 
 _INFINITE = float("inf")
@@ -165,6 +170,17 @@ def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     return min(rows * weight.shape[-1], 2.0**62)
 
 
+_NAN = float("nan")  # equals nothing, itself included
+
+
+class _Uncounted:
+    next_id = _NAN
+
+
+# Torch counts the hooks that are registered on anything. If it no longer does, each call makes a plan.
+_hook_counter: Any = RemovableHandle if isinstance(getattr(RemovableHandle, "next_id", None), int) else _Uncounted
+
+
 class _Plan:
     """How a FusedForward computes its children: runs, and what is called as a module. Kept while nothing has changed.
 
@@ -178,11 +194,11 @@ class _Plan:
     def __init__(self, modules: dict[str, Any]) -> None:
         children = list(modules.values())
         kinds = [_fusable_kind(child) for child in children]
-        self.steps = _steps_of(children, kinds)
+        self.steps, _, _ = _steps_of(children)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
-        self.stamp = _hooks_so_far()
+        self.stamp = _hook_counter.next_id
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
-            self.stamp, self.left_to_torch = None, 0.0  # hooks may go without a trace: each call looks at them again
+            self.stamp, self.left_to_torch = _NAN, 0.0  # hooks may go without a trace: each call looks at them again
         # Of each child: itself, its class; and if it is in a run, its attributes and their number.
         self.children = [
             (child, type(child), child.__dict__ if kind else None, len(child.__dict__) if kind else 0)
@@ -227,21 +243,8 @@ class _Plan:
         return (no_plan, ())
 
 
-def rows_of(input: Tensor) -> int:
-    """The number of examples in an input (…, D)."""
-    return input.numel() // max(input.shape[-1], 1) if input.dim() else 1
-
-
 def no_plan() -> None:
     """What a copied or unpickled module has in the place of a plan."""
-
-
-_counts_hooks = isinstance(getattr(RemovableHandle, "next_id", None), int)
-
-
-def _hooks_so_far() -> Any:
-    """How many hooks were registered on anything; if torch no longer counts them, something that equals nothing."""
-    return RemovableHandle.next_id if _counts_hooks else object()
 
 
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
@@ -278,67 +281,6 @@ def _iterates_as_usual(kind: type) -> bool:
     )
 
 
-def _unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
-    """The trainable parameters, if writing to ``.grad`` is indistinguishable from autograd; otherwise None.
-
-    Not if autograd looks for NaN (anomaly mode), if a hook waits for a gradient, or if the gradient has a dtype or a
-    place of its own. A hook on the node that accumulates into a parameter cannot be seen, but the node: it holds the
-    parameter, and something else holds the node (the hook's owner, or a graph that is still alive).
-    """
-    if torch.is_anomaly_enabled():
-        return None
-    learners = []
-    for parameter in (*weights, *biases):
-        if parameter is None or not parameter.requires_grad:
-            continue
-        if (
-            parameter._backward_hooks
-            or parameter._post_accumulate_grad_hooks
-            or not parameter.is_leaf
-            or _use_count(parameter) > 1
-            or getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype
-        ):
-            return None
-        if (grad := parameter.grad) is not None and not (
-            type(grad) in PLAIN
-            and grad.layout is torch.strided
-            and grad.dtype is parameter.dtype
-            and grad.shape == parameter.shape
-            and not grad.is_inference()
-        ):
-            return None
-        learners.append(parameter)
-    return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
-
-
-def _accumulate(parameters: list[Tensor], grads: list[Tensor]) -> None:
-    """Adds to ``.grad`` as torch's engine does: in place, and a fresh gradient lies as its parameter does.
-
-    `_unwatched` has seen to it that nothing fails half-way.
-    """
-    with _ADDING, torch.no_grad():
-        sums, terms = [], []
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if parameter.grad is None:
-                parameter.grad = grad if parameter.is_contiguous() else _laid_out_as(parameter, grad)
-            else:
-                sums.append(parameter.grad)
-                terms.append(grad)
-        if sums:
-            torch._foreach_add_(sums, terms)
-
-
-def _laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
-    """The same numbers with the strides of the parameter; contiguous if those overlap or leave gaps."""
-    return torch.empty_like(parameter, memory_format=torch.preserve_format, requires_grad=False).copy_(grad)
-
-
-# Two threads that add to the same gradients take turns, as in torch's engine.
-_ADDING = threading.RLock()
-# How many C++ objects hold a tensor: 1, its Python object. If torch no longer says, always too many.
-_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
-
-
 class _Watcher(Protocol):
     """What `FusedForward` tells of its passes."""
 
@@ -370,23 +312,18 @@ class FusedForward(nn.Sequential):
             for module in self:
                 input = module(input)
             return input
-        if torch.compiler.is_compiling():
-            return self._capture(input)
         own = self.__dict__
-        plan = own.get("_manualbp_plan")
+        plan = None if torch.compiler.is_dynamo_compiling() else own.get("_manualbp_plan")
+        output = input
         if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, own["_modules"]):
-            output = input
             for module in own["_modules"].values():
                 output = module(output)
+        elif (planned := self._planned(input)) is None:
+            output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         else:
-            planned = self._planned(input)
-            if planned is None:
-                output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-            else:
-                output = input
-                steps, weights, biases = planned
-                for step in steps:
-                    output = step(output, weights, biases, self) if isinstance(step, _Run) else step(output)
+            way, steps, weights, biases = planned
+            for step in steps:
+                output = step(way, output, weights, biases, self) if isinstance(step, _Run) else step(output)
         if "_manualbp_watchers" in own:
             for watcher in own["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
@@ -401,29 +338,24 @@ class FusedForward(nn.Sequential):
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
 
-    def _capture(self, input: Tensor) -> Tensor:
-        """Forward as Dynamo traces it: the plan is made anew, for it is the graph that is kept."""
-        children = list(self)
-        if global_hooks_exist():
-            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-        store = self._manualbp_activations == "store"
-        for step in _steps_of(children, [_fusable_kind(child) for child in children]):
-            input = step.capture(input, store) if isinstance(step, _Run) else step(input)
-        return input
+    def _planned(self, input: Any) -> tuple[str, list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
+        """Who computes the runs, the steps, and the parameters of all runs; None: children are called in turn.
 
-    def _planned(self, input: Any) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
-        """What computes the children, and their parameters; None: they are called in turn, as by ``nn.Sequential``."""
-        if not (type(input) in PLAIN and undisturbed(input) and has_kernels(input)):
+        Dynamo keeps the graph, so that a plan is made for it alone, of the children as ``nn.Sequential`` iterates them.
+        """
+        if (way := route(input)) is TORCH:
             return None
+        if way is GRAPH:
+            return None if global_hooks_exist() else (GRAPH, *_steps_of(list(self)))
         modules = self.__dict__["_modules"]
         plan: _Plan | None = self.__dict__.get("_manualbp_plan")
-        if plan is None or plan.stamp != _hooks_so_far() or (parameters := plan.parameters(modules)) is None:
+        if plan is None or plan.stamp != _hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
                 return None
             self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
             if (parameters := plan.parameters(modules)) is None:  # another thread changes them
                 return None
-        return plan.steps, *parameters
+        return KERNELS, plan.steps, *parameters
 
 
 class MLP(FusedForward):
@@ -510,10 +442,10 @@ class MLP(FusedForward):
             torch.Size([8, 4])
         """
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        if (parameters := self._whole(input)) is None or not target_is_plain(input, target, spec):
+        if (parameters := self._whole(input)) is None or not target_is_ours(input, target, spec):
             return spec.of(self(input), target)
         try:
-            value = compute_loss(input, target, *parameters, spec)
+            value = _compute.loss(KERNELS, input, target, *parameters, spec)
         except RuntimeError as error:
             return cast(Tensor, _instead(error, self._loss_by_torch, input, target, spec))
         if torch.is_grad_enabled():
@@ -556,8 +488,8 @@ class MLP(FusedForward):
             _distributed.refuse_data_parallel("MLP.loss_backward", self)
         parameters = self._whole(input)
         learners = None
-        if parameters is not None and not input.requires_grad and target_is_plain(input, target, spec):
-            learners = _unwatched(*parameters)
+        if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec):
+            learners = unwatched(*parameters)
         if parameters is None or not learners:
             return self._backward_by_autograd(input, target, spec)
         weights, biases = parameters
@@ -567,7 +499,7 @@ class MLP(FusedForward):
         except RuntimeError as error:
             return cast(Tensor, _instead(error, self._backward_by_autograd, input, target, spec))
         self._tell(input, target, spec)
-        _accumulate(learners, grads)
+        accumulate(learners, grads)
         return value
 
     def _loss_by_torch(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
@@ -580,7 +512,7 @@ class MLP(FusedForward):
         options: Any = {"ignore_index": spec.ignore_index, "label_smoothing": spec.label_smoothing}
         with torch.enable_grad():
             value = self.loss(input, target, spec.name, spec.reduction, **options)
-        with _ADDING:
+        with ADDING:
             learners = [parameter for parameter in self.parameters() if parameter.requires_grad]
             before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in learners]
             try:
@@ -601,7 +533,7 @@ class MLP(FusedForward):
             return None
         if (planned := self._planned(input)) is None:
             return None
-        steps, weights, biases = planned
+        _, steps, weights, biases = planned
         run = steps[0] if len(steps) == 1 else None
         return (weights, biases) if isinstance(run, _Run) and not run.relu else None
 

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
+from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import kernels_apply, plain_arithmetic, torch_is_faster, undisturbed, widest_dtype
 from torch_manualbp._losses import LossSpec
+from torch_manualbp._route import KERNELS, route, undisturbed
 from torch_manualbp.inspection._layers import layers_of
 
 # The loss of one example: a name of `mlp_loss`, or a function of its output (D_K,) and its target.
@@ -284,7 +285,7 @@ class _Network:
     def forward(self, input: Tensor) -> tuple[list[Tensor], Tensor]:
         """h_0 … h_{K−1}, and the output."""
         h = [input.detach()]
-        if all(self.relus[:-1]) and kernels_apply(input, self.weights) and not torch_is_faster(input, self.weights):
+        if all(self.relus[:-1]) and route(input, self.weights) is KERNELS:
             output, hidden = _ops.mlp(h[0], self.weights, self.biases, self.relus[-1], True)
             widths = [weight.shape[0] for weight in self.weights[:-1]]
             pieces = hidden.split([len(input) * width for width in widths]) if widths else ()

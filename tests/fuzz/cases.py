@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import torch_manualbp as mbp
 from helpers import DTYPES, Net, closed_mlp, integer_net, integers, lay_out, normal_net, one_layer, recomputing_mlp
+from torch_manualbp._compute import run_layers
 from torch_manualbp._losses import LossSpec
-from torch_manualbp.functional import run_layers
 
 NAN, INF = float("nan"), float("inf")
 

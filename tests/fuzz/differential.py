@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fuzz.cases import Case, Layout, LossSpec, Tensors, assert_same, call, draw, make
 from helpers import units
-from torch_manualbp import _function
+from torch_manualbp import _route
 
 __all__ = ["Case", "Layout", "LossSpec", "UndecidableError", "check", "draw", "simpler", "torch"]
 
@@ -34,8 +34,8 @@ class UndecidableError(Exception):
 
 def check(case: Case) -> None:
     """Raises AssertionError if the library's answer is wrong, UndecidableError if nothing can be said."""
-    _function._has_bfloat16_units = False  # our kernels, on every machine and for every network
-    _function._OUTPUTS_LEFT_TO_TORCH = 0
+    _route._has_bfloat16_units = False  # our kernels, on every machine and for every network
+    _route._OUTPUTS_LEFT_TO_TORCH = 0
     torch.set_num_threads(1)
     tensors = make(case)
     got = call(case, *tensors)

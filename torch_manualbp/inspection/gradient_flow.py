@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
+from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
 from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._function import layers_are_torchs, plain_arithmetic, widest_dtype
+from torch_manualbp._route import layers_are_torchs
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
 

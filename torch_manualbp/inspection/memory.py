@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp import _ops
-from torch_manualbp._function import torch_is_faster
+from torch_manualbp._route import torch_is_faster
 from torch_manualbp.inspection._layers import Layer, layers_of
 
 # Of csrc/cpu/kernels/gemm-inl.h, by instruction set: bytes of a vector, rows of a tile.

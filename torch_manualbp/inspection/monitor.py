@@ -20,15 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from torch_manualbp._function import (
-    PLAIN,
-    _is_legacy_batched,
-    _is_tracing,
-    _transforms_active,
-    layers_are_torchs,
-    plain_arithmetic,
-)
+from torch_manualbp._arithmetic import plain_arithmetic
 from torch_manualbp._losses import LossSpec
+from torch_manualbp._route import PLAIN, is_legacy_batched, is_tracing, layers_are_torchs, transforms_active
 from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import (
     ForwardPass,
@@ -248,9 +242,9 @@ def _is_ordinary(tensor: Tensor) -> bool:
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_meta)
-        and not (_transforms_active() or _is_legacy_batched(tensor))
+        and not (transforms_active() or is_legacy_batched(tensor))
         and getattr(forward_ad, "_current_level", 0) < 0
-        and not _is_tracing()
+        and not is_tracing()
         and layers_are_torchs()
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
@@ -388,7 +382,7 @@ class _Watcher:
     def after_forward(self, input: Tensor, output: Any) -> None:
         """After a forward pass: whose backward pass is to be measured?"""
         monitor = self._monitor()
-        if monitor is None or not (isinstance(output, Tensor) and output.requires_grad) or _transforms_active():
+        if monitor is None or not (isinstance(output, Tensor) and output.requires_grad) or transforms_active():
             return
         if monitor._count() and _is_ordinary(output):
             with _no_functions(), _no_dispatch():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_tensor
-from torch_manualbp._function import kernels_apply, torch_is_faster
+from torch_manualbp._route import KERNELS, route
 from torch_manualbp.autograd import _split
 from torch_manualbp.inspection import _table, _verify, trace_plot
 from torch_manualbp.inspection._layers import Layer, layers_of
@@ -216,8 +216,8 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
             traced_loss.check_target(output, target)
             return traced_loss.gradient(output, target)
 
-        kernels = kernels_apply(x, weights) and not torch_is_faster(x, weights)  # else training runs on torch, too
-        passes = (_by_kernels if kernels else _by_autograd)(x, layers, output_gradient)
+        is_ours = route(x, weights) is KERNELS  # otherwise training runs on torch, too
+        passes = (_by_kernels if is_ours else _by_autograd)(x, layers, output_gradient)
         output = passes.h[-1] if layers[-1].relu else passes.f[-1]
         total = traced_loss.total(output, target)
         losses = traced_loss.per_example(output, target, total)

@@ -30,8 +30,8 @@ from helpers import (
     results,
     smooth_net,
 )
-from torch_manualbp import _function
-from torch_manualbp._function import kernels_apply
+from torch_manualbp import _route
+from torch_manualbp._route import KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
@@ -61,14 +61,14 @@ def assert_close(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-# --- kernels_apply --------------------------------------------------------------------------------------------------
+# --- route --------------------------------------------------------------------------------------------------
 
 
 def test_kernels_apply_to_ordinary_cpu_tensors():
-    assert kernels_apply(torch.ones(2))
-    assert kernels_apply(torch.ones(2, requires_grad=True))
+    assert route(torch.ones(2)) is KERNELS
+    assert route(torch.ones(2, requires_grad=True)) is KERNELS
     with torch.no_grad():
-        assert kernels_apply(torch.ones(2))
+        assert route(torch.ones(2)) is KERNELS
 
 
 @pytest.mark.parametrize("store", [True, False])
@@ -78,7 +78,7 @@ def test_kernels_apply_to_ordinary_cpu_tensors():
 def test_large_bfloat16_networks_go_to_torch_where_it_has_instructions_for_them(
     store, has_units, dtype, rows, width, monkeypatch
 ):
-    monkeypatch.setattr(_function, "_has_bfloat16_units", has_units)
+    monkeypatch.setattr(_route, "_has_bfloat16_units", has_units)
     weights = [torch.ones(width, width, dtype=dtype, requires_grad=True) for _ in range(2)]
     input = torch.ones(rows, width, dtype=dtype)
     output = mbp.mlp(input, weights, activations="store" if store else "recompute")
@@ -101,15 +101,15 @@ def under_vmap():
 )
 def test_kernels_do_not_apply_under_transforms_and_autocast(context):
     with context():
-        assert not kernels_apply(torch.ones(2))
-    assert kernels_apply(torch.ones(2))
+        assert route(torch.ones(2)) is TORCH
+    assert route(torch.ones(2)) is KERNELS
 
 
 def test_kernels_do_not_apply_on_other_devices_and_layouts():
-    assert not kernels_apply(torch.ones(2, device="meta"))
-    assert not kernels_apply(torch.ones(2).to_sparse())
-    assert not kernels_apply(torch.ones(2, 2).to_mkldnn())
-    assert not kernels_apply(torch.ones(2), [torch.ones(2, 2), torch.ones(2, 2).to_sparse()])
+    assert route(torch.ones(2, device="meta")) is TORCH
+    assert route(torch.ones(2).to_sparse()) is TORCH
+    assert route(torch.ones(2, 2).to_mkldnn()) is TORCH
+    assert route(torch.ones(2), [torch.ones(2, 2), torch.ones(2, 2).to_sparse()]) is TORCH
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,13 @@ def test_kernels_do_not_apply_on_other_devices_and_layouts():
 )
 def test_a_torch_that_renames_a_private_name_still_gives_right_results(monkeypatch, module, name):
     monkeypatch.delattr(module, name)
-    spec = importlib.util.spec_from_file_location("torch_manualbp._function_of_another_torch", _function.__file__)
+    spec = importlib.util.spec_from_file_location("torch_manualbp._route_of_another_torch", _route.__file__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
+    fresh.KERNELS, fresh.TORCH, fresh.GRAPH = _route.KERNELS, _route.TORCH, _route.GRAPH
     for user, taken in (
-        (mbp.functional, "kernels_apply"),
-        (mbp.modules, "undisturbed"),
+        (mbp.functional, "route"),
+        (mbp.modules, "route"),
         (mbp.modules, "global_hooks_exist"),
         (mbp.autograd, "backward_is_composed"),
     ):

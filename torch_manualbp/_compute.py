@@ -1,0 +1,93 @@
+"""How a call is computed, once `_route` has said by whom: `layers` for a network, `loss` for a network with its loss.
+
+Arguments are tensors; shapes and dtypes are checked by whatever computes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_manualbp import _graph, _ops, reference
+from torch_manualbp._checks import check_layers, check_tensor
+from torch_manualbp._losses import LossSpec
+from torch_manualbp._route import GRAPH, KERNELS, route
+from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
+
+
+def layers(
+    way: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    final_relu: bool,
+    store: bool,
+) -> Tensor:
+    """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass."""
+    if way is KERNELS:
+        if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
+            if first > 0:  # below it there is nothing to learn, so that no activation is needed again
+                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False)
+                weights, biases = weights[first:], biases[first:]
+            recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)[0]
+            return recorded
+        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False)[0]
+        return output
+    if way is GRAPH:
+        captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
+        return captured
+    return reference.mlp_forward(input, weights, biases, final_relu)[0]
+
+
+def linear_relu(way: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`layers` of one layer with its ReLU: the same numbers, without a list of anything."""
+    if way is not KERNELS:
+        return layers(way, input, (weight,), (bias,), True, True)
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        output: Tensor = LinearReLUFunction.record(input, weight, bias)
+    else:
+        output = _ops.linear_relu(input, weight, bias)
+    return output
+
+
+def loss(
+    way: str,
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    spec: LossSpec,
+) -> Tensor:
+    """The loss of the network's output; `KERNELS` make its gradients at once."""
+    if way is not KERNELS:
+        return spec.of(layers(way, input, weights, biases, False, True), target)
+    if torch.is_grad_enabled() and _first_that_learns(input, weights, biases) < len(weights):
+        value: Tensor = MLPLossFunction.record(input, target, spec, len(weights), *weights, *biases)
+        return value
+    return spec.run(input, target, weights, biases, [False] * (1 + 2 * len(weights)))[0]
+
+
+def run_layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    final_relu: bool = False,
+    activations: str = "store",
+) -> Tensor:
+    """`mlp`, with a ReLU after the last layer too if `final_relu`: what the backend puts into a graph."""
+    check_tensor("mlp", "input", input)
+    weights, biases = check_layers("mlp", weights, biases)
+    store = activations == "store"
+    return layers(route(input, (*weights, *biases), store), input, weights, biases, final_relu, store)
+
+
+def _first_that_learns(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
+    """The lowest layer that needs a gradient, of its parameters or its input; the number of layers if none does."""
+    if input.requires_grad:
+        return 0
+    for k, weight in enumerate(weights):
+        if weight.requires_grad or ((bias := biases[k]) is not None and bias.requires_grad):
+            return k
+    return len(weights)

@@ -1,0 +1,69 @@
+"""Gradients without autograd's graph: whether ``.grad`` may be written directly, and how it is written."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torch_manualbp._route import PLAIN
+
+# Held while gradients are added, as torch's engine does: two threads may train one network.
+ADDING = threading.RLock()
+# How many C++ objects hold a tensor: 1, its Python object. If torch no longer says, always too many.
+_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
+
+
+def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
+    """The trainable parameters, if writing to ``.grad`` is indistinguishable from autograd; otherwise None.
+
+    Not if autograd looks for NaN (anomaly mode), if a hook waits for a gradient, or if the gradient has a dtype or a
+    place of its own. A hook on the node that accumulates into a parameter cannot be seen, but the node: it holds the
+    parameter, and something else holds the node (the hook's owner, or a graph that is still alive).
+    """
+    if torch.is_anomaly_enabled():
+        return None
+    learners = []
+    for parameter in (*weights, *biases):
+        if parameter is None or not parameter.requires_grad:
+            continue
+        if (
+            parameter._backward_hooks
+            or parameter._post_accumulate_grad_hooks
+            or not parameter.is_leaf
+            or _use_count(parameter) > 1
+            or getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype
+        ):
+            return None
+        if (grad := parameter.grad) is not None and not (
+            type(grad) in PLAIN
+            and grad.layout is torch.strided
+            and grad.dtype is parameter.dtype
+            and grad.shape == parameter.shape
+            and not grad.is_inference()
+        ):
+            return None
+        learners.append(parameter)
+    return learners if len(set(map(id, learners))) == len(learners) else None  # a shared layer learns twice
+
+
+def accumulate(parameters: list[Tensor], grads: list[Tensor]) -> None:
+    """Adds to ``.grad`` as torch's engine does: in place, and a fresh gradient lies as its parameter does.
+
+    `unwatched` has seen to it that nothing fails half-way.
+    """
+    with ADDING, torch.no_grad():
+        sums, terms = [], []
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad if parameter.is_contiguous() else _laid_out_as(parameter, grad)
+            else:
+                sums.append(parameter.grad)
+                terms.append(grad)
+        if sums:
+            torch._foreach_add_(sums, terms)
+
+
+def _laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The same numbers with the strides of the parameter; contiguous if those overlap or leave gaps."""
+    return torch.empty_like(parameter, memory_format=torch.preserve_format, requires_grad=False).copy_(grad)

@@ -1,0 +1,293 @@
+"""Who computes a call: our kernels, one op of a captured graph, or plain torch. No other module decides it.
+
+`route` answers, and the functions of `_compute` act on the answer. A new way to compute (under autocast, under vmap, on
+another device) is one more answer here and one more branch there.
+
+Private functions of torch are looked up here, each with a safe default: a torch that renames one makes us slower, not
+wrong.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._device import DeviceContext
+
+from torch_manualbp import _ops
+from torch_manualbp._losses import LossSpec
+
+KERNELS: Final = "kernels"  # one call of our ops, and one node of autograd's graph
+GRAPH: Final = "graph"  # one op of the graph that torch.compile captures (`_graph`)
+TORCH: Final = "torch"  # torch's own functions, one after another, which always works
+
+is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
+_count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+PLAIN: frozenset[type] = frozenset({Tensor, Parameter})  # subclasses may give any op another meaning
+PLAIN_OR_NONE: frozenset[type] = PLAIN | {type(None)}
+
+
+def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
+    """Who computes linear layers with ReLUs between them: `KERNELS`, `GRAPH` or `TORCH`.
+
+    `TORCH`, if one of these holds, which are asked in this order:
+
+    1. torch.compile captures the call for a program of torch.export, which must run without this library; or with a
+       bfloat16 input on a CPU that has instructions for bfloat16 (reason 7, but a number of rows would be a condition
+       on the batch, and so a recompilation). Dynamo guards everything that this function reads.
+    2. The input is a subclass of Tensor: it may give any op another meaning.
+    3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
+       A mode even sees attributes that are read, so that this is asked before anything about the input.
+    4. A transform must see through the computation: torch.func, forward-mode AD, make_fx, torch.jit.trace; or autocast
+       chooses dtypes op by op.
+    5. There are no kernels for the input's device, or it is sparse, nested or quantized.
+    6. A parameter is a subclass or sparse.
+    7. Plain torch is faster (`torch_is_faster`), unless activations are not to be stored.
+
+    Otherwise torch.compile captures `GRAPH`, and an eager call is for our `KERNELS`.
+
+    A fused Sequential asks once, about its input; its plan knows the parameters, and each run asks for reason 7 alone.
+
+    Args:
+        input: of the first layer, or whatever the caller was given.
+        parameters: weights and biases; a missing bias is None.
+        store: whether hidden activations are kept for the backward pass.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return GRAPH if _joins_graph(input, parameters) else TORCH
+    if not (
+        type(input) in PLAIN
+        and undisturbed(input)
+        and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
+        and input.layout is torch.strided
+        and not input.is_nested
+        and not input.is_quantized
+    ):
+        return TORCH
+    for parameter in parameters:
+        if type(parameter) not in PLAIN_OR_NONE or (parameter is not None and parameter.layout is not torch.strided):
+            return TORCH
+    return TORCH if input.dtype is torch.bfloat16 and store and torch_is_faster(input, parameters) else KERNELS
+
+
+# What "linear" and "relu" mean. DeepSpeed's ZeRO-3, FLOP counters and others put their own functions in these places.
+def _of_torch(function: Any, module: ModuleType) -> Any:
+    """The function, if it is torch's own and not a replacement that was there before us; else something unique."""
+    return function if getattr(function, "__globals__", None) is vars(module) else object()
+
+
+_linear: Any = torch._C._nn.linear
+_relu: Any = _of_torch(F.relu, F)
+_torch_relu: Any = torch._C._VariableFunctions.relu
+_linear_forward: Any = _of_torch(nn.Linear.forward, nn.modules.linear)
+_relu_forward: Any = _of_torch(nn.ReLU.forward, nn.modules.activation)
+_module_call: Any = _of_torch(nn.Module.__call__, nn.modules.module)
+_call_impl: Any = _of_torch(nn.Module._call_impl, nn.modules.module)
+_sequential_forward: Any = _of_torch(nn.Sequential.forward, nn.modules.container)
+_sequential_iter: Any = _of_torch(nn.Sequential.__iter__, nn.modules.container)
+
+
+def layers_are_torchs() -> bool:
+    """Reason 3: whether linear layers and ReLUs are torch's own, and no function mode changes them."""
+    return (
+        F.linear is _linear
+        and F.relu is _relu
+        and torch.relu is _torch_relu
+        and nn.Linear.forward is _linear_forward
+        and nn.ReLU.forward is _relu_forward
+        and nn.Linear.__call__ is _module_call
+        and nn.ReLU.__call__ is _module_call
+        and nn.Module._call_impl is _call_impl
+        and nn.Sequential.forward is _sequential_forward
+        and nn.Sequential.__iter__ is _sequential_iter
+        and not (count_function_modes() and _function_modes_matter())
+    )
+
+
+def _function_modes_matter() -> bool:
+    """Whether a mode other than ``torch.set_default_device`` (which concerns factories only) sees torch's functions."""
+    modes = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [None])()
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def undisturbed(input: Tensor) -> bool:
+    """Reasons 3 and 4: whether linear and ReLU of plain tensors mean what torch means, and nothing looks on."""
+    return (
+        layers_are_torchs()
+        and not transforms_active()
+        and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
+        and getattr(forward_ad, "_current_level", 0) < 0
+        and not is_tracing()
+        and not (_any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
+    )
+
+
+def _is_recorded_by_make_fx(tensor: Tensor) -> bool:
+    """Whether a graph of ops on plain tensors is made, in which ours would have no derivative.
+
+    Other dispatch modes may see our ops; where torch.compile lowers a graph, tensors are not plain.
+    """
+    return type(tensor) in PLAIN and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _joins_graph(input: Any, parameters: Sequence[Tensor | None]) -> bool:
+    return (
+        not getattr(torch.compiler, "_is_exporting_flag", True)  # is_exporting() is True to Dynamo of torch 2.10
+        and type(input) in PLAIN
+        and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
+        and _is_ordinary(input, parameters)
+        and all(parameter is None or type(parameter) in PLAIN for parameter in parameters)
+    )
+
+
+def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
+    """Reasons 4 and 5, as far as they can be asked in a graph."""
+    return (
+        input.layout is torch.strided
+        and not input.is_nested
+        and getattr(forward_ad, "_current_level", 0) < 0
+        and not torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
+        and all(parameter is None or parameter.layout is torch.strided for parameter in parameters)
+    )
+
+
+def route_in_graph(input: Tensor, weights: Sequence[Tensor]) -> str:
+    """Who computes the op of a captured graph, once it is lowered, on torch's stand-ins for tensors, or run as it is.
+
+    Where every product has a dimension of 1, inductor makes one loop of the network, and wins (`_graph`).
+    """
+    is_plain = type(input) in PLAIN or type(input).__module__.startswith("torch._subclasses.")
+    return (
+        KERNELS
+        if is_plain
+        and input.is_cpu
+        and not transforms_active()
+        and _is_ordinary(input, weights)
+        and not all(1 in weight.shape for weight in weights)
+        else TORCH
+    )
+
+
+def may_join_graph(value: Any) -> bool:
+    """Whether a layer of a captured graph may be ours if this is its input, weight or bias."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def backward_is_composed(grad_output: Tensor) -> bool:
+    """Whether backward must be made of torch ops: gradients of gradients are wanted, or it is batched or recorded."""
+    return (
+        torch.is_grad_enabled()
+        or transforms_active()
+        or is_legacy_batched(grad_output)
+        or (_count_dispatch_modes() > 0 and _is_recorded_by_make_fx(grad_output))
+    )
+
+
+_has_bfloat16_units: bool = any(
+    getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+)
+
+
+def torch_is_faster(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+    """Reason 7, of a whole network: bfloat16 products, where the CPU has instructions for them.
+
+    Our kernels widen bfloat16 to float32 and so reach half the rate of those instructions, which oneDNN uses. Measured
+    on Zen 4, eager's time / ours: 64–64–64 with 32 rows 1.6 (0.4 million multiply-adds), 784–128–64–32–64–128–784 with
+    32 rows 1.4 (6 million), 300×5 with 32 rows 0.87 (12 million), 1024×3 with 32 rows 0.58, with 1 row 0.28.
+    """
+    if input.dtype is not torch.bfloat16 or not _has_bfloat16_units or not input.is_cpu:
+        return False
+    numbers = sum([each.numel() for each in parameters if each is not None and each.dim() == 2])
+    return numbers >= 1 << 20 or rows_of(input) * numbers >= 8 << 20
+
+
+_OUTPUTS_LEFT_TO_TORCH = 1 << 17  # 0: none
+
+
+def rows_left_to_torch(weight: Tensor, relu: bool) -> float:
+    """Reason 7, of one linear layer that stands alone in a fused Sequential: up to how many rows torch computes it.
+
+    There our Function, which is written in Python, costs more than torch's two nodes, until the pass over the data that
+    is saved outweighs it. Measured on Zen 4, a training step, eager's time / ours: 4–64 with 64 rows 0.8, 1024 rows
+    0.9, 4096 rows 1.3; 16–512 with 64 rows 0.9, 256 rows 1.0, 1024 rows 1.5; 64–64 with 256 rows 0.8, 1024 rows 1.0,
+    4096 rows 1.4; where the product outweighs that pass, as in 256–256 with 1024 rows, 0.9 and less. (In float16 torch
+    is never faster, and `torch_is_faster` knows bfloat16.)
+
+    Without a ReLU there is nothing to fuse, but over very many rows torch's float32 sums lose digits: a gradient of 1–1
+    was off by 1e-3 with 4 million rows. With 2^18 rows a step took eager 1.1 to 6.6 times our time (1–1, 8–8, 8–64,
+    64–64, 128–16, 256–256); with a single output, as in 16–1, 0.8 times.
+    """
+    if not relu:
+        single = weight.dim() == 2 and weight.shape[0] == 1 < weight.shape[1]
+        return float("inf") if single or weight.dim() != 2 or weight.dtype is not torch.float32 else 1 << 18
+    if not _OUTPUTS_LEFT_TO_TORCH or weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float64):
+        return 0.0
+    d_out, d_in = weight.shape
+    return _OUTPUTS_LEFT_TO_TORCH / max(d_out, 1) if d_in <= 128 else float("inf")
+
+
+def route_run(way: str, input: Tensor, weights: Sequence[Tensor], relu: bool, store: bool) -> str:
+    """Reason 7 for a run of layers in a fused Sequential, after `route` has answered `way` for the whole of it."""
+    if way is GRAPH:
+        is_faster = len(weights) == 1 and not relu
+    elif input.dtype is torch.bfloat16:
+        is_faster = store and torch_is_faster(input, weights)
+    else:
+        is_faster = False
+    if way is KERNELS and len(weights) == 1:
+        is_faster = is_faster or rows_of(input) < rows_left_to_torch(weights[0], relu)
+    return TORCH if is_faster else way
+
+
+def rows_of(input: Tensor) -> int:
+    """The number of examples in an input (…, D)."""
+    return input.numel() // max(input.shape[-1], 1) if input.dim() else 1
+
+
+def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether F.linear takes this weight without rows, or this bias, by broadcasting: rare, left to torch."""
+    return weight.dim() == 1 or (
+        bias is not None and weight.dim() > 0 and (bias.dim() != 1 or (bias.shape[0] == 1 and weight.shape[0] != 1))
+    )
+
+
+_WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
+    """Whether our op decides about this target, by computing, or by an error of the class that torch raises.
+
+    Torch takes others, too: class probabilities, bytes, images, dtypes that are promoted, shapes that broadcast,
+    subclasses, one with a gradient. Without `weights` its shape is not looked at.
+    """
+    if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
+        return False
+    if spec.name == "cross_entropy":
+        classes = not target.is_floating_point() and target.dtype is not torch.uint8
+        return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
+    if target.dtype is not input.dtype:  # torch promotes, or refuses with an error that depends on its version
+        return spec.name == "bce_with_logits" and target.dtype in _WHOLE_NUMBERS
+    if weights is None:
+        return True
+    *leading, _ = input.shape or (0,)  # unpacked: half the time of slices
+    outputs, *_ = weights[-1].shape or (0,)
+    shape, wanted = target.shape, (*leading, outputs)
+    if shape == wanted:
+        return True
+    fits = all(a == b or 1 in (a, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
+    return spec.name == "mse" and not fits
