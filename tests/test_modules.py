@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -107,13 +108,36 @@ def test_linear_relu_module_steps_like_its_parts():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_mlp_has_the_start_keys_children_and_repr_of_its_plain_twin(sizes, bias):
+def test_mlp_has_the_start_keys_and_children_of_its_plain_twin(sizes, bias):
     ours, theirs = twins(sizes, bias)
     assert isinstance(ours, nn.Sequential)
     assert_equal(dict(ours.state_dict()), dict(theirs.state_dict()))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [type(child) for child in ours] == [type(child) for child in theirs]
-    assert repr(ours) == repr(theirs)
+    assert [repr(child) for child in ours] == [repr(child) for child in theirs]
+
+
+def test_repr_says_what_it_is_and_what_one_call_computes():
+    assert repr(mbp.MLP([4, 8, 3])).splitlines()[:2] == ["MLP(", "  in one call: (0) to (2)"]
+    model = nn.Sequential(
+        OrderedDict(a=nn.Linear(4, 8), b=nn.ReLU(), c=nn.Tanh(), d=nn.Linear(8, 8), e=nn.ReLU(), f=nn.Linear(8, 2))
+    )
+    children = repr(model).splitlines()[1:]
+    first, runs, *rest = repr(mbp.fuse(model)).splitlines()
+    assert (first, runs, rest) == ("FusedSequential(", "  in one call each: (a) to (b), (d) to (f)", children)
+    model.d.register_forward_hook(lambda *_: None)
+    assert repr(model).splitlines()[1] == "  in one call: (a) to (b)"
+    model.a.register_forward_hook(lambda *_: None)
+    assert repr(model).splitlines()[1:] == children
+
+
+def test_repr_keeps_what_a_subclass_says_of_itself():
+    class Described(nn.Sequential):
+        def extra_repr(self):
+            return "width 8"
+
+    lines = repr(mbp.fuse(Described(nn.Linear(4, 8), nn.ReLU()))).splitlines()
+    assert lines[1:3] == ["  width 8", "  in one call: (0) to (1)"]
 
 
 def test_state_dict_is_exchanged_both_ways():

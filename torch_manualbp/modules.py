@@ -329,6 +329,17 @@ class FusedForward(nn.Sequential):
                 watcher.after_forward(input, output)
         return output
 
+    def extra_repr(self) -> str:
+        """Which children one call computes, as things stand: hooks and parametrizations keep a layer out."""
+        names, steps = list(self._modules), _steps_of(list(self._modules.values()))[0]
+        calls, position = [], 0
+        for step in steps:
+            first, position = position, position + (len(step.modules) if isinstance(step, _Run) else 1)
+            if isinstance(step, _Run) and (step.size > 1 or step.relu):
+                calls.append(f"({names[first]}) to ({names[position - 1]})")
+        line = f"in one call each: {', '.join(calls)}" if len(calls) > 1 else f"in one call: {''.join(calls)}"
+        return "\n".join(filter(None, [super().extra_repr(), line if calls else ""]))
+
     def _watch(self, watcher: "_Watcher") -> Callable[[], None]:
         """Tells `watcher` of each pass, until the function that is returned is called.
 
@@ -371,8 +382,8 @@ class MLP(FusedForward):
 
     Shape:
         input (…, D_0) → output (…, D_K). The children are those of
-        ``nn.Sequential(nn.Linear(D_0, D_1), nn.ReLU(), …, nn.Linear(D_{K-1}, D_K))``, with the same initialisation, the
-        same state_dict keys and the same repr.
+        ``nn.Sequential(nn.Linear(D_0, D_1), nn.ReLU(), …, nn.Linear(D_{K-1}, D_K))``, with the same initialisation and
+        the same state_dict keys.
 
     Raises:
         ValueError: fewer than two sizes, a negative one, or an unknown `activations`.
@@ -552,6 +563,3 @@ class MLP(FusedForward):
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
-
-    def _get_name(self) -> str:
-        return "Sequential"
