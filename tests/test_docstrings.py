@@ -5,6 +5,7 @@ import importlib
 import inspect
 
 import pytest
+import torch
 
 import torch_manualbp as mbp
 from torch_manualbp import compile_backend, conversion, functional, lecture, modules, per_sample, reference
@@ -22,7 +23,7 @@ MODULES = (
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_examples_print_what_they_say(module):
-    done = doctest.testmod(module)
+    done = doctest.testmod(module, extraglobs={"torch": torch})
     assert done.attempted > 0
     assert done.failed == 0
 
