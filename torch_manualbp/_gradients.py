@@ -10,16 +10,16 @@ from torch_manualbp._route import PLAIN
 
 # Held while gradients are added, as torch's engine does: two threads may train one network.
 ADDING = threading.RLock()
-# How many C++ objects hold a tensor: 1, its Python object. If torch no longer says, always too many.
+# The number of C++ references to a tensor: 1 is that of its Python object. Should torch no longer tell it: too many.
 _use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
 
 
 def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
     """The trainable parameters, if writing to ``.grad`` is indistinguishable from autograd; otherwise None.
 
-    Not if autograd looks for NaN (anomaly mode), if a hook waits for a gradient, or if the gradient has a dtype or a
-    place of its own. A hook on the node that accumulates into a parameter cannot be seen, but the node: it holds the
-    parameter, and something else holds the node (the hook's owner, or a graph that is still alive).
+    It is not in anomaly mode, which looks for NaN, nor with a hook on a parameter, nor if ``.grad`` has another dtype,
+    layout or class. A hook on the AccumulateGrad node of a parameter is invisible to Python, but the node itself is
+    not: it holds a reference to the parameter, and it exists only while the owner of a hook, or a graph, holds it.
     """
     if torch.is_anomaly_enabled():
         return None
@@ -48,9 +48,9 @@ def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor
 
 
 def accumulate(parameters: list[Tensor], grads: list[Tensor]) -> None:
-    """Adds to ``.grad`` as torch's engine does: in place, and a fresh gradient lies as its parameter does.
+    """Adds to ``.grad`` as torch's engine does: in place; a fresh gradient has the strides of its parameter.
 
-    `unwatched` has seen to it that nothing fails half-way.
+    `unwatched` has excluded everything that could fail for one of the parameters, after others were written.
     """
     with ADDING, torch.no_grad():
         sums, terms = [], []

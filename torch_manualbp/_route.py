@@ -80,7 +80,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
     return TORCH if input.dtype is torch.bfloat16 and store and torch_is_faster(input, parameters) else KERNELS
 
 
-# What "linear" and "relu" mean. DeepSpeed's ZeRO-3, FLOP counters and others put their own functions in these places.
+# What "linear" and "relu" mean. DeepSpeed's ZeRO-3, FLOP counters and others replace these functions.
 def _of_torch(function: Any, module: ModuleType) -> Any:
     """The function, if it is torch's own and not a replacement that was there before us; else something unique."""
     return function if getattr(function, "__globals__", None) is vars(module) else object()
@@ -98,7 +98,7 @@ _sequential_iter: Any = _of_torch(nn.Sequential.__iter__, nn.modules.container)
 
 
 def layers_are_torchs() -> bool:
-    """Reason 3: whether linear layers and ReLUs are torch's own, and no function mode changes them."""
+    """Not reason 3: linear layers and ReLUs are torch's own, and no function mode sees their calls."""
     return (
         F.linear is _linear
         and F.relu is _relu
@@ -121,7 +121,7 @@ def _function_modes_matter() -> bool:
 
 
 def undisturbed(input: Tensor) -> bool:
-    """Reasons 3 and 4: whether linear and ReLU of plain tensors mean what torch means, and nothing looks on."""
+    """Neither reason 3 nor 4: linear and ReLU of plain tensors mean what torch means, and nothing observes them."""
     return (
         layers_are_torchs()
         and not transforms_active()
@@ -133,9 +133,9 @@ def undisturbed(input: Tensor) -> bool:
 
 
 def _is_recorded_by_make_fx(tensor: Tensor) -> bool:
-    """Whether a graph of ops on plain tensors is made, in which ours would have no derivative.
+    """Whether make_fx records ops of plain tensors, a graph in which our op would have no derivative.
 
-    Other dispatch modes may see our ops; where torch.compile lowers a graph, tensors are not plain.
+    Other dispatch modes may see our ops. (While torch.compile lowers a graph, tensors are not plain.)
     """
     return type(tensor) in PLAIN and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
@@ -189,7 +189,7 @@ def may_join_graph(value: Any) -> bool:
 
 
 def backward_is_composed(grad_output: Tensor) -> bool:
-    """Whether backward must be made of torch ops: gradients of gradients are wanted, or it is batched or recorded."""
+    """Whether backward must consist of torch ops: for gradients of gradients, or because it is batched or recorded."""
     return (
         torch.is_grad_enabled()
         or transforms_active()
@@ -222,15 +222,15 @@ _OUTPUTS_LEFT_TO_TORCH = 1 << 17  # 0: none
 def rows_left_to_torch(weight: Tensor, relu: bool) -> float:
     """Reason 7, of one linear layer that stands alone in a fused Sequential: up to how many rows torch computes it.
 
-    There our Function, which is written in Python, costs more than torch's two nodes, until the pass over the data that
-    is saved outweighs it. Measured on Zen 4, a training step, eager's time / ours: 4–64 with 64 rows 0.8, 1024 rows
-    0.9, 4096 rows 1.3; 16–512 with 64 rows 0.9, 256 rows 1.0, 1024 rows 1.5; 64–64 with 256 rows 0.8, 1024 rows 1.0,
-    4096 rows 1.4; where the product outweighs that pass, as in 256–256 with 1024 rows, 0.9 and less. (In float16 torch
-    is never faster, and `torch_is_faster` knows bfloat16.)
+    For few rows our Function, which is written in Python, costs more than torch's two nodes; for many, the pass over
+    the data that fusing saves outweighs this. Measured on Zen 4, a training step, eager's time / ours: 4–64 with 64
+    rows 0.8, 1024 rows 0.9, 4096 rows 1.3; 16–512 with 64 rows 0.9, 256 rows 1.0, 1024 rows 1.5; 64–64 with 256 rows
+    0.8, 1024 rows 1.0, 4096 rows 1.4; where the product outweighs that pass, as in 256–256 with 1024 rows, 0.9 and
+    less. (In float16 torch is never faster, and `torch_is_faster` knows bfloat16.)
 
     Without a ReLU there is nothing to fuse, but over very many rows torch's float32 sums lose digits: a gradient of 1–1
     was off by 1e-3 with 4 million rows. With 2^18 rows a step took eager 1.1 to 6.6 times our time (1–1, 8–8, 8–64,
-    64–64, 128–16, 256–256); with a single output, as in 16–1, 0.8 times.
+    64–64, 128–16, 256–256); with a single output, as in 16–1, 0.8 times, so that such layers always go to torch.
     """
     if not relu:
         single = weight.dim() == 2 and weight.shape[0] == 1 < weight.shape[1]
@@ -270,10 +270,10 @@ _WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, t
 
 
 def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
-    """Whether our op decides about this target, by computing, or by an error of the class that torch raises.
+    """Whether our op takes this target, or rejects it with an error of the class that torch raises.
 
-    Torch takes others, too: class probabilities, bytes, images, dtypes that are promoted, shapes that broadcast,
-    subclasses, one with a gradient. Without `weights` its shape is not looked at.
+    Torch takes more: class probabilities, bytes, images, dtypes to promote, shapes to broadcast, subclasses, targets
+    that require a gradient. Without `weights`, the shape is not checked.
     """
     if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
         return False

@@ -1,7 +1,7 @@
-"""The modules: an `nn.Linear` with its ReLU, an `nn.Sequential` that is one network, and how runs are found.
+"""The modules: `LinearReLU`, the `MLP`, and the fused ``nn.Sequential`` that both `MLP` and `fuse` build on.
 
-Parameters, initialisation, state_dict keys, indexing and hooks are those of `nn.Linear` and `nn.Sequential`; only the
-way in which forward computes is ours.
+Parameters, initialisation, state_dict keys, indexing and hooks are those of ``nn.Linear`` and ``nn.Sequential``. Only
+the computation of the forward pass differs: it finds the runs of layers (`_Run`) that one call can compute.
 """
 
 from collections import OrderedDict
@@ -25,6 +25,7 @@ from torch_manualbp._route import (
     PLAIN,
     PLAIN_OR_NONE,
     TORCH,
+    broadcasts,
     count_function_modes,
     global_hooks_exist,
     route,
@@ -65,12 +66,11 @@ class LinearReLU(nn.Linear):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.relu(F.linear(input, self.weight, self.bias))
         way = route(input, (self.weight, self.bias))
-        if way is TORCH:  # by the modules, which may have been replaced
-            plain = isinstance(input, Tensor)
-            return (
-                nn.ReLU.forward(_RELU, super().forward(input)) if plain else linear_relu(input, self.weight, self.bias)
-            )
-        return _compute.linear_relu(way, input, self.weight, self.bias)
+        if way is not TORCH and not broadcasts(self.weight, self.bias):
+            return _compute.linear_relu(way, input, self.weight, self.bias)
+        if isinstance(input, Tensor):
+            return nn.ReLU.forward(_RELU, super().forward(input))  # the forwards of these classes may be replacements
+        return linear_relu(input, self.weight, self.bias)  # raises a TypeError, or records a Proxy of torch.fx
 
 
 _RELU = nn.ReLU()
@@ -79,15 +79,15 @@ _Parameters = tuple[list[Tensor], list[Tensor | None]]
 
 
 class _Run:
-    """A run of layers that one call computes: linear, ReLU, linear, …; `relu` says whether a ReLU closes it."""
+    """Adjacent children that one call computes: linear, ReLU, linear, …; `relu` is True if the last one is a ReLU."""
 
     __slots__ = ("first", "last", "modules", "refused", "relu", "size")
 
     def __init__(self, first: int) -> None:
-        self.first = self.last = first  # its linear layers are those from `first` to before `last` of the network
+        self.first = self.last = first  # linear layers [first, last) of the network belong to this run
         self.size = 0
         self.modules: list[nn.Module] = []
-        self.refused: list[Tensor | None] = []  # parameters for which our op raised an error, and torch did not
+        self.refused: list[Tensor | None] = []  # parameters for which our op raised an error and torch did not
         self.relu = False
 
     def add(self, module: nn.Module) -> None:
@@ -100,7 +100,15 @@ class _Run:
     def __call__(
         self, way: str, input: Any, weights: list[Tensor], biases: list[Tensor | None], network: "FusedForward"
     ) -> Any:
-        """The run's output; the parameters are the network's, or the run's own, and `way` the network's."""
+        """The output of the run.
+
+        Args:
+            way: what `route` answered for the network.
+            input: of the run.
+            weights: of the run, or of the whole network.
+            biases: likewise.
+            network: which the run belongs to.
+        """
         if len(weights) != self.size:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
         if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
@@ -113,7 +121,7 @@ class _Run:
                 return torch.relu(output) if self.relu else output
         try:
             return _compute.layers(way, input, weights, biases, self.relu, store)
-        except RuntimeError as error:  # of a bias that broadcasts, say
+        except RuntimeError as error:  # for example because a bias broadcasts
             output = _instead(error, self._one_by_one, input)
             self.refused = [*weights, *biases]
             return output
@@ -125,7 +133,7 @@ class _Run:
 
 
 def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
-    """What plain torch computes where our op raised `error`; that error, which names the argument, if torch cannot."""
+    """The result of plain torch after our op raised `error`. If torch fails too, `error` is raised: it is clearer."""
     try:
         return plain(*args)
     except Exception:
@@ -133,7 +141,7 @@ def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
 
 
 def _steps_of(children: list[nn.Module]) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]]:
-    """The children as runs, and what is called as a module; the weights and the biases of all runs."""
+    """The steps of the forward pass, each a run or a child that is called; the weights and biases of all runs."""
     steps: list[_Run | nn.Module] = []
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -144,7 +152,7 @@ def _steps_of(children: list[nn.Module]) -> tuple[list[_Run | nn.Module], list[T
             run = None
             steps.append(child)
             continue
-        if run is None or not (run.relu or kind is nn.ReLU):  # linear after linear: a run of its own
+        if run is None or not (run.relu or kind is nn.ReLU):  # a linear layer right after another starts a run
             steps.append(run := _Run(len(weights)))
         run.add(child)
         if kind is not nn.ReLU:
@@ -158,7 +166,7 @@ _FULL = (torch.float32, torch.float64)
 
 
 def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
-    """Up to how many numbers in the input it gains nothing to compute this step by our ops."""
+    """With fewer numbers than this in the input, our op would be no faster than torch at this step."""
     if not isinstance(step, _Run):
         return _INFINITE
     if step.size > 1:
@@ -170,23 +178,23 @@ def _numbers_left_to_torch(step: _Run | nn.Module) -> float:
     return min(rows * weight.shape[-1], 2.0**62)
 
 
-_NAN = float("nan")  # equals nothing, itself included
+_NAN = float("nan")  # unequal to everything, also to itself
 
 
 class _Uncounted:
     next_id = _NAN
 
 
-# Torch counts the hooks that are registered on anything. If it no longer does, each call makes a plan.
+# Torch numbers the hooks that are registered on any module or tensor. Should it stop, every call makes a new plan.
 _hook_counter: Any = RemovableHandle if isinstance(getattr(RemovableHandle, "next_id", None), int) else _Uncounted
 
 
 class _Plan:
-    """How a FusedForward computes its children: runs, and what is called as a module. Kept while nothing has changed.
+    """How a FusedForward computes its children: the steps of its forward pass, kept between calls.
 
-    `parameters` finds out: that no hook was registered on anything (torch counts them), that the children are the same
-    objects of the same classes with as many attributes (one named "forward" would take the place of the class's), and
-    that their parameters are plain tensors. So the usual call looks at each child once.
+    A plan is valid while no hook has been registered anywhere (`stamp`), the children are the same objects of the same
+    classes with the same number of attributes (an attribute "forward" would replace the method of the class), and their
+    parameters are plain tensors. `parameters` checks this in the pass over the children that collects the parameters.
     """
 
     __slots__ = ("children", "left_to_torch", "stamp", "steps")
@@ -198,15 +206,15 @@ class _Plan:
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
         self.stamp = _hook_counter.next_id
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
-            self.stamp, self.left_to_torch = _NAN, 0.0  # hooks may go without a trace: each call looks at them again
-        # Of each child: itself, its class; and if it is in a run, its attributes and their number.
+            self.stamp, self.left_to_torch = _NAN, 0.0  # removing a hook leaves no trace: look at every call
+        # Each child and its class; for children in a run also their attributes and the number of these.
         self.children = [
             (child, type(child), child.__dict__ if kind else None, len(child.__dict__) if kind else 0)
             for child, kind in zip(children, kinds, strict=True)
         ]
 
     def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
-        """Whether nothing is gained on so small an input."""
+        """Whether our ops would be no faster on an input of this size, at any step."""
         if len(modules) != len(self.children) or type(input) not in PLAIN:
             return False
         for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
@@ -214,12 +222,12 @@ class _Plan:
                 return False
         if self.left_to_torch == _INFINITE:
             return True
-        if count_function_modes():  # they would see the questions
+        if count_function_modes():  # a mode would see the attributes that are read below
             return False
         return input.numel() < self.left_to_torch and input.dtype in _FULL
 
     def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
-        """All weights and all biases of the runs; None if the plan no longer fits the modules."""
+        """The weights and biases of all runs; None if the plan is no longer valid."""
         if len(modules) != len(self.children):
             return None
         weights: list[Tensor] = []
@@ -239,19 +247,19 @@ class _Plan:
                     return None
         return weights, biases
 
-    def __reduce__(self) -> Any:  # a copied or unpickled module makes its own
+    def __reduce__(self) -> Any:  # a copied or unpickled module makes a plan of its own
         return (no_plan, ())
 
 
 def no_plan() -> None:
-    """What a copied or unpickled module has in the place of a plan."""
+    """None, the plan of a module that was copied or unpickled."""
 
 
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
 
 def _fusable_kind(child: nn.Module) -> type | None:
-    """nn.Linear, LinearReLU or nn.ReLU if a child is exactly that and nobody can tell whether it was called."""
+    """nn.Linear, LinearReLU or nn.ReLU if `child` is exactly that and skipping its call makes no difference."""
     kind, own = type(child), child.__dict__
     if kind not in _FUSABLE or (
         own["_forward_hooks"]
@@ -266,14 +274,14 @@ def _fusable_kind(child: nn.Module) -> type | None:
         return kind
     weight, bias = (own["_parameters"].get(name, _MISSING) for name in ("weight", "bias"))
     plain = type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE and weight.layout is torch.strided
-    return kind if plain else None  # computed from something else
+    return kind if plain else None  # a parametrized weight, for example
 
 
 _MISSING = object()
 
 
 def _iterates_as_usual(kind: type) -> bool:
-    """Whether ``for module in self``, in the forward of an ``nn.Sequential``, goes through its children in order."""
+    """Whether ``for module in self``, as ``nn.Sequential.forward`` has it, visits all children in order."""
     return (
         kind.__iter__ is nn.Sequential.__iter__  # type: ignore[attr-defined]
         and cast(Any, kind).__getattribute__ is object.__getattribute__
@@ -282,32 +290,32 @@ def _iterates_as_usual(kind: type) -> bool:
 
 
 class _Watcher(Protocol):
-    """What `FusedForward` tells of its passes."""
+    """An observer of a `FusedForward`: it is called after each pass."""
 
     def watch(self, model: nn.Module) -> None:
-        """The model has become another kind: listen to it as it is now."""
+        """`unfuse` has changed the class of the model: observe it by hooks from now on."""
 
     def after_forward(self, input: Tensor, output: Tensor) -> None:
         """The network has computed its output."""
 
     def after_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """It has computed a loss and its gradients at once."""
+        """The network has computed a loss together with its gradients."""
 
 
 class FusedForward(nn.Sequential):
     """An ``nn.Sequential`` that computes each run of Linear, ReLU, Linear, … among its children in one call.
 
-    A child joins a run only while nobody can tell the difference: it is exactly an ``nn.Linear``, ``nn.ReLU`` or
-    `LinearReLU`, its weight is a plain parameter, and no hook of any kind watches it. Whatever else it is (a subclass,
-    a parametrized layer, a layer with hooks), it is called as a module. This is decided at each call, so that hooks
-    may come and go.
+    A child joins a run only while skipping its call makes no difference: it is exactly an ``nn.Linear``, ``nn.ReLU`` or
+    `LinearReLU`, its parameters are plain tensors, and it has no hook of any kind. Every other child (a subclass, a
+    parametrized layer, a layer with hooks) is called as a module. This is decided at each call, so that hooks may be
+    registered and removed at any time.
     """
 
-    # Names that no subclass of nn.Sequential has for something else: any may be fused.
+    # Attributes have this prefix because any subclass of nn.Sequential may be fused, with attributes of its own.
     _manualbp_activations = "store"
 
     def forward(self, input: Tensor) -> Tensor:
-        """The children in turn, run by run."""
+        """What ``nn.Sequential.forward`` returns, computed run by run."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             for module in self:
                 input = module(input)
@@ -330,7 +338,7 @@ class FusedForward(nn.Sequential):
         return output
 
     def extra_repr(self) -> str:
-        """Which children one call computes, as things stand: hooks and parametrizations keep a layer out."""
+        """Which children one call computes at present: a hook or a parametrization keeps a layer out."""
         names, steps = list(self._modules), _steps_of(list(self._modules.values()))[0]
         calls, position = [], 0
         for step in steps:
@@ -341,18 +349,18 @@ class FusedForward(nn.Sequential):
         return "\n".join(filter(None, [super().extra_repr(), line if calls else ""]))
 
     def _watch(self, watcher: "_Watcher") -> Callable[[], None]:
-        """Tells `watcher` of each pass, until the function that is returned is called.
+        """Calls `watcher` after each pass until the returned function is called.
 
-        As a hook would, but it costs no more than its own call, and sees passes that make no output.
+        Unlike a forward hook, it does not slow down the call of the module, and it also sees `MLP.loss_backward`.
         """
         watchers = self.__dict__.setdefault("_manualbp_watchers", [])
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
 
     def _planned(self, input: Any) -> tuple[str, list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
-        """Who computes the runs, the steps, and the parameters of all runs; None: children are called in turn.
+        """The answer of `route`, the steps, and the weights and biases of all runs. None: call the children in turn.
 
-        Dynamo keeps the graph, so that a plan is made for it alone, of the children as ``nn.Sequential`` iterates them.
+        While Dynamo traces, nothing is kept: the plan becomes part of the graph.
         """
         if (way := route(input)) is TORCH:
             return None
@@ -364,7 +372,7 @@ class FusedForward(nn.Sequential):
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
                 return None
             self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
-            if (parameters := plan.parameters(modules)) is None:  # another thread changes them
+            if (parameters := plan.parameters(modules)) is None:  # another thread is changing them
                 return None
         return KERNELS, plan.steps, *parameters
 
@@ -476,12 +484,13 @@ class MLP(FusedForward):
         """Backpropagation by hand: adds the gradients to ``.grad`` of the parameters and returns the detached loss.
 
         Equal to ``self.loss(…).backward()`` bit for bit, without an autograd graph: on a small network the engine's
-        work for each parameter is most of a step. Fresh gradients lie in one buffer. Where somebody listens to the
-        graph (hooks on a parameter, an input that requires a gradient), it goes through the graph after all.
+        work for each parameter is most of a step. Fresh gradients are views of one buffer. If something depends on the
+        graph (a hook on a parameter, an input that requires a gradient), the graph is built after all.
 
         Raises:
-            RuntimeError: a wrapper such as DistributedDataParallel combines the gradients between processes. It must be
-                called itself; for the fused loss, wrap a module whose forward returns ``mlp.loss(input, target)``.
+            RuntimeError: the network is wrapped by DistributedDataParallel or the like, which combines the gradients of
+                all processes. Call the wrapper; for the fused loss, wrap a module whose forward returns
+                ``mlp.loss(input, target)``.
 
         Example:
             >>> model = MLP([4, 8, 1])
@@ -489,7 +498,7 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[2].bias.grad.shape
             (False, torch.Size([1]))
         """
-        if torch.is_inference_mode_enabled():  # what it would leave in .grad, no later step could add to
+        if torch.is_inference_mode_enabled():  # .grad must not become an inference tensor: nothing can be added to one
             with torch.inference_mode(False):
                 return self.loss_backward(
                     input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
@@ -528,7 +537,7 @@ class MLP(FusedForward):
             before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in learners]
             try:
                 value.backward()  # type: ignore[no-untyped-call]
-            except BaseException:  # a hook that raises, say: some parameters have their gradients by then
+            except BaseException:  # from a hook, for example, after some parameters have received their gradients
                 for parameter, grad, numbers in before:
                     parameter.grad = grad
                     if grad is not None and numbers is not None:
@@ -537,12 +546,11 @@ class MLP(FusedForward):
         return value.detach()
 
     def _whole(self, input: Any) -> _Parameters | None:
-        """The parameters of the network as one run of layers, if that is what it (still) is and the kernels apply."""
-        if torch.compiler.is_compiling() or self._is_observed():
+        """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
+        planned = None if self._is_observed() else self._planned(input)
+        if planned is None or planned[0] is not KERNELS:
             return None
         if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
-            return None
-        if (planned := self._planned(input)) is None:
             return None
         _, steps, weights, biases = planned
         run = steps[0] if len(steps) == 1 else None
