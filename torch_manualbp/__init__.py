@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from torch_manualbp import _ops as _ops  # loads the compiled part first: its absence is the first thing to report
+from torch_manualbp import _ops as _ops  # first, because it loads the compiled part, which may be missing
 from torch_manualbp import autograd as autograd
 from torch_manualbp import lecture as lecture
 from torch_manualbp._flops import register_when_needed

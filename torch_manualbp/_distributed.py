@@ -1,6 +1,6 @@
-"""What hand-written backpropagation must not do in silence: fill in gradients behind a data-parallel wrapper's back.
+"""An error where `MLP.loss_backward` would bypass a data-parallel wrapper, which combines gradients between processes.
 
-The wrappers themselves are torch's, and need nothing from us as long as gradients come from autograd.
+As long as gradients come from autograd, torch's wrappers work with this library as with any other module.
 """
 
 import gc
@@ -20,15 +20,15 @@ _frozen_at_import = gc.get_freeze_count()
 def refuse_data_parallel(op: str, module: nn.Module) -> None:
     """Raises RuntimeError if a wrapper of torch combines the gradients of `module` between processes.
 
-    Such a wrapper learns in its own forward that gradients will come, and from autograd that they are there: `op` goes
-    through neither. FSDP of this very module is fine: its hooks on the module send `op` through forward and autograd.
+    Such a wrapper prepares for gradients in its own forward, and is notified of them by autograd: `op` uses neither.
+    FSDP of this very module is allowed: because of its hooks on the module, `op` goes through forward and autograd.
     """
     wrapper = None
     if getattr(module, "_is_fsdp_managed_module", False):
         from torch.distributed.fsdp import FSDPModule  # takes long to import, and is imported already
 
         wrapper = None if isinstance(module, FSDPModule) else "FSDP"
-    elif any(_ddp_listens(parameter) for parameter in module.parameters() if parameter.requires_grad):
+    elif any(_has_ddp_hook(parameter) for parameter in module.parameters() if parameter.requires_grad):
         wrapper = "DistributedDataParallel"
     if wrapper is not None:
         raise RuntimeError(
@@ -38,17 +38,17 @@ def refuse_data_parallel(op: str, module: nn.Module) -> None:
         )
 
 
-def _ddp_listens(parameter: Tensor) -> bool:
-    """Whether a DistributedDataParallel waits for the gradient of `parameter`.
+def _has_ddp_hook(parameter: Tensor) -> bool:
+    """Whether a DistributedDataParallel has a hook on the gradient of `parameter`.
 
-    It waits by a hook on the parameter's accumulator node, and Python cannot see the hook. But torch drops that node
-    with every note on it unless somebody holds it: a note that stays means this hook, or a graph that is still alive
-    (the question takes 7 µs). Which of the two, only a search for the wrapper can tell (50 ms). It does not see objects
-    that `gc.freeze` hides, so that after one the answer is yes.
+    DDP keeps the AccumulateGrad node of the parameter alive by a C++ hook that Python cannot inspect. Without such a
+    reference, torch destroys the node and its metadata at once. So we write a marker into the metadata: if it is still
+    there on the next access (7 µs), either DDP or a live graph holds the node. A search of the garbage collector for
+    the wrapper tells which (50 ms). It misses objects that `gc.freeze` hides, so that after a freeze the answer is yes.
     """
-    note = "torch_manualbp"
-    _notes(parameter)[note] = True
-    if note not in _notes(parameter):
+    marker = "torch_manualbp"
+    _metadata(parameter)[marker] = True
+    if marker not in _metadata(parameter):
         return False
     return gc.get_freeze_count() > _frozen_at_import or any(
         parameter is other
@@ -58,8 +58,8 @@ def _ddp_listens(parameter: Tensor) -> bool:
     )
 
 
-def _notes(parameter: Tensor) -> dict[str, Any]:
-    """What anybody noted on the node that accumulates into `parameter`."""
+def _metadata(parameter: Tensor) -> dict[str, Any]:
+    """The metadata of the node that accumulates into `parameter`."""
     with torch.inference_mode(False):  # in that mode there are no nodes
-        notes: Any = get_gradient_edge(parameter).node.metadata  # a property, which its stub calls a method
-    return notes  # type: ignore[no-any-return]
+        metadata: Any = get_gradient_edge(parameter).node.metadata  # a property; its stub declares a method
+    return metadata  # type: ignore[no-any-return]

@@ -3,8 +3,8 @@
 A product of (B, D_in) with (D_in, D_out) is 2·B·D_in·D_out. Forward has one per layer, f_k = β_k + Ω_k h_k; backward
 has ∂ℓ/∂Ω_k where it is asked for, and ∂ℓ/∂h_k where something below is.
 
-Torch's counter imports Triton, if that is installed, which takes 0.2 s. So the formulas wait until somebody else
-imports the counter.
+Torch's counter imports Triton, if that is installed, which takes 0.2 s. So the formulas are registered only when the
+program imports the counter.
 """
 
 import importlib.util
@@ -61,8 +61,8 @@ def _mlp_backward(
     needs: Sequence[bool],
     **kwargs: Any,
 ) -> int:
-    again = sum(_layers(input, weights)[:-1]) if hidden is None else 0  # h_1 … h_{K−1} are computed again
-    return again + _backward(input, weights, needs)
+    recomputed = sum(_layers(input, weights)[:-1]) if hidden is None else 0  # h_1 … h_{K−1}
+    return recomputed + _backward(input, weights, needs)
 
 
 def _mlp_loss(input: _Shape, target: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
@@ -85,13 +85,13 @@ def _register(counter: Any) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds the counter as others would, once, and has the formulas registered as soon as it has been executed."""
+    """Finds the counter by the other finders, and registers the formulas once its module has been executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Of the counter; None for every other module."""
+        """The spec of the counter; None for every other module."""
         if name != _COUNTER or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)  # the others are asked
+        sys.meta_path.remove(self)  # so that the other finders are asked
         try:
             spec = importlib.util.find_spec(name)
         finally:
@@ -109,7 +109,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def register_when_needed() -> None:
-    """Gives the formulas to torch's counter: now, if it has been imported, or when it is."""
+    """Registers the formulas with torch's counter, at once if it has been imported, otherwise when it is."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     else:

@@ -14,19 +14,19 @@ _engine_executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execut
 
 
 def asked_for(ctx: Any, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> Sequence[bool]:
-    """Which of the gradients that `needs` allows this backward pass will use.
+    """Which of the gradients that `needs` allows will be used by this backward pass.
 
-    A node of several layers is asked for all of them even if ``backward(inputs=…)`` or ``autograd.grad`` wants one:
-    the others would be computed and dropped.
+    ``backward(inputs=…)`` and ``autograd.grad`` may use only some, but the `needs` of a node do not say so: the other
+    gradients would be computed and dropped.
 
     Args:
         ctx: of the node.
-        arguments: the tensors, or None, that its forward got, in order.
+        arguments: the tensors (or None) that its forward was called with, in order.
         needs: which of them require a gradient.
     """
     edges = ctx.next_functions
     try:
-        if all(map(_engine_executes, [node for node, _ in edges if node])):  # as usual: 1 µs for 8 parameters
+        if all(map(_engine_executes, [node for node, _ in edges if node])):  # the usual case: 1 µs for 8 parameters
             return needs
     except RuntimeError:
         pass
@@ -40,29 +40,32 @@ def asked_for(ctx: Any, arguments: Sequence[Tensor | None], needs: Sequence[bool
 def _executes(node: Any) -> bool:
     try:
         return _engine_executes(node)
-    except RuntimeError:  # torch does not say of a leaf that autograd.grad was asked for; of others it does
+    except RuntimeError:  # torch does not tell for a leaf under autograd.grad
         return True
 
 
 def refuse_capture(function: str) -> NoReturn:
-    """Ends the capture of a Function by Dynamo, which would take its raw ops for their own derivatives: zeros."""
+    """Stops Dynamo from tracing a Function: it would differentiate the raw ops in it, which have no derivative: zeros.
+
+    Both `apply` and every forward call this: Dynamo enters a Function by either, depending on the call.
+    """
     raise NotImplementedError(f"torch.compile cannot capture {function}.apply: call linear_relu, mlp or mlp_loss")
 
 
 class ManualFunction(torch.autograd.Function):
-    """A Function that transforms see through, with `record`, which is `apply` without the bookkeeping for them.
+    """A Function that works under transforms, with `record`: an `apply` without the bookkeeping that they need.
 
     Under torch.func and forward-mode AD, `apply` computes the same from plain torch (`composed`), which has every
-    derivative and batching rule. A Function of ours would need `setup_context`, which costs each call 13 µs more.
+    derivative and batching rule. The alternative, `setup_context`, would cost every call 13 µs.
 
-    `record` is for callers to whom `route` has ruled transforms out. On a network of 8 layers it saves 3 µs a
-    call (torch walks the arguments to unwrap dead functorch wrappers).
+    `record` is for callers that have asked `route`, which excludes transforms. On a network of 8 layers it saves 3 µs a
+    call (torch searches the arguments for dead functorch wrappers).
     """
 
     record: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls) -> None:
-        """Looks up, once, the part of `apply` that is written in C++."""
+        """Looks up the C++ part of `apply` once."""
         super().__init_subclass__()
         cls.record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 

@@ -1,7 +1,7 @@
-"""A large tensor whose memory the system may give in huge pages: writing it for the first time is then not page faults.
+"""A large tensor whose memory may consist of huge pages: writing it for the first time then causes few page faults.
 
-Linux with ``transparent_hugepage`` at "madvise" or "always"; a hint that changes nothing elsewhere. Our ops do it for
-their own results (csrc/cpu/tensor.h); this is for results that torch computes.
+On Linux with ``transparent_hugepage`` at "madvise" or "always"; elsewhere the hint has no effect. Our ops do the same
+for their own results (csrc/cpu/tensor.h); this is for results that torch computes.
 """
 
 import ctypes
