@@ -1,17 +1,17 @@
-"""What a call of ours becomes in a graph that torch.compile captures: one op, ``manualbp::layers``.
+"""The op ``manualbp::layers``, which stands for a network in a graph that torch.compile captures.
 
-Its overload is named for the version of the library: torch keeps what it compiled on disk under the names of the ops in
-the captured graph, and what this op is lowered to may change from version to version.
+Its overload is named after the version of the library: torch caches compiled code on disk by the names of the ops in
+the captured graph, and the code for this op may differ between versions.
 
-Dynamo does not look into it: it is a composite like ``aten::linear``. When the graph is lowered (AOTAutograd), or run
-as it is, the kernel below chooses as an eager call does: our autograd Functions, whose forward and backward are one op
-each of the lowered graph; or plain torch, which every transform sees through. Programs of `torch.export` get plain
-torch always, and so run without this library.
+The op is composite, like ``aten::linear``, so that Dynamo does not trace into it. When the graph is lowered
+(AOTAutograd) or run as it is, `_layers` makes the choice of an eager call: our autograd Functions, whose forward and
+backward become one op each in the lowered graph, or plain torch, which works under every transform. Programs of
+`torch.export` always contain plain torch, and so run without this library.
 
 Time of a training step with plain torch in the graph / with this op, both compiled by inductor (2 cores, AVX-512,
 float32, names of benchmarks/workloads.json): tcnn64 1.8, deep 1.8, dlrm_bot 1.3, nerf 1.3, mnist 1.3, rl64 1.1, rl256
-1.0; 4–16–16–2 with 65536 rows 2.9. Where every product has a dimension of 1, inductor makes one loop of the network,
-and wins: toy 0.74, with 65536 rows 0.19; so such networks are left to it.
+1.0; 4–16–16–2 with 65536 rows 2.9. Where every product has a dimension of 1, inductor compiles the network to a single
+loop and is faster: toy 0.74, with 65536 rows 0.19. Such networks are left to it.
 """
 
 import re
@@ -43,7 +43,7 @@ def _layers(
     return output
 
 
-# For vmap torch would look for a batching rule; it is told to look inside instead.
+# For vmap, torch would look for a batching rule; this makes it decompose the op instead.
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
     _library.impl(_NAME, _layers, _key)  # type: ignore[no-untyped-call]
 

@@ -1,6 +1,6 @@
-"""Loads the compiled part, which registers ``torch.ops.manualbp.*``, and tells torch the shapes of its results.
+"""Loads the compiled part, which registers ``torch.ops.manualbp.*``, and registers the shapes of its results.
 
-The ops are private: called directly they have no derivative. `torch_manualbp.autograd` gives them one.
+The ops are private, because they have no derivative of their own: `torch_manualbp.autograd` adds it.
 """
 
 import math
@@ -61,8 +61,8 @@ flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
 isa = torch.ops.manualbp.isa.default
 
-# No autograd at this level, in grad mode either: torch's default would put a node that warns behind every result, which
-# costs 2 µs a call.
+# These ops have no derivative. Without a fallthrough for Autograd, torch would attach a node to every result that warns
+# of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
@@ -72,7 +72,7 @@ for _name in (
 
 
 def _negated(name: str) -> Callable[..., Any]:
-    """The op for tensors of which some are stored negated (`x.conj().imag`): torch's own fallback misses the biases."""
+    """The op for tensors with the negative bit (`x.conj().imag`): torch's own fallback misses the list of biases."""
     op = getattr(torch.ops.manualbp, name).default
 
     def kernel(*args: Any) -> Any:
@@ -88,12 +88,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _fake(name: str) -> Callable[[_F], _F]:
-    """Register what an op returns for tensors without data: shapes and dtypes only."""
+    """Registers what an op returns for tensors without data: shapes and dtypes only."""
     return cast(Callable[[_F], _F], torch.library.register_fake(f"manualbp::{name}"))
 
 
 def _check_devices(op: str, **tensors: Tensor | Sequence[Tensor | None] | None) -> None:
-    """Without kernels for a device, an op reaches it only with arguments on several: say which one is elsewhere."""
+    """Raises an error that names an argument on another device than the first.
+
+    An op is called for a device without kernels only if its arguments are on several devices.
+    """
     first: tuple[str, torch.device] | None = None
     for name, value in tensors.items():
         items = [(name, value)] if isinstance(value, Tensor) else [
@@ -174,7 +177,7 @@ def _reject_mixed_devices(op: str) -> Callable[..., Any]:
     def kernel(input: Tensor, weights: Any, biases: Any, *rest: Any) -> Any:
         names = ("weight", "bias") if op == "linear_relu" else ("weights", "biases")
         _check_devices(op, input=input, **dict(zip(names, (weights, biases), strict=True)))
-        raise RuntimeError(f"{op}: no kernel for tensors on {input.device}")  # functional.py sends none here
+        raise RuntimeError(f"{op}: no kernel for tensors on {input.device}")  # unreachable by `_route`
 
     return kernel
 

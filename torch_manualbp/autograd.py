@@ -1,9 +1,9 @@
-"""The autograd Functions: forward and hand-written backward of each op, together.
+"""The autograd Functions: for each op its forward and its hand-written backward, side by side.
 
-First-order gradients come from our kernels. Where gradients of gradients are wanted (`create_graph=True`), or backward
-itself is batched (`is_grads_batched=True`), backward composes the lecture's equations from differentiable torch ops
-(`reference.mlp_backward`), on the activations that forward saved: they are outputs of the same node, so that the graph
-goes on through them.
+First-order gradients come from our kernels. For gradients of gradients (`create_graph=True`), and where backward itself
+is batched (`is_grads_batched=True`), backward composes the lecture's equations from differentiable torch ops
+(`reference.mlp_backward`). They are applied to the activations that forward saved, which are outputs of the same node,
+so that they are part of the graph.
 """
 
 import math
@@ -28,7 +28,7 @@ class LinearReLUFunction(ManualFunction):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The kernel; saves h (input), Ω (weight) and h' (output), each if backward will read it."""
+        """The kernel. Saves h (input), Ω (weight) and h' (output), each only if backward will read it."""
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("LinearReLUFunction")
         output: Tensor = _ops.linear_relu(input, weight, bias)
@@ -42,7 +42,7 @@ class LinearReLUFunction(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that are needed, in one call."""
+        """All gradients that are needed, in one call."""
         input, weight, output = ctx.saved_tensors
         shape, *parameters = ctx.arguments
         needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
@@ -62,18 +62,18 @@ class LinearReLUFunction(ManualFunction):
 class MLPFunction(ManualFunction):
     """A whole network as one node: `apply(input, final_relu, store, K, *weights, *biases)` → (output, hidden).
 
-    If `store`, `hidden` holds h_1 … h_{K−1}, flat. It is an output so that a gradient of the gradient can reach the
-    activations that backward reads; nothing else uses it. If not, it is empty, and backward computes them again.
+    With `store`, `hidden` holds h_1 … h_{K−1} in one flat tensor. It is an output only so that gradients of gradients
+    can flow through the activations that backward reads. Without `store` it is empty, and backward recomputes them.
     """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All layers in one call. Saves what backward will read.
+        """All layers in one call. Saves only what backward will read.
 
-        Without `store` these are all arguments. Else: the input if Ω_0 learns, Ω_k if something below layer k does, the
-        activations, and the output if a ReLU made it.
+        Without `store` these are all arguments. With it: the input if Ω_0 learns, Ω_k if something below layer k does,
+        the activations, and the output if it is that of a ReLU.
         """
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("MLPFunction")
@@ -81,8 +81,9 @@ class MLPFunction(ManualFunction):
         output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad
-        # Backward multiplies by the weights that forward used: `weight.data = …` may exchange them in between, without
-        # a trace. An alias keeps their memory, as the view does that torch's own linear saves. (0.3 µs each.)
+        # Backward must multiply by the weights that forward used, and `weight.data = …` may replace their memory in
+        # between, unnoticed by autograd. An alias keeps that memory, as does the view that torch's own linear saves.
+        # (0.3 µs each.)
         used = [weight.detach() for weight in weights]
         ctx.call = (store, input.shape, used, parameters)
         result = output if final_relu else None
@@ -90,7 +91,7 @@ class MLPFunction(ManualFunction):
             biases_used = [None if bias is None else bias.detach() for bias in biases]
             ctx.save_for_backward(_as_used(input, needs[0]), result, *used, *biases_used)
             return output, hidden
-        first = 0  # the lowest layer of which backward multiplies by the weight
+        first = 0  # backward multiplies by the weights of this layer and those above
         while first < layers and not (needs[0] or (first > 0 and (needs[3 + first] or needs[3 + layers + first]))):
             first += 1
         h_0 = _as_used(input, needs[0]) if needs[4] else None
@@ -99,19 +100,19 @@ class MLPFunction(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
-        """All layers in reverse, in one call; stops below the lowest layer whose gradient is asked for."""
+        """All layers in reverse, in one call, down to the lowest layer whose gradient is needed."""
         store, shape, weights, parameters = ctx.call
         layers = len(weights)
         input, output, *read = ctx.saved_tensors
         hidden, biases = (read.pop(0), ()) if store else (None, read[layers:])
         needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad))
-        if grad_output is None:  # only `hidden` was used, by a gradient of a gradient: not the last layer
+        if grad_output is None:  # a gradient of a gradient that reaches `hidden` but not the last layer
             needs = [need and grad_hidden is not None and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
         if grad_hidden is not None and not is_composed and not grad_hidden.any():
-            grad_hidden = None  # what comes through a mask I[h > 0]; torch takes these zeros through all layers
+            grad_hidden = None  # zeros from the mask I[h > 0]: torch would multiply them through all layers
         if grad_output is None and grad_hidden is None:
             shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
             zeros = [weights[0].new_zeros(size) if need else None for size, need in zip(shapes, needs, strict=True)]
@@ -144,17 +145,17 @@ class MLPFunction(ManualFunction):
 
 
 class MLPLossFunction(ManualFunction):
-    """Network and loss as one node, as `apply(input, target, loss, K, *weights, *biases)`, `loss` being a `LossSpec`.
+    """Network and loss as one node: `apply(input, target, loss, K, *weights, *biases)` with a `LossSpec`.
 
-    The gradients are ready when forward returns: backward multiplies them by the gradient that arrives, ∂L/∂ℓ.
+    Forward computes the gradients, too; backward multiplies them by the incoming gradient ∂L/∂ℓ.
     """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, loss: LossSpec, layers: int, *parameters: Tensor) -> Tensor:
         """Forward, loss and backward in one pass over blocks of rows; keeps the gradients.
 
-        The arguments are saved for a second backward pass and for gradients of gradients; the first one reads none, so
-        that they may be changed then.
+        The arguments are saved for a second backward pass and for gradients of gradients. The first backward pass reads
+        none of them, so that they may have been modified in place.
         """
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("MLPLossFunction")
@@ -167,20 +168,20 @@ class MLPLossFunction(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients that forward computed, times ∂L/∂ℓ. They are given away: a second pass computes its own."""
+        """The gradients that forward computed, times ∂L/∂ℓ: handed over, not copied. A second pass recomputes them."""
         if backward_is_composed(grad_output):
             input, target, *used = ctx.saved_tensors
             parameters = _connected(ctx.parameters, used)
             grads = _loss_gradients(ctx.loss, input, target, parameters, ctx.needs, grad_output)
         else:
-            grads = vars(ctx).pop("grads", None)  # in one step: another thread may walk the same graph
+            grads = vars(ctx).pop("grads", None)  # atomic: another thread may run backward on the same graph
             if grads is None:
                 input, target, *used = ctx.saved_tensors
                 layers = len(used) // 2
                 _, *grads = ctx.loss.run(input, target, used[:layers], used[layers:], ctx.needs)
-            if grad_output.is_cuda:  # to look at the number would wait for the device
+            if grad_output.is_cuda:  # reading the value would synchronise with the device
                 torch._foreach_mul_(grads, grad_output)
-            elif (scale := grad_output.item()) != 1.0:  # the usual one costs a pass over all gradients
+            elif (scale := grad_output.item()) != 1.0:  # usually 1.0: save a pass over all gradients
                 torch._foreach_mul_(grads, scale)
         spread = _spread(ctx.needs, grads)
         return spread[0], None, None, None, *spread[1:]
@@ -200,10 +201,11 @@ def _loss_gradients(
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients of a loss from differentiable torch ops: what a gradient of the gradient goes through."""
+    """The gradients of a loss, computed by differentiable torch ops, for gradients of gradients."""
     layers = len(parameters) // 2
     with torch.enable_grad():
-        # Each argument under a name of its own: of a tensor that is two arguments, each gets its share, not the sum.
+        # Give each argument a view of its own, so that a tensor that was passed twice gets a gradient per position
+        # instead of their sum at both.
         input, *parameters = (None if tensor is None else tensor.view_as(tensor) for tensor in (input, *parameters))
         output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
@@ -211,7 +213,7 @@ def _loss_gradients(
 
 
 class _Connect(torch.autograd.Function):
-    """`apply(parameter, used)` → `used`, in the graph in the place of the parameter: gradients go to that one."""
+    """`apply(parameter, used)` → `used`, with a backward that passes gradients on to `parameter`."""
 
     generate_vmap_rule = True
 
@@ -231,7 +233,7 @@ class _Connect(torch.autograd.Function):
 
 
 def _connected(parameters: Sequence[Any], used: Sequence[Any]) -> list[Any]:
-    """The tensors that forward used, in the graph: the parameters, but for those whose memory was exchanged since."""
+    """The tensors that forward used, connected to the graph of the parameters, whose memory may have been replaced."""
     return [
         parameter if now is None or parameter is None or _is_same(parameter, now) else _Connect.apply(parameter, now)  # type: ignore[no-untyped-call]
         for parameter, now in zip(parameters, used, strict=True)
@@ -239,7 +241,7 @@ def _connected(parameters: Sequence[Any], used: Sequence[Any]) -> list[Any]:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same part of the same memory."""
+    """Whether both are the same view of the same storage."""
     return (
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.storage_offset() == b.storage_offset()
@@ -248,20 +250,20 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _as_used(input: Tensor, needs_gradient: bool) -> Tensor:
-    """What to save of an input: of a matrix torch's linear saves the tensor itself, of any other shape a view.
+    """The tensor to save for an input: as torch's linear does, a matrix itself, and an alias of any other shape.
 
-    That makes a difference after ``input.data = …``. An input that needs a gradient is saved itself, for the graph.
+    They differ after ``input.data = …``. An input that needs a gradient is saved itself, since it is part of the graph.
     """
     return input if needs_gradient or input.dim() == 2 else input.detach()
 
 
 def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
-    """In the place of an input of which backward needs the shape only, so that it was not saved."""
+    """A tensor of this shape without memory, for an input of which backward needs only the shape."""
     return like.new_zeros(()).expand(shape)
 
 
 def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
-    """Of the arguments (input, three that are no tensors or have no gradient, *parameters): input and parameters."""
+    """`needs_input_grad` of input and parameters, without the three arguments between them."""
     needs = list(needs_input_grad)
     del needs[1:4]
     return needs
@@ -276,6 +278,6 @@ def _split(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -> list
 
 
 def _spread(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that an op returned, each put where its argument stands."""
+    """The gradients that an op returned, at the positions of their arguments; None elsewhere."""
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)

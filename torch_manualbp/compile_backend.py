@@ -1,10 +1,10 @@
 """``torch.compile(model, backend="manualbp")``: fuses linear → ReLU → linear → … in models as they are written.
 
-Dynamo captures the model's graph of torch calls, whatever style they were written in; here each chain of linear layers
-with ReLUs between them is replaced by one call of ours. Parameters, state_dict and everything else stay as they were.
-Who computes them at run time is decided then, by `_route`.
+Dynamo captures the graph of torch calls, in whatever style the model was written. Here each chain of linear layers with
+ReLUs between them is replaced by one call of this library. Parameters, state_dict and everything else stay as they are.
+When such a call is executed, `_route` decides who computes it.
 
-torch finds the backend by its entry point (pyproject.toml), so that importing torch_manualbp need not load Dynamo.
+torch finds the backend by its entry point (pyproject.toml), so that importing torch_manualbp does not load Dynamo.
 """
 
 import logging
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from torch_manualbp import _graph
-from torch_manualbp._checks import ACTIVATION_MODES
+from torch_manualbp._checks import check_activations
 from torch_manualbp._compute import run_layers
 from torch_manualbp._route import may_join_graph
 from torch_manualbp.functional import linear_relu
@@ -45,14 +45,14 @@ def manualbp(
     Args:
         graph_module: what Dynamo captured.
         example_inputs: its inputs.
-        mode: as given to ``torch.compile``; for the backend of the rest.
-        options: as given to ``torch.compile``. "verbose": print what is fused (the logger "torch_manualbp" says it at
-            level INFO always). "rest": the backend that gets the graph with our calls in it, "eager" by default, or
-            "inductor". "activations": "store" or "recompute", as in `mlp`. All others are for the backend of the rest:
-            inductor obeys them, torch's other backends say on their loggers that they ignore them.
+        mode: as given to ``torch.compile``; passed on to the backend of the rest.
+        options: as given to ``torch.compile``. "verbose": print what is fused (the logger "torch_manualbp" always
+            reports it at level INFO). "rest": the backend that compiles the graph with our calls in it, "eager" by
+            default, or "inductor". "activations": "store" or "recompute", as in `mlp`. All others are passed on to the
+            backend of the rest: inductor uses them, torch's other backends log that they ignore them.
 
     Returns:
-        What Dynamo shall run.
+        The callable that Dynamo runs.
 
     Raises:
         ValueError: an unknown value of "activations".
@@ -65,10 +65,7 @@ def manualbp(
     """
     others = dict(options or {})
     verbose, rest, activations = (others.pop(name, default) for name, default in OPTIONS.items())
-    if activations not in ACTIVATION_MODES:
-        raise ValueError(
-            f"manualbp: `activations` must be one of {', '.join(map(repr, ACTIVATION_MODES))}, got {activations!r}"
-        )
+    check_activations("manualbp", activations)
     chains = find_chains(graph_module.graph)
     found = f"fused {len(chains)} chain(s):" if chains else "found nothing to fuse"
     report = "\n".join([f"torch_manualbp: {found}", *map(str, chains)])
@@ -99,7 +96,7 @@ class Layer:
 
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
-        """Input, weight and bias: read from the graph, for chains before this one may have been replaced."""
+        """Input, weight and bias, read from the graph, in which chains before this one may have been replaced."""
         return _arguments(self.linear)
 
     @property
@@ -125,11 +122,11 @@ class Chain:
 
 
 def find_chains(graph: fx.Graph) -> list[Chain]:
-    """All chains of at least one linear layer with its ReLU, in the order of the graph."""
+    """All chains that begin with a linear layer and its ReLU, in the order of the graph."""
     position = {node: k for k, node in enumerate(graph.nodes)}
     segment, segments = 0, {}
     for node in graph.nodes:
-        segment += _has_effects(node, position)  # it stands between its neighbours: no chain reaches across it
+        segment += _has_effects(node, position)  # no chain may reach across such a node
         segments[node] = segment
     chains: list[Chain] = []
     taken: set[fx.Node] = set()
@@ -176,11 +173,11 @@ def _arguments(linear: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _relu_after(linear: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node | None:
-    """The ReLU of this layer, if nobody else sees the pre-activation."""
+    """The ReLU of this layer, if nothing else uses the pre-activation."""
     users = sorted(linear.users, key=lambda user: position[user])
     if not users or (in_place := _relu_in_place(users[0])) is None:
         return None
-    return users[0] if len(users) == 1 or in_place else None  # who comes after a ReLU in place, sees its result
+    return users[0] if len(users) == 1 or in_place else None  # later users of an in-place ReLU get its result
 
 
 def _only_user(layer: Layer) -> fx.Node | None:
@@ -224,11 +221,14 @@ def _value(node: fx.Node) -> Any:
 
 
 def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:
-    """Whether this node may do more than return a tensor: change one, or a mode such as autocast. In doubt, yes."""
+    """Whether this node may do more than return a tensor: modify one, or enter a mode such as autocast.
+
+    In doubt, the answer is yes.
+    """
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if _relu_in_place(node) and node.all_input_nodes[0].target is F.linear:
-        return _relu_after(node.all_input_nodes[0], position) is not node  # if it is, nobody saw the data before it
+        return _relu_after(node.all_input_nodes[0], position) is not node  # if so, nothing has used the data before it
     if not isinstance(_value(node), Tensor | tuple | list | int | float | torch.SymInt | torch.SymFloat):
         return True
     target: Any = node.target
@@ -241,12 +241,12 @@ def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:
     name, module = getattr(target, "__name__", "_"), getattr(target, "__module__", "") or ""
     if module == operator.add.__module__:
         return name.startswith("i") or name in ("setitem", "delitem")
-    is_in_place = any(value is True for value in (*node.args, *node.kwargs.values()))  # or another flag: in doubt, yes
+    is_in_place = any(value is True for value in (*node.args, *node.kwargs.values()))  # or another flag; in doubt, yes
     return name.endswith("_") or "out" in node.kwargs or (module == F.__name__ and is_in_place)
 
 
 def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) -> None:
-    """Puts one call in the place of the chain's last node."""
+    """Replaces the chain by one call, at its last node."""
     layers, last = chain.layers, chain.layers[-1]
     inputs, weights, biases = (list(column) for column in zip(*(layer.arguments for layer in layers), strict=True))
     closed = last.relu is not None

@@ -1,7 +1,7 @@
 """`fuse` and `unfuse`: switch every ``nn.Sequential`` of a model to fused computation, and back.
 
-Only the class of a Sequential changes, to a subclass of itself with a fused forward; its children, parameters, hooks
-and state_dict keys are untouched. `safe_globals` lists what a file with such a model names.
+Only the class of a Sequential changes, to a subclass of its own class with a fused forward. Children, parameters, hooks
+and state_dict keys stay as they are. `safe_globals` lists the classes that a saved model of this kind refers to.
 """
 
 import copyreg
@@ -24,12 +24,12 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
     """Computes every run of Linear / ReLU in the Sequentials of `module` fused from now on; in place.
 
     Parameters stay the same objects, state_dict keys and hooks stay as they are. Layers with hooks or parametrizations,
-    and subclasses of ``nn.Linear``, run as plain modules. Left alone is a Sequential
+    and subclasses of ``nn.Linear``, run as plain modules. A Sequential does not change if
 
-    - in which no ``nn.Linear`` has its ReLU directly behind it: there is nothing to fuse. (Call `fuse` again after
-      giving it such layers.)
-    - that does not run its children in turn as ``nn.Sequential`` does: it has a forward or an ``__iter__`` of its own.
-    - of a class that torch knows by its exact type: ``torch.ao.nn.intrinsic.LinearReLU`` waits for ``convert``.
+    - no ``nn.Linear`` in it is directly followed by a ReLU: there is nothing to fuse. (After adding such layers, call
+      `fuse` again.)
+    - it does not call its children in turn as ``nn.Sequential`` does, but has its own ``forward`` or ``__iter__``.
+    - torch recognises its class by identity, as ``convert`` does with ``torch.ao.nn.intrinsic.LinearReLU``.
 
     Args:
         module: any model.
@@ -60,10 +60,10 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
 
 
 def unfuse(module: _M) -> _M:
-    """The inverse of `fuse`: every Sequential that it changed gets its own class back; in place.
+    """The inverse of `fuse`: every Sequential that it changed gets its original class back; in place.
 
-    An `MLP` stays an `MLP`: it was not made by `fuse`. ``nn.Sequential(*model)`` gives the plain network of one. What
-    ``fully_shard``, ``replicate`` or ``parametrize`` added to a class, before `fuse` or after it, stays.
+    An `MLP` stays an `MLP`, since it was not made by `fuse`; ``nn.Sequential(*model)`` is its plain network. Whatever
+    ``fully_shard``, ``replicate`` or ``parametrize`` have added to a class, before `fuse` or after it, is kept.
 
     Args:
         module: any model.
@@ -101,14 +101,14 @@ def unfuse(module: _M) -> _M:
 
 
 def safe_globals(*classes: type) -> list[Any]:
-    """What ``torch.load(weights_only=True)`` must allow to load an `MLP`, a `LinearReLU` or a fused Sequential.
+    """The classes that ``torch.load(weights_only=True)`` needs for an `MLP`, a `LinearReLU` or a fused Sequential.
 
-    A list for ``torch.serialization.safe_globals`` or ``add_safe_globals``: the classes of this library with
-    ``nn.Sequential``, ``nn.Linear`` and ``nn.ReLU``. A state_dict needs none of it.
+    Pass them to ``torch.serialization.safe_globals`` or ``add_safe_globals``. They are the classes of this library and
+    ``nn.Sequential``, ``nn.Linear`` and ``nn.ReLU``. A state_dict needs none of them.
 
     Args:
-        classes: what else the model is made of and you trust, such as ``nn.Dropout``, or a subclass of
-            ``nn.Sequential``, which is allowed fused, too.
+        classes: other classes in the model that you trust, such as ``nn.Dropout``. Of a subclass of ``nn.Sequential``,
+            the fused class is allowed as well.
 
     Raises:
         TypeError: an item of `classes` is not a class.
@@ -134,7 +134,7 @@ def _check_module(op: str, module: Any) -> None:
         raise TypeError(f"{op}: `module` must be an nn.Module, got {type(module).__name__}")
 
 
-# All that nn.Sequential's forward goes through, from the call to its children.
+# All methods and attributes that a call of an nn.Sequential uses, down to the calls of its children.
 _RUNNING = {
     name: getattr(nn.Sequential, name, None)
     for name in (
@@ -145,7 +145,10 @@ _RUNNING = {
 
 
 def _runs_children_in_turn(kind: type) -> bool:
-    """Whether `kind` is ``nn.Sequential``, or is used as one: not one of torch's own, which torch knows by its type."""
+    """Whether `kind` is ``nn.Sequential`` or a subclass that calls its children in the same way.
+
+    Subclasses in torch itself are excluded, since torch recognises them by identity.
+    """
     own = set(kind.__mro__) - set(nn.Sequential.__mro__)
     return (
         issubclass(kind, nn.Sequential)
@@ -155,9 +158,9 @@ def _runs_children_in_turn(kind: type) -> bool:
 
 
 def _has_run(sequential: nn.Sequential) -> bool:
-    """Whether a linear layer has its ReLU behind it, or may have: hooks and parametrizations of layers may go again."""
+    """Whether a ReLU follows a linear layer, with or without hooks and parametrizations, which may be removed later."""
     kinds = [type_before_parametrizations(child) for child in sequential._modules.values()]
-    kinds = [getattr(kind, "cls_to_become", None) or kind for kind in kinds]  # what a lazy layer will be
+    kinds = [getattr(kind, "cls_to_become", None) or kind for kind in kinds]  # what a lazy layer will become
     return LinearReLU in kinds or (nn.Linear, nn.ReLU) in pairwise(kinds)
 
 
@@ -172,7 +175,7 @@ def _is_made_by_torch(kind: type) -> bool:
 
 
 def _fused_kind(kind: type) -> type:
-    """`kind` with a fused forward, or as it is. FSDPSequential becomes what fully_shard makes of a fused Sequential."""
+    """`kind` with a fused forward, if possible; FSDPSequential becomes what fully_shard makes of a fused class."""
     written = kind
     while _is_made_by_torch(written) and not issubclass(written, FusedForward):
         written = next(base for base in written.__bases__ if issubclass(base, nn.Sequential))
@@ -180,13 +183,13 @@ def _fused_kind(kind: type) -> type:
 
 
 def _unfused_kind(kind: type) -> type:
-    """The inverse of `_fused_kind`, whatever torch has made of the class since."""
+    """The inverse of `_fused_kind`, also if torch has since derived a class from the fused one."""
     fused = next(base for base in kind.__mro__ if "_original_class" in vars(base))
     return _exchanged(kind, fused, cast(Any, fused)._original_class)
 
 
 def _exchanged(kind: type, base: type, other: type) -> type:
-    """`kind`, which is `base` or was made by torch around it, around `other` instead."""
+    """`other`, if `kind` is `base`; otherwise the class that torch made of `base`, made of `other` instead."""
     if kind is base:
         return other
     if not _is_made_by_torch(kind):
@@ -200,12 +203,12 @@ def _exchanged(kind: type, base: type, other: type) -> type:
 
 
 class _Fused(FusedForward):
-    """What `fuse` mixes into a class. Such classes are made at run time, so pickling names the original class."""
+    """The mix-in of `fuse`. Classes with it are made at run time, so that a pickle refers to the original class."""
 
     _original_class: type[nn.Sequential]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Nothing for a class that `fuse` makes: a register of subclasses that the original keeps need not know it."""
+        """Skips the original's own hook for the classes that `fuse` makes: a registry need not contain them."""
         if "_original_class" not in vars(cls):
             super().__init_subclass__(**kwargs)
 
@@ -226,12 +229,12 @@ class _Fused(FusedForward):
 
 @functools.cache
 def _fused_class(original: Any) -> Any:
-    """Return the subclass of `original` (a subclass of ``nn.Sequential``) whose forward is fused."""
+    """The subclass of `original` (a subclass of ``nn.Sequential``) with a fused forward."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "_original_class": original}
     return type(f"Fused{original.__name__}", (_Fused, original), body)
 
 
 def _new(original: Any, *args: Any) -> Any:
-    """Make an empty instance of the fused form of `original`, for copy and pickle."""
+    """An empty instance of the fused class of `original`, for copy and pickle."""
     fused = _fused_class(original)
     return fused.__new__(fused, *args)

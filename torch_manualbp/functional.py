@@ -1,6 +1,6 @@
-"""The public functions: they check their arguments, ask `_route` who computes, and leave the rest to `_compute`.
+"""The public functions: they check their arguments, ask `_route` who computes, and call `_compute`.
 
-All are differentiable, take any leading dimensions, and give what plain torch gives wherever our kernels do not apply.
+All are differentiable and take any leading dimensions. Where our kernels do not apply, plain torch computes.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """``F.relu(F.linear(input, weight, bias))``, fused: bias and ReLU are applied while the product is in registers.
 
     The lecture's layer, h' = a[β + Ω h], and its backward ∂ℓ/∂f = I[h' > 0] ⊙ ∂ℓ/∂h', ∂ℓ/∂h = Ωᵀ ∂ℓ/∂f,
-    ∂ℓ/∂Ω = ∂ℓ/∂f hᵀ, ∂ℓ/∂β = ∂ℓ/∂f. Gradients that nobody asks for are not computed.
+    ∂ℓ/∂Ω = ∂ℓ/∂f hᵀ, ∂ℓ/∂β = ∂ℓ/∂f. Only gradients that are needed are computed.
 
     Args:
         input: h, shape (…, in_features); float64, float32, bfloat16 or float16. Any strides.
@@ -28,7 +28,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         bias: β, shape (out_features,), of the same dtype; or None.
 
     Returns:
-        h', shape (…, out_features), of the same dtype. Halves are summed in float32 and rounded once.
+        h', shape (…, out_features), of the same dtype. Half-precision sums are in float32, and rounded once.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -40,7 +40,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         tensor([[1.5000, 0.0000]])
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        if has_torch_function((input, weight, bias)):  # a Proxy of torch.fx: one call in its graph
+        if has_torch_function((input, weight, bias)):  # a Proxy of torch.fx: the call becomes one node
             return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
         check_tensor("linear_relu", "input", input)
         check_tensor("linear_relu", "weight", weight)
@@ -67,8 +67,8 @@ def mlp(
         input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
         weights: Ω_k, shape (D_{k+1}, D_k), of the same dtype; at least one.
         biases: None, or a sequence with an item per weight: β_k, shape (D_{k+1},), or None.
-        activations: "store" keeps every h_k for the backward pass. "recompute" keeps the input only and computes h_k
-            again, block of rows by block of rows: activation memory does not grow with the batch.
+        activations: "store" keeps every h_k for the backward pass. "recompute" keeps only the input, and recomputes h_k
+            for one block of rows after another: activation memory does not grow with the batch.
 
     Returns:
         f_{K−1}, shape (…, D_K), of the same dtype.
@@ -107,11 +107,11 @@ def mlp_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss of `mlp`, in one pass: while a block of rows is in the cache, forward, loss and backward are done.
+    """The loss of `mlp`, in one pass: forward, loss and backward of a block of rows while it is in the cache.
 
-    The gradients are ready when this function returns; ``backward()`` only hands them out, times the gradient that
-    arrives. No activation outlives its block: activation memory does not grow with the batch. In float16 they are
-    rounded before a loss scale arrives, so that ``GradScaler`` cannot save them from underflow: use `mlp` there.
+    The gradients are ready when this function returns; ``backward()`` only multiplies them by the incoming gradient. No
+    activation outlives its block: activation memory does not grow with the batch. In float16 the gradients are rounded
+    before ``GradScaler`` scales the loss, so that it cannot prevent their underflow: use `mlp` there.
 
     Args:
         input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
@@ -121,7 +121,7 @@ def mlp_loss(
         biases: None, or a sequence with an item per weight: β_k, shape (D_{k+1},), or None.
         loss: "mse", "cross_entropy" or "bce_with_logits", as in ``torch.nn.functional``.
         reduction: "mean" or "sum".
-        ignore_index: class that counts for nothing in "cross_entropy".
+        ignore_index: target class that "cross_entropy" ignores.
         label_smoothing: between 0 and 1, for "cross_entropy".
 
     Returns:
@@ -157,6 +157,6 @@ def mlp_loss(
 
 
 def _stand_ins(*arguments: Any) -> list[Any]:
-    """Objects that are no tensors but stand for some, as a Proxy of torch.fx does: they say what becomes of a call."""
+    """Arguments that are no tensors but handle calls of torch functions themselves, such as a Proxy of torch.fx."""
     items = [item for argument in arguments for item in (argument if type(argument) in (list, tuple) else [argument])]
     return [item for item in items if not isinstance(item, Tensor) and has_torch_function((item,))]
