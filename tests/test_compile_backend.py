@@ -20,6 +20,9 @@ from helpers import assert_equal, integers, smooth_net
 from torch_manualbp import _route
 from torch_manualbp.compile_backend import manualbp
 
+# Of inductor, when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 SIZES = [4, 6, 5, 3]
 
 
@@ -364,7 +367,6 @@ def test_activations_may_be_recomputed():
     assert torch.Size([7 * (6 + 5)]) in saved
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_the_rest_by_inductor():
     net, x = Net(lambda n, x: plain(n, x).softmax(-1) * 2), integers(7, 4)
     torch.testing.assert_close(run(compiled(net, rest="inductor"), net, x), run(net, net, x))

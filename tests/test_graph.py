@@ -19,7 +19,7 @@ from helpers import assert_equal, integer_net, integers, normal_net, plain_mlp, 
 from torch_manualbp import _graph, _route
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated:DeprecationWarning")
 
 MODELS = {
     "LinearReLU": lambda: mbp.LinearReLU(4, 3),
@@ -156,7 +156,6 @@ def test_functions_of_tensors():
         assert_equal(got, want)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_inductor():
     model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
     compiled = torch.compile(lambda input: F.softmax(model(input), -1), fullgraph=True)
