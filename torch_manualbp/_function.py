@@ -4,7 +4,6 @@ Private functions of torch are looked up here, each with a safe default, so that
 slower, not wrong.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NoReturn
@@ -239,24 +238,6 @@ def _executes(node: Any) -> bool:
         return _engine_executes(node)
     except RuntimeError:  # torch does not say of a leaf that autograd.grad was asked for; of others it does
         return True
-
-
-def plain_arithmetic(device: str) -> contextlib.ExitStack:
-    """A context, entered already: no graph is recorded, and autocast leaves dtypes alone.
-
-    Only what is on is switched off: to enter torch's contexts costs 10 µs, and not every device has an autocast.
-    """
-    stack = contextlib.ExitStack()
-    if torch.is_grad_enabled():
-        stack.enter_context(torch.no_grad())
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """In which statistics are made: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def refuse_capture(function: str) -> NoReturn:
