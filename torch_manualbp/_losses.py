@@ -1,12 +1,11 @@
-"""The losses that have a name. Everything that depends on which loss it is, but for the kernels, stands in `LOSSES`.
+"""The losses that have a name. Outside the kernels, everything that depends on the loss is in the table `LOSSES`.
 
-To add a loss, add its object to that table, and the loss itself to the kernels (csrc).
+To add a loss, add an object to this table, and the loss itself to the kernels (csrc).
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +17,21 @@ from torch_manualbp._checks import REDUCTIONS, check_choice
 # The loss of one example: a name in `LOSSES`, or a function of its output (D_K,) and its target.
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
+IGNORE_INDEX = -100  # torch's default
+
 
 @dataclass(frozen=True, kw_only=True)
 class NamedLoss:
     """A loss of outputs f (B, D) and targets y: a sum of terms, or their mean."""
 
     name: str
-    """What the arguments `loss` and the ops call it."""
-    function: str
-    """Its name in ``torch.nn.functional``, looked up at each call, so that a replacement is used as well."""
+    """The value of the argument `loss`, of the public functions and of the op."""
+    by_torch: Callable[[str, int, float], Callable[[Tensor, Tensor], Tensor]]
+    """(reduction, ignore_index, label_smoothing) → a function (f, y) → the loss, by torch. Each call looks up torch's
+    function, so that a replacement of it is used as well."""
     of_classes: bool = False
     """True: an example has one term, and its target is a class, y (B,), or probabilities of classes, y (B, D).
     False: each element of f has one term, and y has the shape of f."""
-    options: tuple[str, ...] = ()
-    """The fields of `LossSpec` that the function takes besides `reduction`."""
     gradient: Callable[[Tensor, Tensor, float], Tensor] | None = None
     """(f, y, scale) → ∂ℓ/∂f of the sum of all terms, times `scale`, if y has the dtype of f. None: use autograd."""
     cancels: bool
@@ -54,7 +54,7 @@ class NamedLoss:
 
     def per_example(self, output: Tensor, target: Tensor) -> Tensor:
         """The sum of each example's terms (B,)."""
-        terms: Tensor = getattr(F, self.function)(output, target, reduction="none")
+        terms = self.by_torch("none", IGNORE_INDEX, 0.0)(output, target)
         return terms if self.of_classes else terms.sum(1)
 
 
@@ -63,7 +63,7 @@ LOSSES = {
     for loss in (
         NamedLoss(
             name="mse",
-            function="mse_loss",
+            by_torch=lambda reduction, *_: lambda f, y: F.mse_loss(f, y, reduction=reduction),
             gradient=lambda f, y, scale: (f - y).mul_(2 * scale),
             cancels=False,
             formula="{sum}({f} − {y})²",
@@ -71,16 +71,19 @@ LOSSES = {
         ),
         NamedLoss(
             name="cross_entropy",
-            function="cross_entropy",
+            by_torch=lambda reduction, ignore_index, label_smoothing: (
+                lambda f, y: F.cross_entropy(
+                    f, y, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+                )
+            ),
             of_classes=True,
-            options=("ignore_index", "label_smoothing"),
             cancels=True,
             formula="−log softmax[{f}]_y",
             gradient_formula="softmax[{f}] − onehot[{y}]",
         ),
         NamedLoss(
             name="bce_with_logits",
-            function="binary_cross_entropy_with_logits",
+            by_torch=lambda reduction, *_: lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction=reduction),
             gradient=lambda f, y, scale: f.sigmoid().sub_(y).mul_(scale),
             cancels=True,
             formula="−log p({y} | sigmoid[{f}])",
@@ -96,11 +99,11 @@ class LossSpec:
 
     name: str = "mse"
     reduction: str = "mean"
-    ignore_index: int = -100
+    ignore_index: int = IGNORE_INDEX
     label_smoothing: float = 0.0
     loss: NamedLoss = field(init=False, repr=False, compare=False)
-    options: dict[str, Any] = field(init=False, repr=False, compare=False)
-    """The keywords of torch's function."""
+    of: Callable[[Tensor, Tensor], Tensor] = field(init=False, repr=False, compare=False)
+    """(output, target) → the loss, by torch; no method, because that would add a frame."""
 
     def __post_init__(self) -> None:
         check_choice("mlp_loss", "loss", self.name, LOSSES)
@@ -109,12 +112,7 @@ class LossSpec:
             raise ValueError(f"mlp_loss: `label_smoothing` must be between 0 and 1, got {self.label_smoothing}")
         loss = LOSSES[self.name]
         object.__setattr__(self, "loss", loss)
-        object.__setattr__(self, "options", {key: getattr(self, key) for key in ("reduction", *loss.options)})
-
-    def of(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, computed by torch."""
-        value: Tensor = getattr(F, self.loss.function)(output, target, **self.options)
-        return value
+        object.__setattr__(self, "of", loss.by_torch(self.reduction, self.ignore_index, self.label_smoothing))
 
     def output_gradient(self, output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
         """∂ℓ/∂f, in the dtype of f, of the sum of all terms, times `scale`; f (B, D) is `output`.
