@@ -123,7 +123,8 @@ def _loss_formulas(trace: "Trace", output: str) -> tuple[str, str]:
     count = spec.terms(trace.target) if loss.reduction == "mean" else 1
     if count == 1:
         return value, gradient
-    return f"{value} / {count}", f"{gradient} / {count}" if gradient.startswith("2(") else f"({gradient}) / {count}"
+    gradient = gradient if gradient.startswith("2(") else f"({gradient})"  # a product needs no parentheses
+    return f"{value} / {count}", f"{gradient} / {count}"
 
 
 def _subscripts(formula: str) -> str:

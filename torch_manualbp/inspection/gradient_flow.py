@@ -283,7 +283,7 @@ class ForwardPass(NamedTuple):
     f: Tensor
     """All f_k (rows, D_{k+1}), flat."""
     memory: tuple[Tensor, Tensor] | None
-    """Buffers for all ∂ℓ/∂f_k and for copies of all Ω_k, which the kernels fill; None without kernels."""
+    """Buffers for all ∂ℓ/∂f_k and for copies of all Ω_k, which the kernels fill; None on devices other than CPUs."""
 
 
 class Passes(NamedTuple):
@@ -335,7 +335,7 @@ def run_backward(forward: ForwardPass, gradient: Tensor) -> Passes:
 def _compose_forward(
     rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], relus: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """The output and all f_k in plain torch, on devices without kernels."""
+    """The output and all f_k in plain torch, on devices other than CPUs."""
     f, h = [], rows
     for omega, beta, relu in zip(weights, biases, relus, strict=True):
         f.append(F.linear(h, omega, beta))
