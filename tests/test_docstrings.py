@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import torch_manualbp as mbp
-from torch_manualbp import compile_backend, conversion, functional, lecture, modules, per_sample, reference
-from torch_manualbp.inspection import _layers, monitor
+from torch_manualbp import _layers, compile_backend, conversion, functional, lecture, modules, per_sample, reference
+from torch_manualbp.inspection import monitor
 
 # Of those modules the name is also that of a function.
 INSPECTION = [

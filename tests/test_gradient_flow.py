@@ -13,7 +13,7 @@ from torch import nn
 
 import torch_manualbp as mbp
 from torch_manualbp import _ops
-from torch_manualbp.inspection._layers import Layer
+from torch_manualbp._layers import Layer
 from torch_manualbp.inspection.gradient_flow import (
     EXPLODING,
     VANISHING,

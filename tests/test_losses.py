@@ -26,7 +26,8 @@ from helpers import (
     plain_mlp,
     smooth_net,
 )
-from torch_manualbp._losses import LossSpec
+from torch_manualbp._losses import LOSSES as TABLE
+from torch_manualbp._losses import LossSpec, NamedLoss
 from torch_manualbp._route import target_is_ours
 
 LOSSES = {
@@ -516,6 +517,33 @@ def test_errors_name_the_argument(case, grad):
 def test_a_spec_is_checked_when_it_is_made():
     with pytest.raises(ValueError, match="`loss` must be one of"):
         LossSpec("l1")
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_all_python_code_computes_a_loss_that_is_added_to_the_table(classes, monkeypatch):
+    def function(f, y, reduction="mean"):
+        return (F.nll_loss if classes else F.smooth_l1_loss)(f.square(), y, reduction=reduction)
+
+    added = NamedLoss(
+        name="added",
+        by_torch=lambda reduction, *_: lambda f, y: function(f, y, reduction=reduction),
+        of_classes=classes,
+        cancels=False,
+        formula="loss[{f}, {y}]",
+        gradient_formula="slope[{f}, {y}]",
+    )
+    monkeypatch.setitem(TABLE, "added", added)
+    model, x, y = model_and_data("cross_entropy" if classes else "mse")
+    value = function(model(x), y)
+    value.backward()
+    t = mbp.trace(model, x, y, "added", "mean")
+    t.verify()
+    assert_close([t.loss, t.losses.sum(), t.dl_domega[0]], [value, value, model[0].weight.grad])
+    assert f"loss[f_2, y_i] / {y.numel()}" in str(t)
+    grads = mbp.per_sample_gradients(model, x, y, "added")
+    assert_close([grad.mean(0) for grad in grads.values()], grads_of(model))
+    flow, want = (mbp.gradient_flow(model, x, y, loss) for loss in ("added", function))
+    assert [layer.dl_df for layer in flow.layers] == pytest.approx([layer.dl_df for layer in want.layers])
 
 
 # --- MLP.loss and MLP.loss_backward ---------------------------------------------------------------------------------

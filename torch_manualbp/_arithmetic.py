@@ -1,4 +1,4 @@
-"""Arithmetic of the inspection tools: without a graph, in the widest dtype."""
+"""The arithmetic of what is computed beside training: no graph, no autocast, and wide enough sums."""
 
 import contextlib
 
@@ -6,9 +6,9 @@ import torch
 
 
 def plain_arithmetic(device: str) -> contextlib.ExitStack:
-    """A context, entered already: no graph is recorded, and autocast leaves dtypes alone.
+    """An entered context in which no graph is recorded and autocast does not change dtypes.
 
-    Only what is on is switched off: to enter torch's contexts costs 10 µs, and not every device has an autocast.
+    It disables only what is enabled: entering torch's contexts costs 10 µs, and not every device has an autocast.
     """
     stack = contextlib.ExitStack()
     if torch.is_grad_enabled():
@@ -19,5 +19,5 @@ def plain_arithmetic(device: str) -> contextlib.ExitStack:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """In which statistics are made: float64, where the device has it."""
+    """The dtype for statistics: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,15 +1,14 @@
-"""Argument errors that are found in Python: each names the argument, what was expected and what came.
+"""Checks of arguments in Python. Each error names the argument, what is expected and what was passed.
 
-Shapes and dtypes are checked by the ops themselves (csrc/checks.h), where it costs nothing.
+The ops check shapes and dtypes themselves (csrc/checks.h), where it costs nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
 
 ACTIVATION_MODES = ("store", "recompute")
-LOSSES = ("mse", "cross_entropy", "bce_with_logits")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -23,7 +22,7 @@ def check_tensor(op: str, name: str, value: Any, *, optional: bool = False) -> N
 def check_layers(
     op: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """The weights and biases as tuples of one length; biases=None becomes a None per weight."""
+    """The weights and biases as tuples of equal length; biases=None becomes one None per weight."""
     if isinstance(weights, Tensor) or isinstance(biases, Tensor):
         name = "weights" if isinstance(weights, Tensor) else "biases"
         raise TypeError(f"{op}: `{name}` must be a sequence of tensors, one per layer, got one Tensor")
@@ -41,7 +40,7 @@ def check_layers(
     return weights, biases
 
 
-def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(op: str, name: str, value: str, choices: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")

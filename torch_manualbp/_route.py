@@ -266,7 +266,7 @@ def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-_WHOLE_NUMBERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
@@ -277,11 +277,11 @@ def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Seque
     """
     if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
         return False
-    if spec.name == "cross_entropy":
+    if spec.loss.of_classes:
         classes = not target.is_floating_point() and target.dtype is not torch.uint8
         return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
     if target.dtype is not input.dtype:  # torch promotes, or refuses with an error that depends on its version
-        return spec.name == "bce_with_logits" and target.dtype in _WHOLE_NUMBERS
+        return target.dtype in _INTEGERS and not spec.loss.takes_integers
     if weights is None:
         return True
     *leading, _ = input.shape or (0,)  # unpacked: half the time of slices
@@ -290,4 +290,4 @@ def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Seque
     if shape == wanted:
         return True
     fits = all(a == b or 1 in (a, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
-    return spec.name == "mse" and not fits
+    return spec.loss.broadcasts and not fits

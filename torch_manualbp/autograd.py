@@ -6,7 +6,6 @@ is batched (`is_grads_batched=True`), backward composes the lecture's equations 
 so that they are part of the graph.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
+from torch_manualbp._hidden import split_hidden
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import backward_is_composed
 
@@ -126,8 +126,8 @@ class MLPFunction(ManualFunction):
                     input, in_graph, _connected(parameters[layers:], biases), output is not None
                 )
             else:
-                h = [input, *_split(hidden, shape, weights)]
-            grad_h = None if grad_hidden is None else _split(grad_hidden, shape, weights)
+                h = [input, *split_hidden(hidden, shape, weights)]
+            grad_h = None if grad_hidden is None else split_hidden(grad_hidden, shape, weights)
             grads = reference.mlp_backward(grad_output, h, in_graph, output, grad_h, needs)
             return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases
         input = _stand_in(weights[0], shape) if input is None else input
@@ -267,14 +267,6 @@ def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     needs = list(needs_input_grad)
     del needs[1:4]
     return needs
-
-
-def _split(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -> list[Tensor]:
-    """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`; shape: of h_0."""
-    leading = shape[:-1]
-    widths = [weight.shape[0] for weight in weights[:-1]]
-    pieces = torch.split(hidden, [math.prod(leading) * width for width in widths]) if widths else ()
-    return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
 
 
 def _spread(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

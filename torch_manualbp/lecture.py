@@ -1,7 +1,7 @@
-"""The systems of the lecture, as small as it writes them, in its notation and with its names.
+"""The lecture's examples, at its scale, in its notation and with its names.
 
-Nothing here is needed to train: `torch_manualbp.MLP` is the network, `torch_manualbp.trace` shows its two passes. This
-module holds what the lecture uses to get there: least squares and gradient descent, the toy network of four weights,
+Training needs none of this: `torch_manualbp.MLP` is the network, and `torch_manualbp.trace` shows its two passes. This
+module contains the steps that lead there: least squares and gradient descent, the toy network with four weights,
 derivatives in the lecture's layout, the network equation written out, and the outlook on initialisation.
 """
 
@@ -74,16 +74,16 @@ class LeastSquares:
 
 
 def gradient_descent(phi: Tensor, gradient: Callable[[Tensor], Tensor], alpha: float, steps: int = 1) -> list[Tensor]:
-    """Step 1: compute ∂L/∂φ. Step 2: φ ← φ − α ∂L/∂φ. Again.
+    """Gradient descent: each step computes ∂L/∂φ, then updates φ ← φ − α ∂L/∂φ.
 
     Args:
-        phi: φ to start from, any shape.
-        gradient: gives ∂L/∂φ, of the same shape, at a φ.
+        phi: the initial φ, any shape.
+        gradient: a function of φ that returns ∂L/∂φ, of the same shape.
         alpha: α > 0, the learning rate.
-        steps: how many.
+        steps: the number of steps.
 
     Returns:
-        φ before the first step and after each: `steps` + 1 tensors.
+        φ before the first step and after each step: `steps` + 1 tensors.
 
     Raises:
         ValueError: `alpha` is not positive.
@@ -102,11 +102,11 @@ def gradient_descent(phi: Tensor, gradient: Callable[[Tensor], Tensor], alpha: f
 def sgd(
     phi: Tensor, partials: Callable[[Tensor, Tensor], Tensor], batches: Iterable[Tensor], alpha: float
 ) -> list[Tensor]:
-    """φ_{t+1} ← φ_t − α Σ_{i ∈ B_t} ∂ℓ_i[φ_t]/∂φ.
+    """Stochastic gradient descent: φ_{t+1} ← φ_t − α Σ_{i ∈ B_t} ∂ℓ_i[φ_t]/∂φ.
 
     Args:
         phi: φ_0.
-        partials: gives ∂ℓ_i/∂φ for the examples i of a batch, shape (batch, *phi.shape), at a φ.
+        partials: a function of φ and the indices i of a batch that returns ∂ℓ_i/∂φ, shape (batch, *phi.shape).
         batches: B_0, B_1, …: the indices of the examples, one integer tensor per step.
         alpha: α > 0, the learning rate.
 
@@ -195,12 +195,12 @@ class ToyNetwork:
                 raise ValueError(f"ToyNetwork: `{name}` must hold 4 numbers, got {len(getattr(self, name))}")
 
     def __call__(self, x: float) -> float:
-        """The output in one expression: what the forward pass takes apart."""
+        """The output in one expression, which the forward pass splits into steps."""
         (b0, b1, b2, b3), (w0, w1, w2, w3) = self.beta, self.omega
         return b3 + w3 * _a(b2 + w2 * _a(b1 + w1 * _a(b0 + w0 * x)))
 
     def forward(self, x: float, y: float) -> ToyForward:
-        """The series of intermediate calculations."""
+        """The intermediate quantities, each from the one before it."""
         (b0, b1, b2, b3), (w0, w1, w2, w3) = self.beta, self.omega
         f0 = b0 + w0 * x
         h1 = _a(f0)
@@ -227,7 +227,7 @@ class ToyNetwork:
         return ToyBackward(dl_df3, dl_dh3, dl_df2, dl_dh2, dl_df1, dl_dh1, dl_df0, dl_domega, dl_dbeta)
 
     def local_partials(self, forward: ToyForward) -> dict[str, float]:
-        """The factors of ∂ℓ/∂f_0 = ∂h_1/∂f_0 ∂f_1/∂h_1 ∂h_2/∂f_1 … ∂f_3/∂h_3 ∂ℓ/∂f_3, in this order."""
+        """The factors of ∂ℓ/∂f_0 = ∂h_1/∂f_0 ∂f_1/∂h_1 ∂h_2/∂f_1 … ∂f_3/∂h_3 ∂ℓ/∂f_3, by name and in this order."""
         factors: dict[str, float] = {}
         for k, f in enumerate((forward.f0, forward.f1, forward.f2)):
             factors[f"∂h_{k + 1}/∂f_{k}"] = _step(f)
@@ -235,7 +235,7 @@ class ToyNetwork:
         return {**factors, "∂ℓ/∂f_3": 2 * (forward.f3 - forward.y)}
 
     def mlp(self) -> MLP:
-        """The same network as an `MLP` in float64, which our kernels compute."""
+        """The same network as an `MLP` in float64, computed by the kernels."""
         model = MLP([1, 1, 1, 1, 1], dtype=torch.float64)
         for k in range(4):
             torch.nn.init.constant_(model[2 * k].weight, self.omega[k])
@@ -259,19 +259,19 @@ def _step(z: float) -> float:
 def jacobian(f: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
     """∂f/∂a in the lecture's layout: rows are the elements of the variable, columns those of the function.
 
-    A scalar function has a derivative of the shape of its variable, vector or matrix. For a vector function of a vector
-    it is the transpose of what torch and most books call the Jacobian: entry (j, i) is ∂f_i/∂a_j. So
+    The derivative of a scalar function has the shape of its variable, vector or matrix. That of a vector function of a
+    vector is the transpose of what torch and most books call the Jacobian: entry (j, i) is ∂f_i/∂a_j. So
     ∂(β + Ω h)/∂h = Ωᵀ, and the chain rule reads from the variable outwards: ∂ℓ/∂h = ∂f/∂h ∂ℓ/∂f.
 
     Args:
         f: a differentiable function of one tensor.
-        a: where, any shape.
+        a: the point at which to differentiate, any shape.
 
     Returns:
         Shape (*a.shape, *f(a).shape).
 
     Raises:
-        RuntimeError: `f` is not differentiable at an `a` of this dtype (integers, say).
+        RuntimeError: `a` has a dtype without derivatives, such as an integer dtype.
 
     Example:
         >>> omega = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -290,7 +290,7 @@ def chain_rule(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tens
     """∂g/∂x = ∂f/∂x ∂h/∂f for g(x) = h(f(x)): in this layout the product reads from the variable outwards.
 
     Args:
-        outer: h, of what `inner` returns.
+        outer: h, a function of the result of `inner`.
         inner: f, a scalar or vector function of x.
         x: a scalar, vector or matrix.
 
@@ -309,7 +309,7 @@ def chain_rule(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tens
 def relu_jacobian(b: Tensor) -> Tensor:
     """∂a/∂b for a = ReLU[b]: a diagonal matrix of I[b > 0].
 
-    Multiplying a vector by it is multiplying pointwise, I[b > 0] ⊙: see `relu_backward`, which needs no matrix.
+    Its product with a vector is the pointwise product with I[b > 0], which `relu_backward` computes without a matrix.
 
     Args:
         b: a vector, shape (D,).
@@ -363,10 +363,10 @@ def weight_gradient(dl_df: Tensor, h: Tensor) -> Tensor:
 
 
 def written_out(x: Tensor, theta: Tensor, psi: Tensor, phi: Tensor) -> Tensor:
-    """A network of two hidden layers of three units each, as one equation: unwieldy already, which is its point.
+    """A network with two hidden layers of three units each, as one equation, to show how unwieldy that becomes.
 
     Args:
-        x: any shape, each element an input.
+        x: the inputs, any shape.
         theta: θ, shape (3, 2): unit j of the first layer is a[θ_j0 + θ_j1 x].
         psi: ψ, shape (3, 4): unit j of the second is a[ψ_j0 + ψ_j1 h_1 + ψ_j2 h_2 + ψ_j3 h_3].
         phi: φ', shape (4,).
@@ -416,21 +416,21 @@ INITIALISATIONS: dict[str, Callable[[int], float]] = {
 
 
 class Growth(NamedTuple):
-    """How much larger a root mean square is at one end of the network than at the other: measured, and by theory."""
+    """The ratio of the root mean squares at the two ends of a network: measured, and predicted by theory."""
 
     measured: float
     predicted: float
 
 
 def he_factor(width: int, variance: float) -> float:
-    """√(D Var[Ω] / 2): by what a layer multiplies the size of activations, and of gradients on their way back.
+    """√(D Var[Ω] / 2): the factor by which a layer multiplies the size of activations, and of gradients going back.
 
     Each of the D terms of a sum contributes Var[Ω] times the square of an activation, and ReLU removes half of them.
     The factor is 1 for the variance 2/D (He et al., 2015).
 
     Args:
         width: D.
-        variance: Var[Ω], of a weight whose mean is 0.
+        variance: Var[Ω]; the weights have the mean 0.
 
     Raises:
         ValueError: `width` is not positive or `variance` is negative.
@@ -448,16 +448,16 @@ def gradient_growth(depth: int, width: int, variance: float, *, batch: int = 16,
     """How ∂ℓ/∂f changes from the last layer to the first, in a random network: the chain rule's product of partials.
 
     The network has `depth` layers of `width` units, weights N(0, variance) and no biases; `trace` computes its backward
-    pass in float64. The loss is linear, ℓ_i = y_iᵀ f, since the theory takes the gradient that arrives at the output as
+    pass in float64. The loss is linear, ℓ_i = y_iᵀ f, because the theory assumes that the gradient of the output is
     independent of the weights. The ratio of the root mean square of ∂ℓ/∂f_0 to that of ∂ℓ/∂f_{K−1} is a product of
-    K − 1 factors: if most of them are above 1 it explodes, if most are below it vanishes.
+    K − 1 factors: it explodes if most of them are above 1, and vanishes if most of them are below 1.
 
     Args:
         depth: K, the number of layers, at least 1.
         width: D.
         variance: Var[Ω].
-        batch: number of random examples.
-        seed: of weights, inputs and targets; torch's own generator is not touched.
+        batch: the number of random examples.
+        seed: the seed for weights, inputs and targets; torch's global generator is not used.
 
     Returns:
         The measured ratio, and the predicted one, `he_factor` to the power of K − 1.
@@ -474,7 +474,7 @@ def gradient_growth(depth: int, width: int, variance: float, *, batch: int = 16,
         raise ValueError(f"gradient_growth: `depth` and `batch` must be positive, got {depth} and {batch}")
     predicted = he_factor(width, variance) ** (depth - 1)
     generator = torch.Generator().manual_seed(seed)
-    # Made without weights: drawing some to be overwritten would advance torch's own generator.
+    # Created on "meta", without initial weights: drawing them would advance torch's global generator.
     model = MLP([width] * (depth + 1), bias=False, device="meta", dtype=torch.float64).to_empty(device="cpu")
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=math.sqrt(variance), generator=generator)

@@ -524,7 +524,7 @@ class MLP(FusedForward):
 
     def _loss_by_torch(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
         output = self(input)
-        if spec.name != "cross_entropy" and target.shape != output.shape:  # torch would broadcast
+        if not spec.loss.of_classes and target.shape != output.shape:  # torch would broadcast
             raise ValueError
         return spec.of(output, target)
 

@@ -1,20 +1,20 @@
-"""Gradients of each example of a batch: all of them, their norms only, or their clipped sum (what DP-SGD adds up).
+"""Gradients of each example of a batch: all of them, only their norms, or their clipped sum, which DP-SGD uses.
 
-The lecture's backward pass has them at hand: of example i, with one row of h_k and of ∂ℓ_i/∂f_k for each layer k,
+The lecture's backward pass contains them. Example i has one row of h_k and one of ∂ℓ_i/∂f_k for each layer k, and
 
     ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k,      ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ,      ‖∂ℓ_i/∂Ω_k‖² = ‖∂ℓ_i/∂f_k‖² ‖h_k‖²
 
-as an outer product has the product of the norms. So norms need no weight gradient at all, and a weighted sum of
-gradients Σ_i c_i ∂ℓ_i/∂Ω_k is one product of matrices, (c ⊙ ∂ℓ/∂f_k)ᵀ h_k. Both go through the batch in tiles of rows.
+since the norm of an outer product is the product of the norms. So norms need no weight gradient at all, and a weighted
+sum of gradients Σ_i c_i ∂ℓ_i/∂Ω_k is one matrix product, (c ⊙ ∂ℓ/∂f_k)ᵀ h_k. Both process the batch in tiles of rows.
 
-All of this holds of layers that are linear and ReLUs that are ReLUs. Where somebody replaced torch's functions, or a
-`TorchFunctionMode` is around the call, that is not known: a gradient then comes from its definition, vmap(grad(ℓ_i)),
-through the functions as they are found.
+These equations assume torch's linear and ReLU. If torch's functions have been replaced, or under a `TorchFunctionMode`,
+the gradient is computed from its definition instead, as vmap(grad(ℓ_i)) through the functions as they are now.
 
-Left to others: which layers a model has (inspection/_layers.py); noise and privacy accounting, that is, DP-SGD itself.
+Not here: the layers of a model (_layers.py), the losses (_losses.py), and the rest of DP-SGD, noise and privacy
+accounting.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,13 @@ from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
-from torch_manualbp._checks import LOSSES, check_choice, check_tensor
-from torch_manualbp._losses import LossSpec
+from torch_manualbp._checks import check_choice, check_tensor
+from torch_manualbp._hidden import split_hidden
+from torch_manualbp._layers import layers_of
+from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients, loss_of_example
 from torch_manualbp._route import KERNELS, route, undisturbed
-from torch_manualbp.inspection._layers import layers_of
 
-# The loss of one example: a name of `mlp_loss`, or a function of its output (D_K,) and its target.
-Loss = str | Callable[[Tensor, Tensor], Tensor]
-
-# How many numbers of a tile are in memory at most: h_k and ∂ℓ/∂f_k of all layers. Norms of 784–512–512–10 with 4096
+# The most numbers that a tile of rows holds in memory: h_k and ∂ℓ/∂f_k of all layers. Norms of 784–512–512–10 with 4096
 # rows took 62 ms with 2^18, 57 with 2^20, 48 with 2^21 (740 rows, 8 MiB of float32), 45 with 2^23; a training step 79.
 _TILE_NUMBERS = 1 << 21
 
@@ -39,8 +37,8 @@ _TILE_NUMBERS = 1 << 21
 def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = "mse") -> dict[str, Tensor]:
     """The gradient of each example's own loss ℓ_i, for every parameter that requires one.
 
-    ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k and ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ (the lecture's backward pass, not summed over the batch). What
-    ``torch.func.vmap(torch.func.grad(ℓ))`` returns, without its transforms.
+    ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k and ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ: the lecture's backward pass, not summed over the batch. The
+    result is that of ``torch.func.vmap(torch.func.grad(ℓ))``, without its transforms.
 
     ℓ_i is the loss of example i alone; it is never divided by the batch size:
 
@@ -57,15 +55,15 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
         input: h_0 (B, D_0).
         target: (B, D_K), or (B,) class indices for "cross_entropy"; for a function, any tensor with B rows. The named
-            losses promote a target of another dtype as their namesakes do.
-        loss: what ℓ_i is, see above.
+            losses promote a target of another dtype as those of ``torch.nn.functional`` do.
+        loss: ℓ_i, see above.
 
     Returns:
         Parameter name (as in ``model.named_parameters()``) → (B, *parameter.shape), in the dtype of the parameter.
         Frozen parameters are left out.
 
     Raises:
-        TypeError: `model` has other modules, or an argument is no tensor.
+        TypeError: `model` has other modules, or an argument is not a tensor.
         ValueError: unknown `loss`, shapes that do not fit, or layers that share a parameter.
         IndexError: a class is out of bounds.
 
@@ -93,23 +91,23 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
 def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = "mse") -> Tensor:
     """The norm of each example's gradient, over all parameters that require one; the gradients are never formed.
 
-    ‖g_i‖² = Σ_k ‖∂ℓ_i/∂f_k‖² (‖h_k‖² + 1): the outer product ∂ℓ_i/∂f_k h_kᵀ of the lecture has the product of the two
-    norms, and the bias adds the 1. Less work than a training step, which must multiply ∂ℓ/∂f_k by h_k as well.
+    ‖g_i‖² = Σ_k ‖∂ℓ_i/∂f_k‖² (‖h_k‖² + 1): the norm of the lecture's outer product ∂ℓ_i/∂f_k h_kᵀ is the product of the
+    two norms, and the bias adds the 1. This is less work than a training step, which also multiplies ∂ℓ/∂f_k by h_k.
 
-    Memory beside the arguments: (B,) for the result, and what one tile of rows computes, at most 2²¹ numbers or 64 rows
-    (784–512–512–10 in float32: 740 rows, 8 MiB), whatever B is.
+    Memory besides the arguments: (B,) for the result, and the intermediate results of one tile of rows, at most 2²¹
+    numbers or 64 rows (784–512–512–10 in float32: 740 rows, 8 MiB), regardless of B.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
         input: h_0 (B, D_0).
         target: as in `per_sample_gradients`.
-        loss: what ℓ_i is, as in `per_sample_gradients`.
+        loss: ℓ_i, as in `per_sample_gradients`.
 
     Returns:
         (B,), in the dtype of `input`; squares are summed in float64.
 
     Raises:
-        TypeError: `model` has other modules, or an argument is no tensor.
+        TypeError: `model` has other modules, or an argument is not a tensor.
         ValueError: unknown `loss`, shapes that do not fit, or layers that share a parameter.
         IndexError: a class is out of bounds.
 
@@ -124,9 +122,9 @@ def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, l
     if not net.names:
         return norms
     with plain_arithmetic(input.device.type):
-        hold = undisturbed(input)
-        for rows in net.tiles(len(input), hold):
-            if hold:
+        equations_hold = undisturbed(input)
+        for rows in net.tiles(len(input), equations_hold):
+            if equations_hold:
                 norms[rows] = _norms(list(net.backward(input[rows], target[rows])))
             else:
                 norms[rows] = _norms_of(net.by_definition(input[rows], target[rows]))
@@ -136,27 +134,27 @@ def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, l
 def clipped_gradients(
     model: nn.Module, input: Tensor, target: Tensor, max_norm: float, loss: Loss = "mse"
 ) -> dict[str, Tensor]:
-    """The sum of the examples' gradients, each shortened to at most `max_norm`: Σ_i min(1, max_norm / ‖g_i‖) g_i.
+    """The sum of the examples' gradients, each scaled down to a norm of at most `max_norm`.
 
-    The building block of differentially private SGD (Abadi et al., 2016), which adds noise to this sum and divides it
-    by the batch size. With c_i the factor of example i, each layer costs one product of matrices,
-    Σ_i c_i ∂ℓ_i/∂Ω_k = (c ⊙ ∂ℓ/∂f_k)ᵀ h_k, as in an ordinary training step. Memory as `per_sample_gradient_norms`, plus
-    the result.
+    Σ_i c_i g_i with c_i = min(1, max_norm / ‖g_i‖) is the building block of differentially private SGD (Abadi et al.,
+    2016), which adds noise to it and divides by the batch size. Each layer costs one matrix product,
+    Σ_i c_i ∂ℓ_i/∂Ω_k = (c ⊙ ∂ℓ/∂f_k)ᵀ h_k, as in an ordinary training step. Memory: that of
+    `per_sample_gradient_norms`, plus the result.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
         input: h_0 (B, D_0).
         target: as in `per_sample_gradients`.
-        max_norm: the largest norm, over all parameters together, that an example's gradient keeps. Not negative.
-        loss: what ℓ_i is, as in `per_sample_gradients`.
+        max_norm: the largest norm of an example's gradient, over all parameters together; not negative.
+        loss: ℓ_i, as in `per_sample_gradients`.
 
     Returns:
         Parameter name → the clipped sum, in the shape and dtype of the parameter. Frozen parameters are left out and do
-        not count in the norm. In halves a shortened gradient may be longer than `max_norm` by rounding. A gradient that
-        is NaN or infinite makes the sum NaN: clipping cannot hide it.
+        not count in the norm. In half precision, rounding may leave a clipped gradient slightly above `max_norm`. A NaN
+        or infinite gradient makes the sum NaN: clipping does not hide it.
 
     Raises:
-        TypeError: `model` has other modules, or an argument is no tensor.
+        TypeError: `model` has other modules, or an argument is not a tensor.
         ValueError: unknown `loss`, shapes that do not fit, layers that share a parameter, or a negative `max_norm`.
         IndexError: a class is out of bounds.
 
@@ -175,9 +173,9 @@ def clipped_gradients(
     if not net.names:
         return total
     with plain_arithmetic(input.device.type):
-        hold = undisturbed(input)
-        for rows in net.tiles(len(input), hold):
-            if not hold:
+        equations_hold = undisturbed(input)
+        for rows in net.tiles(len(input), equations_hold):
+            if not equations_hold:
                 each = net.by_definition(input[rows], target[rows])
                 factor = _factors(_norms_of(each), max_norm)
                 for name, grads in each.items():
@@ -197,19 +195,18 @@ def clipped_gradients(
 
 
 class _Learner(NamedTuple):
-    """The names of a layer's parameters; None where there is none, or it is frozen."""
+    """The names of a layer's parameters that require gradients; None if the parameter is missing or frozen."""
 
     weight: str | None
     bias: str | None
 
 
-_Pass = tuple[
-    _Learner, Tensor, Tensor
-]  # of one layer and some rows: what learns, ∂ℓ/∂f_k (rows, D_{k+1}), h_k (rows, D_k)
+# The backward pass of one layer over some rows: its learner, ∂ℓ/∂f_k (rows, D_{k+1}), h_k (rows, D_k).
+_Pass = tuple[_Learner, Tensor, Tensor]
 
 
 class _Network:
-    """The layers of a model and what of them learns; checks the arguments of the functions above."""
+    """The layers of a model and their learning parameters; checks the arguments of the functions above."""
 
     def __init__(self, op: str, model: nn.Module, input: Tensor, target: Tensor, loss: Loss) -> None:
         layers = layers_of(model, op)
@@ -220,7 +217,6 @@ class _Network:
         if input.dim() != 2:
             raise ValueError(f"{op}: `input` must have shape (B, D_0), one row per example, got {tuple(input.shape)}")
         self.loss: Loss = loss
-        self.loss_of_one = _of_one_example(loss)
         self.weights = [layer.weight.detach() for layer in layers]
         self.biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
         self.relus = [layer.relu for layer in layers]
@@ -232,10 +228,10 @@ class _Network:
             for layer in layers
         ]
         self.names = [name for learner in self.learners for name in learner if name]
-        check_example_target(op, loss, target, len(input), self.weights[-1].shape[0])
+        check_target(op, loss, target, len(input), self.weights[-1].shape[0])
 
     def tiles(self, batch: int, equations_hold: bool) -> Iterator[slice]:
-        """The batch in pieces of so many rows that what is computed of them stays near _TILE_NUMBERS."""
+        """Tiles of rows whose intermediate results hold about _TILE_NUMBERS numbers."""
         if equations_hold:
             width = sum(weight.shape[0] + weight.shape[1] for weight in self.weights)
             rows = max(_TILE_NUMBERS // max(width, 1), 64)
@@ -250,32 +246,33 @@ class _Network:
         if not learning:
             return
         h, output = self.forward(input)
-        df = output_gradient(self.loss, output, target)
+        df = example_gradients(self.loss, output, target)
         if self.relus[-1]:
-            df = _relu_backward(df, output)
+            df = _mask(df, output)
         for k in reversed(range(learning[0], len(self.weights))):
             yield self.learners[k], df, h[k]
             if k > learning[0]:
                 df = df @ self.weights[k]
                 if self.relus[k - 1]:
-                    df = _relu_backward(df, h[k])
+                    df = _mask(df, h[k])
 
     def by_definition(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """∂ℓ_i/∂β_k and ∂ℓ_i/∂Ω_k, by autograd through what torch's functions are now."""
+        """∂ℓ_i/∂β_k and ∂ℓ_i/∂Ω_k, by autograd through torch's functions as they are now."""
         learning = {
             name: parameter
             for learner, *parameters in zip(self.learners, self.weights, self.biases, strict=True)
             for name, parameter in zip(learner, parameters, strict=True)
             if name and parameter is not None
         }
-        if not learning or len(input) == 0:  # vmap has no rule for no rows
+        if not learning or len(input) == 0:  # vmap cannot map over no rows
             return {name: parameter.new_empty((0, *parameter.shape)) for name, parameter in learning.items()}
+        loss_of_one = loss_of_example(self.loss)
 
         def loss(learning: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             for learner, omega, beta, relu in zip(self.learners, self.weights, self.biases, self.relus, strict=True):
                 x = F.linear(x, learning.get(learner.weight or "", omega), learning.get(learner.bias or "", beta))
                 x = F.relu(x) if relu else x
-            return self.loss_of_one(x, y)
+            return loss_of_one(x, y)
 
         found: dict[str, Tensor] = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(
             learning, input.detach(), target
@@ -287,63 +284,32 @@ class _Network:
         h = [input.detach()]
         if all(self.relus[:-1]) and route(input, self.weights) is KERNELS:
             output, hidden = _ops.mlp(h[0], self.weights, self.biases, self.relus[-1], True)
-            widths = [weight.shape[0] for weight in self.weights[:-1]]
-            pieces = hidden.split([len(input) * width for width in widths]) if widths else ()
-            return h + [piece.view(len(input), width) for piece, width in zip(pieces, widths, strict=True)], output
+            return h + split_hidden(hidden, input.shape, self.weights), output
         for omega, beta, relu in zip(self.weights, self.biases, self.relus, strict=True):
             f = F.linear(h[-1], omega, beta)
             h.append(torch.relu(f) if relu else f)
         return h[:-1], h[-1]
 
 
-def check_example_target(op: str, loss: Loss, target: Tensor, batch: int, outputs: int) -> None:
-    """Raises ValueError unless `target` fits `batch` examples; torch would broadcast some that do not."""
-    if callable(loss):
-        if target.dim() == 0 or len(target) != batch:
-            raise ValueError(f"{op}: `target` must have {batch} rows as `input` has, got shape {tuple(target.shape)}")
-        return
-    classes = loss == "cross_entropy" and not target.is_floating_point()
-    wanted = (batch,) if classes else (batch, outputs)
-    if target.shape != wanted:
-        raise ValueError(f"{op}: `target` must have shape {wanted} for {loss!r}, got {tuple(target.shape)}")
-
-
-def output_gradient(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    """∂ℓ_i/∂output_i (B, D_K), one row per example, of the losses that `per_sample_gradients` describes."""
-    if callable(loss):
-        rows: Tensor = torch.func.vmap(torch.func.grad(loss))(output, target)
-        return rows.clone(memory_format=torch.contiguous_format)  # it may be expanded, or somebody else's
-    # Row i of the gradient of the sum over all examples is that of ℓ_i: no other ℓ depends on output_i.
-    scale = 1.0 if loss == "cross_entropy" else 1 / max(output.shape[1], 1)  # the others are means over D_K
-    return LossSpec(loss).output_gradient(output, target, scale)
-
-
-def _of_one_example(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same losses as functions. The sum of one term is its mean, but 0 where its class is ignored."""
-    if callable(loss):
-        return loss
-    return LossSpec(loss, "sum" if loss == "cross_entropy" else "mean").of
-
-
-def _relu_backward(dh: Tensor, h: Tensor) -> Tensor:
-    """I[h > 0] ⊙ dh, in place; NaN in h passes, as in torch."""
+def _mask(dh: Tensor, h: Tensor) -> Tensor:
+    """I[h > 0] ⊙ dh, in place, to keep a tile small; where h is NaN the gradient passes, as in torch."""
     masked: Tensor = torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
     return masked
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """In which sums over many numbers of this dtype are made."""
+    """The dtype in which many numbers of this tensor's dtype are summed."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
 def _norms(passes: Sequence[_Pass]) -> Tensor:
     """‖g_i‖ (rows,): the norm of the norms ‖∂ℓ_i/∂f_k‖ · √(‖h_k‖² + 1) of the layers."""
-    norms, wide = [], widest_dtype(passes[0][1].device)  # the squares of float32 numbers may under- and overflow
+    norms, wide = [], widest_dtype(passes[0][1].device)  # squares of float32 numbers may underflow or overflow
     for learner, df, h in passes:
         norm = torch.linalg.vector_norm(df, dim=1, dtype=wide)
         if learner.weight:
-            of_h = torch.linalg.vector_norm(h, dim=1, dtype=wide)
-            norm = norm * (torch.hypot(of_h, torch.ones_like(of_h)) if learner.bias else of_h)
+            norm_of_h = torch.linalg.vector_norm(h, dim=1, dtype=wide)
+            norm = norm * (torch.hypot(norm_of_h, torch.ones_like(norm_of_h)) if learner.bias else norm_of_h)
         if any(learner):
             norms.append(norm)
     norm_of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
@@ -351,9 +317,9 @@ def _norms(passes: Sequence[_Pass]) -> Tensor:
 
 
 def _norms_of(gradients: dict[str, Tensor]) -> Tensor:
-    """‖g_i‖ (rows,) of gradients (rows, *shape) that are there."""
+    """‖g_i‖ (rows,) of gradients (rows, *shape) that have been formed."""
     wide = widest_dtype(next(iter(gradients.values())).device)
-    norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=wide) for each in gradients.values()]
+    norms = [torch.linalg.vector_norm(grads.flatten(1), dim=1, dtype=wide) for grads in gradients.values()]
     norm_of_all: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return norm_of_all
 

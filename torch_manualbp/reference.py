@@ -9,8 +9,8 @@ whose rows are the examples, so that the lecture's β + Ω h reads h Ωᵀ + β 
     h_{k+1} = a[f_k] = max(0, f_k)          ∂ℓ/∂Ω_k     = ∂ℓ/∂f_k h_kᵀ                     (summed over the batch)
     output  = f_{K−1}                       ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
 
-Three uses: the tests' oracle, what runs on devices that have no kernels of ours, and double backward (every line is
-differentiable, so the gradient of the gradient follows from it).
+It has three uses: it is the tests' oracle, it runs on devices without kernels, and double backward is composed of it
+(every line is differentiable, so autograd derives the gradient of the gradient).
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Gradients(NamedTuple):
-    """∂ℓ/∂h_0, and ∂ℓ/∂Ω_k, ∂ℓ/∂β_k for each layer k; None where `mlp_backward` was told that it is not needed."""
+    """∂ℓ/∂h_0, and ∂ℓ/∂Ω_k, ∂ℓ/∂β_k for each layer k; None if `needs` excludes it."""
 
     dinput: Tensor | None
     dweights: list[Tensor | None]
@@ -49,7 +49,7 @@ def mlp_forward(
 
 
 def relu_mask(h: Tensor, dh: Tensor) -> Tensor:
-    """I[h > 0] ⊙ dh, with torch's rule at the edge: the gradient passes unless h <= 0, so NaN passes and 0 blocks."""
+    """I[h > 0] ⊙ dh, with torch's rule: the gradient passes unless h <= 0, so it passes where h is NaN, not at 0."""
     masked: Tensor = torch.ops.aten.threshold_backward(dh, h, 0)
     return masked
 
@@ -69,7 +69,7 @@ def mlp_backward(
         h: h_k (…, D_k), the input of each layer.
         weights: Ω_k (D_{k+1}, D_k).
         output: the output, if a ReLU follows the last layer too; else None.
-        grad_h: a gradient that reaches h_1 … h_{K−1} from elsewhere, to be added (double backward needs it).
+        grad_h: further gradients of h_1 … h_{K−1}, which are added (double backward has some).
         needs: which gradients are needed, as [input, *weights, *biases]; None: all.
 
     Example:

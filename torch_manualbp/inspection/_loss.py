@@ -1,25 +1,24 @@
-"""The loss of a trace: its value, its value per example, and ∂L/∂output, for our three losses and for any callable."""
+"""The loss of a trace: its value, its value per example, and ∂L/∂output, for named losses and for any callable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from torch_manualbp._checks import LOSSES, REDUCTIONS, check_choice
-from torch_manualbp._losses import LossSpec
+from torch_manualbp._checks import REDUCTIONS, check_choice, check_tensor
+from torch_manualbp._losses import LOSSES, LossSpec, check_target
 
 LossFunction = str | Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class TracedLoss:
-    """L = Σ_i ℓ_i: "mse", "cross_entropy", "bce_with_logits", or a callable(output, target).
+    """L = Σ_i ℓ_i: a loss that has a name, or a callable(output, target).
 
     The named ones are those of ``torch.nn.functional`` with this reduction. A callable that returns one number per
-    example, shape (B,), is reduced here; one that returns a scalar has reduced already.
+    example, shape (B,), is reduced here; one that returns a scalar has already reduced.
     """
 
     function: LossFunction
@@ -34,30 +33,27 @@ class TracedLoss:
             raise TypeError(f"trace: `loss` must be {expected}, got {type(self.function).__name__}")
 
     @property
+    def spec(self) -> LossSpec | None:
+        """The loss, if it has a name; None for a callable."""
+        return LossSpec(self.function, self.reduction) if isinstance(self.function, str) else None
+
+    @property
     def name(self) -> str:
-        """What it is called in a heading."""
+        """The name for headings."""
         if isinstance(self.function, str):
             return self.function
         return str(getattr(self.function, "__name__", type(self.function).__name__))
 
     def check_target(self, output: Tensor, target: Any) -> None:
-        """Raises unless `target` fits a named loss; torch would broadcast some that do not."""
-        if not isinstance(self.function, str):
-            return
-        if not isinstance(target, Tensor):
-            raise TypeError(f"trace: `target` must be a Tensor, got {type(target).__name__}")
-        classes = self.function == "cross_entropy" and not target.is_floating_point()
-        expected = output.shape[:1] if classes else output.shape
-        if target.shape != expected:
-            raise ValueError(
-                f"trace: `target` must have the shape {tuple(expected)} for {self.function!r} and an output of shape "
-                f"{tuple(output.shape)}, got {tuple(target.shape)}"
-            )
+        """Raises unless `target` fits a named loss; a callable may take anything."""
+        if isinstance(self.function, str):
+            check_tensor("trace", "target", target)
+            check_target("trace", self.function, target, *output.shape)
 
     def total(self, output: Tensor, target: Any) -> Tensor:
         """L, a scalar that autograd can differentiate."""
-        if isinstance(self.function, str):
-            return LossSpec(self.function, self.reduction).of(output, target)
+        if (spec := self.spec) is not None:
+            return spec.of(output, target)
         value = self._call(output, target)
         if value.dim() == 0:
             return value
@@ -65,8 +61,9 @@ class TracedLoss:
 
     def per_example(self, output: Tensor, target: Any, total: Tensor) -> Tensor | None:
         """ℓ_i, shape (B,), so that L = Σ_i ℓ_i; None if a callable's scalar is no sum or mean over the examples."""
-        if isinstance(self.function, str):
-            return self._named_per_example(output, target)
+        if (spec := self.spec) is not None:
+            losses = spec.loss.per_example(output, target)
+            return losses if self.reduction == "sum" else losses / spec.terms(target)
         value = self._call(output, target)
         if value.dim() == 1:
             return value if self.reduction == "sum" else value / len(output)
@@ -74,17 +71,17 @@ class TracedLoss:
             return total.reshape(1) if len(output) == 1 else None
         try:
             values = [self._call(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
-        except Exception:  # whatever a callable raises that cannot judge an example alone
+        except Exception:  # whatever a callable raises that cannot evaluate a single example
             return None
         losses = torch.stack(values).to(total.dtype)
         allowed = 64 * torch.finfo(total.dtype).eps * losses.double().abs().sum()
-        for candidate in (losses, losses / len(losses)):  # it adds up the examples, or takes their mean
+        for candidate in (losses, losses / len(losses)):  # L is the sum over the examples, or their mean
             if (candidate.double().sum() - total.double()).abs() <= allowed:
                 return candidate
         return None
 
     def gradient(self, output: Tensor, target: Any) -> Tensor:
-        """∂L/∂output, by autograd through the loss alone: where training, too, gets it from."""
+        """∂L/∂output, by autograd through the loss alone, which is how training obtains it."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
             total = self.total(leaf, target)
@@ -93,31 +90,16 @@ class TracedLoss:
             (grad,) = torch.autograd.grad(total, leaf)
         return grad
 
-    def terms(self, output: Tensor, target: Any) -> int:
-        """The number that "mean" divides by."""
-        if self.function == "cross_entropy":
-            return len(output) if target.is_floating_point() else int((target != LossSpec().ignore_index).sum())
-        return output.numel() if isinstance(self.function, str) else len(output)
+    def cancellation(self, target: Any) -> float:
+        """The size, relative to the output, of the numbers that cancel in the loss; rounding them is an error of it.
 
-    def cancellation(self, output: Tensor, target: Any) -> float:
-        """How large, relative to the output, the numbers are that the loss subtracts: what it loses to rounding.
-
-        Squares subtract only the target from the output. Cross-entropies subtract a term from a sum that it dominates,
-        and so do their gradients (p − 1). What a callable does is unknown.
+        1 for a callable, of which nothing is known.
         """
-        if self.function == "mse":
+        if (spec := self.spec) is None:
+            return 1.0
+        if not spec.loss.cancels:
             return 0.0
-        mean = isinstance(self.function, str) and self.reduction == "mean"
-        return 1.0 / max(self.terms(output, target), 1) if mean else 1.0
-
-    def _named_per_example(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.function == "mse":
-            losses = F.mse_loss(output, target, reduction="none").sum(1)
-        elif self.function == "bce_with_logits":
-            losses = F.binary_cross_entropy_with_logits(output, target, reduction="none").sum(1)
-        else:
-            losses = F.cross_entropy(output, target, reduction="none")
-        return losses if self.reduction == "sum" else losses / self.terms(output, target)
+        return 1.0 / max(spec.terms(target), 1) if self.reduction == "mean" else 1.0
 
     def _call(self, output: Tensor, target: Any) -> Tensor:
         assert not isinstance(self.function, str)

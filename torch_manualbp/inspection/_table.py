@@ -1,4 +1,4 @@
-"""A trace as the lecture writes it: both passes line by line, in the order in which they are computed."""
+"""A trace as a table: both passes in the lecture's notation, line by line, in the order in which they are computed."""
 
 import html as _html
 import re
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """One line: what is computed, from what, and the result."""
+    """One line: the name of a quantity, its formula, and its value."""
 
     name: str
     formula: str
@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
 
 def sections(trace: "Trace") -> Iterator[tuple[str, list[Row]]]:
-    """The forward pass, the backward pass, and the parameters' gradients, with their headings."""
+    """The rows of the forward pass, the backward pass and the parameters' gradients, each with a heading."""
     K, scalar = len(trace.f), is_scalar(trace)
     omega, times, i = ("ω", " · ", "") if scalar else ("Ω", " ", "_i")
     forward = [Row("h_0", "x" + i, trace.h[0])]
@@ -64,7 +64,7 @@ def is_scalar(trace: "Trace") -> bool:
 
 
 def text(trace: "Trace") -> str:
-    """For a terminal: numbers if every quantity is one, else shapes, norms and the share of zeros."""
+    """The table for a terminal: values if every quantity is one number, else shapes, norms and shares of zeros."""
     parts = [(heading, [_cells(row, is_scalar(trace)) for row in rows]) for heading, rows in sections(trace)]
     widths = [max(len(cells[column]) for _, rows in parts for cells in rows) for column in range(5)]
     lines = []
@@ -82,7 +82,7 @@ def text(trace: "Trace") -> str:
 
 
 def html(trace: "Trace") -> str:
-    """For a notebook."""
+    """The table for a notebook."""
     scalar = is_scalar(trace)
     body = []
     for heading, rows in sections(trace):
@@ -99,7 +99,7 @@ def html(trace: "Trace") -> str:
 
 
 def _cells(row: Row, scalar: bool) -> tuple[str, str, str, str, str]:
-    """Name, formula, shape, norm (or the number itself), share of zeros."""
+    """Name, formula, shape, norm (the value itself if `scalar`), share of zeros."""
     if row.value is None:
         return row.name, row.formula, "", "?", ""
     number = row.value.item() if scalar else row.value.double().norm().item()
@@ -115,21 +115,16 @@ def _output_name(trace: "Trace") -> str:
 
 def _loss_formulas(trace: "Trace", output: str) -> tuple[str, str]:
     """ℓ_i and ∂ℓ_i/∂output as text."""
-    loss, scalar = trace.traced_loss, is_scalar(trace)
-    y = "y" if scalar else "y_i"
-    if loss.function == "mse":
-        value, gradient = f"({output} − {y})²", f"2({output} − {y})"
-        value = value if trace.output.shape[1] == 1 else f"Σ_d {value}"
-    elif loss.function == "cross_entropy":
-        value, gradient = f"−log softmax[{output}]_y", f"softmax[{output}] − onehot[{y}]"
-    elif loss.function == "bce_with_logits":
-        value, gradient = f"−log p({y} | sigmoid[{output}])", f"sigmoid[{output}] − {y}"
-    else:
-        return f"{loss.name}({output}, {y})", f"∂{loss.name}/∂{output}"
-    count = loss.terms(trace.output, trace.target) if loss.reduction == "mean" else 1
+    loss = trace.traced_loss
+    names = {"f": output, "y": "y" if is_scalar(trace) else "y_i", "sum": "Σ_d " if trace.output.shape[1] != 1 else ""}
+    if (spec := loss.spec) is None:
+        return f"{loss.name}({output}, {names['y']})", f"∂{loss.name}/∂{output}"
+    value, gradient = (text.format_map(names) for text in (spec.loss.formula, spec.loss.gradient_formula))
+    count = spec.terms(trace.target) if loss.reduction == "mean" else 1
     if count == 1:
         return value, gradient
-    return f"{value} / {count}", f"{gradient} / {count}" if gradient.startswith("2(") else f"({gradient}) / {count}"
+    gradient = gradient if gradient.startswith("2(") else f"({gradient})"  # a product needs no parentheses
+    return f"{value} / {count}", f"{gradient} / {count}"
 
 
 def _subscripts(formula: str) -> str:

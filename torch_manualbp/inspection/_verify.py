@@ -10,19 +10,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch_manualbp.inspection.trace import Trace
 
-# Largest difference measured on 75 random networks of 2 to 51 layers and up to 256 units, 32 rows: float64 2.9e-15,
-# float32 1.3e-6, float16 3.6e-3, bfloat16 2.7e-2; to finite differences 1.4e-7.
+# Largest differences measured on 75 random networks of 2 to 51 layers with up to 256 units, 32 rows: float64 2.9e-15,
+# float32 1.3e-6, float16 3.6e-3, bfloat16 2.7e-2; from finite differences 1.4e-7.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.08}
 FINITE_TOLERANCE = 1e-5
 
 
 class Differences(dict[str, float]):
-    """The largest relative difference of each quantity to autograd; compares with a number as the largest of all."""
+    """The largest relative difference of each quantity from autograd; compares with numbers like the largest of all."""
 
     finite_differences: dict[str, float]
 
     def __float__(self) -> float:
-        return max(self.values(), key=lambda value: (value != value, value))  # NaN is the largest
+        return max(self.values(), key=lambda value: (value != value, value))  # NaN counts as the largest
 
     def __le__(self, other: float) -> bool:
         return float(self) <= other
@@ -42,12 +42,12 @@ class _Check(NamedTuple):
     got: Tensor
     want: Tensor
     scale: Tensor
-    """The sums of absolute values behind `want`."""
+    """The sums of the absolute values of the terms of `want`."""
 
 
 def verify(trace: "Trace", tolerance: float | None) -> Differences:
     """See `Trace.verify`."""
-    if tolerance is None:  # the loss may be coarser than the output: "bce_with_logits" has the dtype of its target
+    if tolerance is None:  # the loss may have a coarser dtype than the output: "bce_with_logits" has its target's
         tolerance = max(TOLERANCE[dtype] for dtype in (trace.output.dtype, trace.loss.dtype))
     with torch.inference_mode(False), torch.no_grad():
         differences = Differences({check.name: _difference(check) for check in _against_autograd(trace)})
@@ -58,7 +58,7 @@ def verify(trace: "Trace", tolerance: float | None) -> Differences:
     for what, bad, limit in (("autograd", wrong, tolerance), ("finite differences", finite, FINITE_TOLERANCE)):
         if bad:
             listed = ", ".join(f"{name} by {value:.1e}" for name, value in bad.items())
-            raise AssertionError(f"verify: relative to {what}, at most {limit:.0e} is allowed, but off are {listed}")
+            raise AssertionError(f"verify: differences from {what} must be at most {limit:.0e}, but found {listed}")
     return differences
 
 
@@ -66,7 +66,7 @@ def _difference(check: _Check) -> float:
     got, want = check.got.double(), check.want.double()
     if got.shape != want.shape:
         raise AssertionError(f"verify: {check.name} has the shape {tuple(got.shape)}, not {tuple(want.shape)}")
-    same = (got == want) | (got.isnan() & want.isnan())  # infinities that agree have no difference to compute
+    same = (got == want) | (got.isnan() & want.isnan())  # the difference of equal infinities would be NaN
     difference = (got - want).abs().masked_fill(same, 0.0)
     if not difference.any():
         return 0.0
@@ -74,7 +74,7 @@ def _difference(check: _Check) -> float:
 
 
 def _against_autograd(trace: "Trace") -> Iterator[_Check]:
-    """The same two passes in float64 by plain torch ops, in the order of the lecture."""
+    """Both passes in float64 by plain torch ops and autograd, in the order of the lecture."""
     K = len(trace.f)
     omega = [layer.weight.detach().double().requires_grad_() for layer in trace.layers]
     beta = [None if layer.bias is None else layer.bias.detach().double().requires_grad_() for layer in trace.layers]
@@ -93,13 +93,13 @@ def _against_autograd(trace: "Trace") -> Iterator[_Check]:
         if k + 1 < len(trace.h):
             yield _Check(f"h[{k + 1}]", trace.h[k + 1], h[k + 1], sums[k])
 
-    # The loss, at the very output that the trace has: near its minimum, rounding of the output is all there is to see.
-    exact_loss = isinstance(trace.traced_loss.function, str)  # a callable may hold tensors of the trace's dtype
+    # The loss is computed from the trace's own output: near its minimum, rounding of the output outweighs the loss.
+    exact_loss = trace.traced_loss.spec is not None  # a callable may hold tensors of the trace's dtype
     output = trace.output.double() if exact_loss else trace.output
     target = trace.target.double() if exact_loss and trace.target.is_floating_point() else trace.target
     total = trace.traced_loss.total(output, target)
     grad_output = trace.dl_dh[K] if trace.layers[-1].relu else trace.dl_df[K - 1]
-    unit = trace.traced_loss.cancellation(output, target) if exact_loss else 0.0
+    unit = trace.traced_loss.cancellation(target) if exact_loss else 0.0
     size = total.abs().double() + unit * output.abs().sum().double()
     yield _Check("loss", trace.loss, total, size)
     if trace.losses is not None:
@@ -125,12 +125,12 @@ def _against_autograd(trace: "Trace") -> Iterator[_Check]:
 
 
 def _sums(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A bᵀ + bias, of absolute values."""
+    """|a| |b|ᵀ + |bias|: the sums of absolute values behind a bᵀ + bias."""
     return F.linear(a.abs(), b.abs(), None if bias is None else bias.abs()).detach()
 
 
 def _against_finite_differences(trace: "Trace") -> Iterator[tuple[str, float]]:
-    """For each quantity q and a random direction v: (L(q + εv) − L(q − εv)) / 2ε, and what ⟨∂L/∂q, v⟩ says it is."""
+    """For each quantity q: how far (L(q + εv) − L(q − εv)) / 2ε is from ⟨∂L/∂q, v⟩, for a random direction v."""
     K = len(trace.f)
     generator = torch.Generator().manual_seed(0)
     quantities: list[tuple[str, int, Tensor, Tensor | None]] = []
@@ -149,7 +149,7 @@ def _against_finite_differences(trace: "Trace") -> Iterator[tuple[str, float]]:
 
 
 def _slope_difference(trace: "Trace", kind: str, k: int, direction: Tensor, gradient: Tensor) -> float:
-    """Relative to Σ |∂L/∂q| |v|, or to what rounding alone makes of L; NaN if every step switches a ReLU."""
+    """The difference relative to Σ |∂L/∂q| |v|, or to rounding of L if larger; NaN if every ε switches a ReLU."""
     for step in (1e-4, 1e-6, 1e-8):
         up = _output_at(trace, kind, k, step * direction)
         down = None if up is None else _output_at(trace, kind, k, -step * direction)
@@ -182,9 +182,9 @@ def _output_at(trace: "Trace", kind: str, k: int, change: Tensor) -> Tensor | No
 
 
 def _loss_and_rounding(trace: "Trace", output: Tensor) -> tuple[float, float]:
-    """L, and how much rounding may change it: its own, that of the output, and that of what the loss subtracts."""
+    """L, and by how much rounding may change it: of L, of the output, and of the numbers that cancel in the loss."""
     loss = trace.traced_loss.total(output, trace.target).item()
     gradient = trace.traced_loss.gradient(output, trace.target)
-    subtracted = trace.traced_loss.cancellation(output, trace.target) * output.abs().sum().item()
-    rounding = abs(loss) + (gradient * output).abs().sum().item() + subtracted
+    cancelling = trace.traced_loss.cancellation(trace.target) * output.abs().sum().item()
+    rounding = abs(loss) + (gradient * output).abs().sum().item() + cancelling
     return loss, 8 * torch.finfo(torch.float64).eps * rounding

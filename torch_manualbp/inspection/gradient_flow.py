@@ -1,17 +1,17 @@
 """`gradient_flow`: why does this network not train? One call measures the signal and the gradient layer by layer.
 
-The lecture ends with the question what the chain rule's factors do when they are multiplied: what if most of them are
-above 2, or below 0.5? Here is what theory says (He et al., 2015), from the lecture's equations. Let Ω_k (D_{k+1}, D_k)
-have independent entries with mean 0 and variance Var[Ω_k], biases 0, and f_{k−1} a symmetric distribution. Then
+The lecture ends by asking what happens when the chain rule's factors are multiplied and most of them are above 2, or
+below 0.5. The theory of He et al. (2015) follows from the lecture's equations. Let the entries of Ω_k (D_{k+1}, D_k) be
+independent with mean 0 and variance Var[Ω_k], the biases 0, and the distribution of f_{k−1} symmetric. Then
 
     f_k = β_k + Ω_k h_k,  h_k = a[f_{k−1}]        E[f_k²] = D_k Var[Ω_k] E[h_k²] = D_k Var[Ω_k] / 2 · E[f_{k−1}²]
     ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ Ω_kᵀ ∂ℓ/∂f_k   E[(∂ℓ/∂f_{k−1})²] = D_{k+1} Var[Ω_k] / 2 · E[(∂ℓ/∂f_k)²]
 
-as half of the f_{k−1} are positive. So through layer k the root mean square of f grows by √(D_k Var[Ω_k]/2) on the way
-forward, and that of ∂ℓ/∂f by √(D_{k+1} Var[Ω_k]/2) on the way back. Both are 1 in a network of constant width whose
-weights have the variance 2/D; 30 layers of 0.5 leave 10⁻⁹.
+because half of the f_{k−1} are positive. So in layer k the root mean square of f grows by √(D_k Var[Ω_k]/2) in the
+forward pass, and that of ∂ℓ/∂f by √(D_{k+1} Var[Ω_k]/2) in the backward pass. Both factors are 1 in a network of
+constant width whose weights have the variance 2/D; 30 layers with a factor of 0.5 leave 10⁻⁹.
 
-Left to others: training loops (monitor.py), figures (flow_plot.py), the model's layers (_layers.py).
+Not here: training loops (monitor.py), figures (flow_plot.py), the model's layers (../_layers.py).
 """
 
 import math
@@ -25,36 +25,36 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
-from torch_manualbp._checks import LOSSES, check_choice, check_tensor
+from torch_manualbp._checks import check_choice, check_tensor
+from torch_manualbp._layers import Layer, layers_of
+from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients
 from torch_manualbp._route import layers_are_torchs
-from torch_manualbp.inspection._layers import Layer, layers_of
-from torch_manualbp.per_sample import Loss, check_example_target, output_gradient
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The gradient that reaches the first layer is so many times smaller or larger than that of the last: with one learning
-# rate, one of them stands still or the other diverges. 30 layers of 256 units with He's variance stay within a factor
-# of 10; PyTorch's own initialisation (a factor of 0.41 per layer) crosses the line at 9 layers.
+# Limits of the ratio of the first layer's gradient to the last layer's: beyond them, with one learning rate, one layer
+# stands still or the other diverges. 30 layers of 256 units with He's variance stay within a factor of 10; PyTorch's
+# own initialisation (a factor of 0.41 per layer) crosses the limit at 9 layers.
 VANISHING = 1e-3
 EXPLODING = 1e3
 
 
 def dead_share_limit(units: int) -> float:
-    """The share of dead units above which a layer is called dead: four standard deviations above a half.
+    """The share of dead units from which a layer is reported as dead: four standard deviations above one half.
 
-    If all examples were alike to a healthy layer, as they nearly are deep in a random network, each of its units would
-    be dead with probability ½.
+    If all examples had the same h_k, as they nearly do deep in a random network, each unit of a healthy layer would be
+    dead with probability ½.
     """
     return min(1.0, 0.5 + 2 / math.sqrt(max(units, 1)))
 
 
 @dataclass(frozen=True)
 class LayerFlow:
-    """What was measured at layer k. "Size" is the root mean square over examples and units."""
+    """The measurements of layer k. "Size" is the root mean square over examples and units."""
 
     name: str
-    """The module, as ``named_modules`` has it."""
+    """The module's name in ``model.named_modules()``."""
     d_in: int
     """D_k"""
     d_out: int
@@ -62,25 +62,25 @@ class LayerFlow:
     f: float
     """Size of f_k = β_k + Ω_k h_k."""
     h: float
-    """Size of h_k, what enters the layer."""
+    """Size of h_k, the input of the layer."""
     dead: float | None
-    """Share of units that ReLU blocks for every example (f_k ≤ 0): they pass no gradient. None without a ReLU."""
+    """Share of units that ReLU blocks for every example (f_k ≤ 0), so they pass no gradient. None without a ReLU."""
     always_on: float | None
-    """Share of units that ReLU passes for every example (f_k > 0): they are linear. None without a ReLU."""
+    """Share of units that ReLU passes for every example (f_k > 0), so they are linear. None without a ReLU."""
     dl_df: float
     """Size of ∂ℓ/∂f_k."""
     growth: float | None
-    """Size of ∂ℓ/∂f_{k−1} / size of ∂ℓ/∂f_k: how the gradient grows on its way back through layer k. None for k = 0."""
+    """Size of ∂ℓ/∂f_{k−1} / size of ∂ℓ/∂f_k, the growth of the gradient from layer k to layer k−1. None for k = 0."""
     growth_theory: float | None
-    """√(D_{k+1} Var[Ω_k] / 2), what theory predicts for `growth`; without the ½ if no ReLU precedes the layer."""
+    """√(D_{k+1} Var[Ω_k] / 2), the theoretical `growth`; without the ½ if no ReLU precedes the layer."""
     forward_growth: float | None
     """Size of f_k / size of f_{k−1}. None for k = 0."""
     forward_theory: float | None
-    """√(D_k Var[Ω_k] / 2), what theory predicts for `forward_growth`; without the ½ if no ReLU precedes the layer."""
+    """√(D_k Var[Ω_k] / 2), the theoretical `forward_growth`; without the ½ if no ReLU precedes the layer."""
     update_ratio: float | None
     """From `gradient_flow`: ‖∂L/∂Ω_k‖ / ‖Ω_k‖ with L the mean of ℓ_i; times the learning rate it is the relative size
-    of a step of plain SGD. From `GradientFlowMonitor`: ‖ΔΩ_k‖ / ‖Ω_k‖ of the step that was taken; None if none was, or
-    the weight has got another shape."""
+    of a step of plain SGD. From `GradientFlowMonitor`: ‖ΔΩ_k‖ / ‖Ω_k‖ of the step that was taken; None if no step was
+    taken, or if the shape of the weight has changed."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class GradientFlow:
 
     layers: tuple[LayerFlow, ...]
     step: int | None = None
-    """Which forward pass of training it was, counted from 1, if a monitor measured it."""
+    """The number of the forward pass in training, counted from 1, if a monitor measured it."""
 
     @property
     def gradient_ratio(self) -> float:
-        """‖∂ℓ/∂f_0‖ / ‖∂ℓ/∂f_{K−1}‖: what is left of the gradient at the first layer.
+        """‖∂ℓ/∂f_0‖ / ‖∂ℓ/∂f_{K−1}‖: the part of the gradient that reaches the first layer.
 
-        Of norms, not root mean squares, so that a layer with few outputs is not mistaken for a large gradient: with
-        He's variance 2/D_k this ratio stays near 1 whatever the widths are. NaN if no gradient enters the network.
+        A ratio of norms, because the root mean square of a layer with few outputs is large: with He's variance 2/D_k
+        this ratio stays near 1 for any widths. NaN if the gradient of the output is 0.
         """
         first, last = self.layers[0], self.layers[-1]
         top = last.dl_df * math.sqrt(last.d_out)
@@ -104,18 +104,18 @@ class GradientFlow:
 
     @property
     def explanation(self) -> dict[str, str]:
-        """Each finding of `diagnosis`, in plain words and with the numbers behind it."""
+        """Each finding of `diagnosis`, with a sentence that gives the numbers behind it."""
         return {**self._explain_gradient(), **self._explain_dead()}
 
     @property
     def diagnosis(self) -> list[str]:
-        """Findings, of "vanishing", "exploding" and "dead"; empty for a healthy network.
+        """The findings: any of "vanishing", "exploding" and "dead"; empty for a healthy network.
 
         - "vanishing": the gradient of the first layer is less than 10⁻³ of that of the last (`gradient_ratio`), and no
-          layer is dead altogether, which would be the reason.
-        - "exploding": it is more than 10³ times that of the last, or something is NaN or infinite.
-        - "dead": in some layer, more units are dead than 4 standard deviations above a half: ½ + 2/√D or more, that is
-          62.5 % of 256 units, 75 % of 64. Half of them is what chance gives where all examples look alike.
+          layer is completely dead, which would explain it.
+        - "exploding": it is more than 10³ times that of the last, or a measurement is NaN or infinite.
+        - "dead": in some layer, at least ½ + 2/√D of the units are dead, 4 standard deviations above one half: 62.5 %
+          of 256 units, 75 % of 64. If all examples are nearly equal, half of the units are dead by chance.
         """
         return list(self.explanation)
 
@@ -129,7 +129,7 @@ class GradientFlow:
         if broken:
             return {"exploding": f"NaN or Inf in {broken[0]}" + (f" and {len(broken) - 1} more" if broken[1:] else "")}
         ratio, steps = self.gradient_ratio, len(self.layers) - 1
-        # A layer that underflowed to exactly 0 looks dead, but is vanishing's doing.
+        # A completely dead layer cuts off the gradient. One whose f underflowed to exactly 0 only looks dead.
         cut = any(layer.dead == 1 and layer.f > 0 for layer in self.layers)
         if not (ratio > EXPLODING or (ratio < VANISHING and not cut)):
             return {}
@@ -138,7 +138,7 @@ class GradientFlow:
             text += f", a factor of {ratio ** (1 / steps):.2g} per layer"
         predicted = [layer.growth_theory for layer in self.layers if layer.growth_theory]
         if predicted:
-            # The same ratio of norms in theory: root mean squares, times the roots of the numbers of units.
+            # The theoretical ratio of norms: that of the root mean squares, times the root of the ratio of widths.
             norms = math.prod(predicted) * math.sqrt(self.layers[0].d_out / self.layers[-1].d_out)
             text += f"; theory predicts {norms ** (1 / steps):.2g} from the weights' variances, and 2/D would keep it"
         return {"exploding" if ratio > EXPLODING else "vanishing": text}
@@ -197,19 +197,19 @@ class GradientFlow:
 
 
 def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = "mse") -> GradientFlow:
-    """Measures how the signal f_k and the gradient ∂ℓ/∂f_k grow or shrink from layer to layer, and says what is wrong.
+    """Measures how the signal f_k and the gradient ∂ℓ/∂f_k grow or shrink from layer to layer, and diagnoses problems.
 
     The growth factor of layer k is the root mean square of ∂ℓ/∂f_{k−1} divided by that of ∂ℓ/∂f_k, over all examples
     and units: one factor of the lecture's chain rule. As ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ Ω_kᵀ ∂ℓ/∂f_k sums D_{k+1}
-    terms and half of the f_{k−1} are positive, theory predicts √(D_{k+1} Var[Ω_k] / 2) for it (He et al., 2015). On the
-    way forward f_k sums D_k terms: the root mean square of f_k, divided by that of f_{k−1}, is √(D_k Var[Ω_k] / 2).
-    Theory takes ∂ℓ/∂f_k to be independent of Ω_k and f_{k−1}. Right below a loss that grows with the output ("mse" of
-    large outputs) it is not, and the last few layers measure up to 1.8 times of what is predicted.
+    terms and half of the f_{k−1} are positive, theory predicts √(D_{k+1} Var[Ω_k] / 2) (He et al., 2015). In the
+    forward pass f_k sums D_k terms: the root mean square of f_k, divided by that of f_{k−1}, is √(D_k Var[Ω_k] / 2).
+    The theory assumes that ∂ℓ/∂f_k is independent of Ω_k and f_{k−1}. This is false just below a loss whose gradient
+    grows with the output ("mse" of large outputs): the last few layers measure up to 1.8 times the prediction.
 
     See `LayerFlow` for each number, and `GradientFlow.diagnosis` for the findings and their thresholds.
 
-    Computed in float64 whatever the dtype of the model is, so that a network that overflows can be measured too. No
-    hooks are set, no ``.grad`` is touched, and no random number is drawn.
+    The computation is in float64 whatever the dtype of the model, so that a network that overflows can be measured too.
+    It sets no hooks, leaves every ``.grad`` alone, and draws no random numbers.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not.
@@ -222,7 +222,7 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         A `GradientFlow`, to be printed; ``.layers``, ``.diagnosis``, ``.explanation``, ``.plot()``, ``.to_dict()``.
 
     Raises:
-        TypeError: `model` has other modules, or an argument is no tensor; or torch's linear or ReLU was replaced.
+        TypeError: `model` has other modules, an argument is not a tensor, or torch's linear or ReLU was replaced.
         ValueError: unknown `loss`, an `input` or `target` that does not fit, no examples, or layers that share a
             parameter.
 
@@ -252,13 +252,13 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         check_choice("gradient_flow", "loss", loss, LOSSES)
     rows = as_rows("gradient_flow", input, layers)
     target = target.flatten(0, input.dim() - 2) if target.dim() >= input.dim() - 1 else target
-    check_example_target("gradient_flow", loss, target, len(rows), layers[-1].weight.shape[0])
+    check_target("gradient_flow", loss, target, len(rows), layers[-1].weight.shape[0])
     if target.is_floating_point():
         target = target.to(widest_dtype(input.device))
     with plain_arithmetic(input.device.type):
         rows = rows.to(widest_dtype(input.device))
         forward = run_forward(layers, rows)
-        passes = run_backward(forward, output_gradient(loss, forward.output, target))
+        passes = run_backward(forward, example_gradients(loss, forward.output, target))
         ratios = _gradient_ratios(passes, layers, rows)
         return GradientFlow(describe([outline(layer) for layer in layers], len(rows), passes.sums, ratios))
 
@@ -272,22 +272,22 @@ def as_rows(op: str, input: Tensor, layers: Sequence[Layer]) -> Tensor:
 
 
 class ForwardPass(NamedTuple):
-    """The forward pass over so many rows, and what the backward pass needs of it."""
+    """The forward pass over some rows: what the backward pass needs."""
 
     rows: Tensor
     weights: list[Tensor]
-    """Ω_k in the dtype of `rows`, to stay what they are when the model gets others."""
+    """Ω_k in the dtype of `rows`, kept here because the model may be given other weights."""
     relus: list[bool]
     output: Tensor
     """(rows, D_K)"""
     f: Tensor
     """All f_k (rows, D_{k+1}), flat."""
     memory: tuple[Tensor, Tensor] | None
-    """Where the kernels will write all ∂ℓ/∂f_k, and copies of all Ω_k."""
+    """Buffers for all ∂ℓ/∂f_k and for copies of all Ω_k, which the kernels fill; None on devices other than CPUs."""
 
 
 class Passes(NamedTuple):
-    """Both passes over so many rows, and what they add up to."""
+    """Both passes over some rows, and sums over these rows."""
 
     sums: Tensor
     """(7, K), for each layer: sums of squares of f_k, h_k and ∂ℓ/∂f_k, numbers of dead and of always-on units, sum and
@@ -303,7 +303,7 @@ class Passes(NamedTuple):
 def run_forward(layers: Sequence[Layer], rows: Tensor, memory: Passes | None = None) -> ForwardPass:
     """Runs the forward pass in the dtype of `rows`.
 
-    The kernels write into `memory`, what another run has returned, if that is of the right size.
+    The kernels write into the tensors of `memory`, an earlier result, if their sizes fit.
     """
     dtype = rows.dtype
     weights = [_as(dtype, layer.weight.detach()) for layer in layers]
@@ -317,25 +317,25 @@ def run_forward(layers: Sequence[Layer], rows: Tensor, memory: Passes | None = N
         f, df, copies = rows.new_empty(units), rows.new_empty(units), rows.new_empty(size)
     else:
         _, f, df, copies = memory
-    output = _ops.flow_forward(rows, weights, biases, relus, f, df)  # h_k lie where ∂ℓ/∂f_k will
+    output = _ops.flow_forward(rows, weights, biases, relus, f, df)  # `df` holds the h_k until the backward pass
     return ForwardPass(rows, weights, relus, output, f, (df, copies))
 
 
 def run_backward(forward: ForwardPass, gradient: Tensor) -> Passes:
-    """Runs the backward pass from ∂ℓ/∂output (rows, D_K), and adds up."""
+    """Runs the backward pass from ∂ℓ/∂output (rows, D_K), and computes the sums."""
     rows, weights, relus, _, f, memory = forward
     gradient = _as(rows.dtype, gradient)
     if memory is None:
         with plain_arithmetic(rows.device.type):
             return _compose_backward(rows, weights, relus, f, gradient)
-    no_biases = [None] * len(weights)  # which are not needed any more
+    no_biases = [None] * len(weights)  # the backward pass reads none
     return Passes(_ops.flow_backward(gradient, rows, weights, no_biases, relus, f, True, *memory), f, *memory)
 
 
 def _compose_forward(
     rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], relus: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """The output and all f_k in plain torch, where the kernels do not run."""
+    """The output and all f_k in plain torch, on devices other than CPUs."""
     f, h = [], rows
     for omega, beta, relu in zip(weights, biases, relus, strict=True):
         f.append(F.linear(h, omega, beta))
@@ -346,14 +346,14 @@ def _compose_forward(
 def _compose_backward(
     rows: Tensor, weights: Sequence[Tensor], relus: Sequence[bool], f_flat: Tensor, dh: Tensor
 ) -> Passes:
-    """The backward pass and the sums, likewise."""
+    """The backward pass and the sums in plain torch."""
     f = [f_k.view(len(rows), -1) for f_k in torch.split(f_flat, [len(rows) * omega.shape[0] for omega in weights])]
     h = [rows, *(f_k.relu() if relu else f_k for f_k, relu in zip(f, relus, strict=True))]
     df: list[Tensor] = []
     for omega, f_k, relu in zip(reversed(weights), reversed(f), reversed(relus), strict=True):
         df.insert(0, reference.relu_mask(f_k, dh) if relu else dh)
         dh = df[0] @ omega
-    # Squared in float64: those of small or large float32 numbers under- or overflow. NaN is neither on nor off.
+    # Squares in float64: float32 would underflow or overflow. A unit with a NaN is neither always on nor dead.
     wide = widest_dtype(rows.device)
     sums = [
         torch.stack([
@@ -368,7 +368,7 @@ def _compose_backward(
 
 
 def weight_changes(weights: Sequence[Tensor], before: Tensor) -> Tensor:
-    """‖ΔΩ_k‖ (K,) from `before`, the copy that `run_backward` made, to `weights`, of the same shapes."""
+    """‖ΔΩ_k‖ (K,): the change from `before`, the copy that `run_backward` made, to `weights`, of the same shapes."""
     weights = [_as(before.dtype, weight) for weight in weights]
     if before.device.type == "cpu":
         changes: Tensor = _ops.flow_update(weights, before)
@@ -379,7 +379,7 @@ def weight_changes(weights: Sequence[Tensor], before: Tensor) -> Tensor:
 
 
 def _gradient_ratios(passes: Passes, layers: Sequence[Layer], rows: Tensor) -> list[float]:
-    """‖∂L/∂Ω_k‖ / ‖Ω_k‖, L being the mean of ℓ_i."""
+    """‖∂L/∂Ω_k‖ / ‖Ω_k‖ with L the mean of ℓ_i."""
     sizes = [len(rows) * layer.weight.shape[0] for layer in layers]
     ratios, h = [], rows
     for f, df, layer in zip(torch.split(passes.f, sizes), torch.split(passes.df, sizes), layers, strict=True):
@@ -391,7 +391,7 @@ def _gradient_ratios(passes: Passes, layers: Sequence[Layer], rows: Tensor) -> l
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """The tensor in this dtype. Asks first: `to` takes 1 µs to find out that it has nothing to do."""
+    """The tensor in this dtype. The comparison is worth it: a `to` with nothing to do takes 1 µs."""
     return tensor if tensor.dtype is dtype else tensor.detach().to(dtype)
 
 
@@ -405,7 +405,7 @@ class Outline(NamedTuple):
 
 
 def outline(layer: Layer) -> Outline:
-    """What there is to say of a layer when its parameters may be gone."""
+    """The `Outline` of a layer, for when its parameters may no longer exist."""
     d_out, d_in = layer.weight.shape
     return Outline(layer.name, d_in, d_out, layer.relu)
 
@@ -413,7 +413,7 @@ def outline(layer: Layer) -> Outline:
 def describe(
     layers: Sequence[Outline], rows: int, sums: Tensor, ratios: Sequence[float | None]
 ) -> tuple[LayerFlow, ...]:
-    """What `run_backward` added up for so many rows, beside theory."""
+    """The `LayerFlow` of each layer, from the sums of `run_backward` over this many rows."""
     sums, widths = sums.cpu(), torch.tensor([(layer.d_out, layer.d_in) for layer in layers], device="cpu")
     sizes = sums[:3] / (rows * torch.stack([widths[:, 0], widths[:, 1], widths[:, 0]]))
     f, h, df = sizes.sqrt().tolist()
@@ -422,7 +422,7 @@ def describe(
     variances = (mean_square - mean.square()).clamp(min=0).tolist()
     found = []
     for k, (name, d_in, d_out, relu) in enumerate(layers):
-        kept = 0.5 if k > 0 and layers[k - 1].relu else 1.0  # the share of f_{k−1} that ReLU passes, in theory
+        kept = 0.5 if k > 0 and layers[k - 1].relu else 1.0  # the share of f_{k−1} that ReLU passes in theory
         found.append(
             LayerFlow(
                 name=name,

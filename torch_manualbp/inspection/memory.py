@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp import _ops
+from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._route import torch_is_faster
-from torch_manualbp.inspection._layers import Layer, layers_of
 
 # Of csrc/cpu/kernels/gemm-inl.h, by instruction set: bytes of a vector, rows of a tile.
 _LEVELS = {"default": (16, 6), "avx2": (32, 6), "avx512": (64, 12)}

@@ -1,12 +1,12 @@
-"""`GradientFlowMonitor`: `gradient_flow` for a training loop, every so many steps, without changing what it computes.
+"""`GradientFlowMonitor`: `gradient_flow` every few steps of a training loop, without changing what it computes.
 
-It is told of the model's forward passes (by a fused network itself, by one hook on a plain one). When one is to be
-measured, it takes the network that has just run as it is now, repeats its forward pass on a part of the rows, and asks
-the output for the gradient that training sends back; from that it computes the backward pass. So a fused network, which
-calls no layer, is seen like a plain one, nothing of the graph is kept, and the model may change between forward and
-backward. `MLP.loss` and `MLP.loss_backward` have no output to ask; they tell what they have computed.
+A fused network reports its forward passes to the monitor; a plain network gets one forward hook. To measure a pass, the
+monitor repeats the forward pass on some of the rows with the network as it is right after that pass, and hooks the
+output's autograd node; when training's ∂L/∂output arrives there, it computes the backward pass from it. So it works for
+a fused network, which calls no layers, keeps no part of the graph, and lets the model change between forward and
+backward. `MLP.loss` and `MLP.loss_backward` have no output to hook; they report input, target and loss.
 
-Left to others: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
+Not here: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from torch_manualbp._arithmetic import plain_arithmetic
+from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import PLAIN, is_legacy_batched, is_tracing, layers_are_torchs, transforms_active
-from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection.gradient_flow import (
     ForwardPass,
     GradientFlow,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
-# Contexts in which no mode and no subclass of Tensor sees what the monitor computes.
+# Contexts that hide the monitor's computation from modes and from subclasses of Tensor.
 _no_functions = getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)
 _no_dispatch = getattr(torch._C, "_DisableTorchDispatch", contextlib.nullcontext)
 
@@ -48,26 +48,26 @@ _no_dispatch = getattr(torch._C, "_DisableTorchDispatch", contextlib.nullcontext
 class GradientFlowMonitor:
     """Measures the gradient flow of a network while it trains: ``with GradientFlowMonitor(model) as monitor: …``.
 
-    Every `every`-th forward pass that records gradients is measured when its backward pass arrives; the first one is,
-    too. Each measurement is a `GradientFlow` in ``history``, with the ``step`` (forward passes counted from 1) and, as
-    ``update_ratio``, the relative size ‖ΔΩ_k‖ / ‖Ω_k‖ of the parameter step that followed: how far the weights have
-    moved, however that was done, when the next forward pass has others. ∂ℓ/∂f_k is here the gradient of the loss as the
-    training loop wrote it: a mean over the batch makes all of them smaller by 1/B, no ratio changes.
+    The first forward pass that records gradients and every `every`-th one after it are measured in their backward pass.
+    Each measurement is a `GradientFlow` in ``history``. Its ``step`` counts forward passes from 1. Its ``update_ratio``
+    is the relative size ‖ΔΩ_k‖ / ‖Ω_k‖ of the parameter step that followed: the distance of the weights, changed by
+    whatever means, from the measured ones when the next forward pass finds them changed. ∂ℓ/∂f_k is the gradient of the
+    loss that the training loop computes: a mean over the batch scales all of them by 1/B, which changes no ratio.
 
-    What is measured is the network that the forward pass computed. Layers and weights may be exchanged while the
-    monitor is active, and ``torch.func.functional_call`` may lend it others. A network that can't be described any more
-    is refused in the forward pass that was to be measured, with the error that the constructor raises.
+    The measured network is the one that the forward pass used: layers and weights may be replaced while the monitor is
+    active, also by ``torch.func.functional_call``. If the network has become one that cannot be described, the forward
+    pass that was to be measured raises the constructor's error.
 
-    Training computes the same numbers bit for bit with and without it: no parameter, gradient or random number is
-    touched, and no part of the graph is kept. What is no ordinary training step is not measured: runs under
-    ``torch.compile``, ``torch.func`` or forward-mode AD, tensors without data, backward passes that are batched.
+    Training computes the same numbers bit for bit with and without a monitor, which changes no parameter, gradient or
+    random number and keeps no part of the graph. Only ordinary training steps are measured: none under
+    ``torch.compile``, ``torch.func`` or forward-mode AD, with tensors without data, or with batched backward passes.
 
     Args:
         model: `MLP`, `LinearReLU`, or an ``nn.Sequential`` of Linear and ReLU layers, fused or not; it may be a part of
             a larger model (``GradientFlowMonitor(model.head)``).
-        every: how many forward passes there are from one measurement to the next.
-        rows: how many rows of the batch are measured at most, evenly spaced. More cost more time, and tell better
-            whether a unit is dead. Measuring costs about as much as training on so many rows, and at least 0.2 ms.
+        every: the number of forward passes from one measurement to the next.
+        rows: the most rows of a batch to measure, evenly spaced. More rows cost more time and make it more certain
+            that a unit is dead. Measuring costs about as much as training on this many rows, and at least 0.2 ms.
 
     Raises:
         TypeError: `model` has other modules than Linear and ReLU layers; the message names the first one.
@@ -95,8 +95,8 @@ class GradientFlowMonitor:
         self._history: list[_Record] = []
         self._model, self._every, self._rows = model, every, rows
         self._steps, self._next = 0, 1
-        self._pending: _Record | None = None  # the last one, until a step has changed the weights
-        # Of the last one, used again: to map fresh pages took as long as both passes.
+        self._pending: _Record | None = None  # the last measurement, until a step has changed the weights
+        # The last measurement's tensors, to be reused: mapping fresh pages took as long as both passes.
         self._memory: Passes | None = None
         self._writers: list[tuple[Any, str]] = []
         self._watcher: _Watcher | None = None
@@ -127,11 +127,11 @@ class GradientFlowMonitor:
 
     @property
     def diagnosis(self) -> list[str]:
-        """Of the last measurement: see `GradientFlow.diagnosis`. Empty before the first one."""
+        """The `GradientFlow.diagnosis` of the last measurement; empty before the first one."""
         return self._history[-1].flow.diagnosis if self._history else []
 
     def write_to(self, writer: Any, prefix: str = "gradient_flow") -> "Self":
-        """Sends each measurement to a TensorBoard ``SummaryWriter``, or anything that has its ``add_scalar``.
+        """Sends each measurement to a TensorBoard ``SummaryWriter``, or any object that has its ``add_scalar``.
 
         The tags are ``prefix/quantity/layer`` for ``f``, ``dl_df``, ``dead``, ``always_on`` and ``update_ratio``, and
         ``prefix/gradient_ratio``.
@@ -165,15 +165,15 @@ class GradientFlowMonitor:
                 before = flow.diagnosis
         return "\n".join(lines)
 
-    # ---------------------------------------------------------------------------------- what the watcher reports
+    # ------------------------------------------------------------------------------------- called by the watcher
 
     def _count(self) -> bool:
-        """One more step: whether there is something to do, `_see`."""
+        """Counts a step. Returns whether `_see` must be called for it."""
         self._steps += 1
         return self._pending is not None or self._steps >= self._next
 
     def _see(self, input: Tensor) -> "_Seen | None":
-        """Looks for the step that completes the last measurement, and returns what there is to measure of this pass."""
+        """Completes the last measurement if the weights have changed; returns this pass if it is to be measured."""
         self._see_update(self._model)
         if self._steps < self._next or (layers := self._network()) is None:
             return None
@@ -182,12 +182,12 @@ class GradientFlowMonitor:
             return None
         dtype = layers[0].weight.dtype
         dtype = torch.float32 if dtype is torch.float16 or dtype is torch.bfloat16 else dtype
-        rows = _sample(input, stride).to(dtype, copy=True)  # the input's memory may be filled again
-        memory, self._memory = self._memory, None  # another pass may come before this one is measured
+        rows = _sample(input, stride).to(dtype, copy=True)  # the caller may refill the memory of the input
+        memory, self._memory = self._memory, None  # another pass may begin before this one is measured
         return _Seen(self._steps, layers, run_forward(layers, rows, memory), stride)
 
     def _network(self) -> list[Layer] | None:
-        """The layers with the parameters that they have now; None if those are stand-ins that some transform uses."""
+        """The layers with their current parameters; None if a transform has replaced those by objects of its own."""
         try:
             return layers_of(self._model, "GradientFlowMonitor")
         except TypeError:
@@ -202,9 +202,9 @@ class GradientFlowMonitor:
         self._history.append(self._pending)
 
     def _see_update(self, model: nn.Module | None) -> None:
-        """Completes the last measurement by the step that followed, once one has changed the weights.
+        """Completes the last measurement by the step that followed it, if the weights have changed.
 
-        model: in its forward pass; None if there will be no other occasion.
+        model: the model in its forward pass; None to complete the measurement in any case.
         """
         if (record := self._pending) is None:
             return
@@ -218,17 +218,15 @@ class GradientFlowMonitor:
 
 
 def _loss_gradient(seen: "_Seen", target: Tensor, spec: LossSpec) -> Tensor:
-    """∂L/∂output of the rows that were seen."""
-    is_class = spec.name == "cross_entropy"
-    targets = target.reshape(-1)[:: seen.stride] if is_class else _sample(target, seen.stride)
-    terms = int((target != spec.ignore_index).sum()) if is_class else target.numel()
-    scale = 1 / max(terms, 1) if spec.reduction == "mean" else 1.0
+    """∂L/∂output of the rows of `seen`."""
+    targets = target.reshape(-1)[:: seen.stride] if spec.loss.of_classes else _sample(target, seen.stride)
+    scale = 1 / max(spec.terms(target), 1) if spec.reduction == "mean" else 1.0
     with plain_arithmetic(target.device.type):
         return spec.output_gradient(seen.forward.output, targets).mul_(scale)
 
 
 def _sample(tensor: Tensor, stride: int) -> Tensor:
-    """Rows of (…, D), evenly spaced."""
+    """Every `stride`-th row of (…, D)."""
     matrix = tensor.detach()
     if matrix.dim() != 2:
         matrix = matrix.flatten(0, -2) if matrix.dim() > 1 else matrix.unsqueeze(0)
@@ -236,7 +234,7 @@ def _sample(tensor: Tensor, stride: int) -> Tensor:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether this tensor belongs to a plain training step: to no transform, capture or batched backward pass."""
+    """Whether this tensor belongs to an ordinary training step: no transform, capture or batched backward pass."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
@@ -255,15 +253,14 @@ class _Seen(NamedTuple):
 
     step: int
     layers: list[Layer]
-    """With the parameters that it used."""
+    """The layers, with the parameters that it used."""
     forward: ForwardPass
-    """Of some of its rows, evenly spaced."""
+    """The same pass, repeated for every `stride`-th row."""
     stride: int
-    """From one of them to the next."""
 
 
 class _Awaited:
-    """A hook on the node that made the output: measures when the first gradient comes back."""
+    """A hook on the autograd node of the output, which measures when the first gradient arrives."""
 
     __slots__ = ("_monitor", "_number", "_seen")
 
@@ -272,7 +269,7 @@ class _Awaited:
         self._seen: _Seen | None = seen
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Before the node's backward pass. A second one through the same graph is no other step."""
+        """Runs before the node's backward pass. A second pass through the same graph is not another step."""
         seen, gradient = self._seen, gradients[self._number]
         if seen is not None and gradient is not None and _is_ordinary(gradient):
             self._seen = None
@@ -281,27 +278,27 @@ class _Awaited:
 
 
 class _Record:
-    """One measurement: tensors at first, since to make a `GradientFlow` of them would delay training."""
+    """One measurement, kept as tensors until `flow` is read: converting them at once would delay training."""
 
     def __init__(self, seen: _Seen, passes: Passes) -> None:
         self._step, self._rows, self._sums = seen.step, len(seen.forward.rows), passes.sums
         self._outlines = [outline(layer) for layer in seen.layers]
         self._before: Tensor | None = passes.weights
-        # Of a weight that was computed, not the graph that computed it.
+        # Of a computed weight keep the detached copy: the weight itself would keep the graph that computed it.
         self._weights = [
             layer.weight if layer.weight.is_leaf else kept
             for layer, kept in zip(seen.layers, seen.forward.weights, strict=True)
         ]
         self._version = _version(self._weights)
-        self._owners: list[dict[str, Any]] | None = None  # where the model keeps its weights
+        self._owners: list[dict[str, Any]] | None = None  # the `_parameters` of the modules with the weights
         self._update: Tensor | None = None  # ‖ΔΩ_k‖ (K,)
         self._kept = [False] * len(self._weights)  # whether there was a weight to compare with
         self._flow: GradientFlow | None = None
 
     def find_update(self, model: nn.Module | None = None) -> bool:
-        """Whether a step was taken: the weights are not what they were when they were measured. Measures it, if so.
+        """Whether the weights have changed since they were measured. If so, measures the change.
 
-        model: looks at the weights that it has now, which may be other tensors.
+        model: compares the weights that the model has now, which may be other tensors; None: the measured tensors.
         """
         weights: list[Any] = self._weights if model is None else self._weights_of(model)
         if (before := self._before) is None or (model is not None and all(map(operator.is_, weights, self._weights))):
@@ -310,14 +307,14 @@ class _Record:
             type(weight) in PLAIN and weight.shape == (each.d_out, each.d_in) and weight.device == before.device
             for weight, each in zip(weights, self._outlines, strict=True)
         ]
-        if not all(kept):  # nothing to compare with, so no change
+        if not all(kept):  # a weight that cannot be compared counts as unchanged
             pieces = torch.split(before, [each.d_out * each.d_in for each in self._outlines])
             weights = [
                 weight if there else old.view(each.d_out, each.d_in)
                 for weight, there, old, each in zip(weights, kept, pieces, self._outlines, strict=True)
             ]
         changes = weight_changes(weights, before)
-        # A write that left every number as it was is a step, too: one that was lost to rounding.
+        # A write that changed no number is a step as well, one that rounding has cancelled.
         written = model is None and _version(self._weights) != self._version
         if not (written or changes.any()):
             return False
@@ -325,19 +322,19 @@ class _Record:
         return True
 
     def _weights_of(self, model: nn.Module) -> list[Any]:
-        """What stands where the weights stood."""
+        """What the model has in the places of the measured weights."""
         if self._owners is None:
             modules = dict(model.named_modules())
             self._owners = [getattr(modules.get(each.name), "_parameters", {}) for each in self._outlines]
         return [owner.get("weight") for owner in self._owners]
 
     def forget_weights(self) -> None:
-        """Gives back the memory of the copy, and the parameters."""
+        """Releases the copy of the weights and the parameters."""
         self._before, self._weights, self._owners = None, [], None
 
     @property
     def flow(self) -> GradientFlow:
-        """The measurement in its final form."""
+        """The measurement as a `GradientFlow`."""
         if self._flow is None:
             ratios: list[float | None] = [None] * len(self._outlines)
             if self._update is not None:
@@ -348,7 +345,7 @@ class _Record:
 
 
 def _version(weights: Sequence[Tensor]) -> int:
-    """Grows when a weight is changed in place, as torch counts it: not through ``.data``."""
+    """A number that grows when a weight is changed in place; torch does not count changes through ``.data``."""
     return sum([0 if weight.is_inference() else weight._version for weight in weights])
 
 
@@ -361,17 +358,17 @@ def _write(flow: GradientFlow, writer: Any, prefix: str) -> None:
 
 
 class _Watcher:
-    """What a model tells a monitor. A copied or unpickled model tells nobody."""
+    """Receives a model's reports for a monitor. The watcher of a copied or unpickled model has no monitor."""
 
     def __init__(self, monitor: GradientFlowMonitor | None = None) -> None:
-        self._monitor: Callable[[], GradientFlowMonitor | None] = weakref.ref(monitor) if monitor else _nobody
-        self.release: Callable[[], None] = _nobody
+        self._monitor: Callable[[], GradientFlowMonitor | None] = weakref.ref(monitor) if monitor else _nothing
+        self.release: Callable[[], None] = _nothing
 
     def watch(self, model: nn.Module) -> None:
-        """Listens to a model, until `release`; again after `unfuse` has made it a plain one."""
+        """Receives the reports of a model until `release`; `unfuse` calls it for the plain model that it makes."""
         if isinstance(model, FusedForward):
             self.release = model._watch(self)
-        else:  # before other hooks, which may change the output
+        else:  # run before other hooks, which may change the output
             self.release = model.register_forward_hook(self.hook, with_kwargs=True, prepend=True).remove
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -380,7 +377,7 @@ class _Watcher:
             self.after_forward(args[0] if args else kwargs["input"], output)
 
     def after_forward(self, input: Tensor, output: Any) -> None:
-        """After a forward pass: whose backward pass is to be measured?"""
+        """Called after a forward pass: hooks its output if its backward pass is to be measured."""
         monitor = self._monitor()
         if monitor is None or not (isinstance(output, Tensor) and output.requires_grad) or transforms_active():
             return
@@ -390,7 +387,7 @@ class _Watcher:
                     cast(Any, output.grad_fn).register_prehook(_Awaited(monitor, seen, output.output_nr))
 
     def after_loss(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        """After a pass that computed loss and gradients at once."""
+        """Called after a pass that computed loss and gradients in one call."""
         monitor = self._monitor()
         if monitor is not None and monitor._count() and _is_ordinary(input):
             with _no_functions(), _no_dispatch():
@@ -401,5 +398,5 @@ class _Watcher:
         return (_Watcher, ())
 
 
-def _nobody() -> None:
+def _nothing() -> None:
     return None

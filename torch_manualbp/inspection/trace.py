@@ -1,10 +1,10 @@
 """`trace`: every quantity of the lecture's forward and backward pass of a network, from the kernels that train it.
 
-Leaves to others: the model's layers (_layers.py), the loss (_loss.py), the comparison with autograd and finite
-differences (_verify.py), tables (_table.py) and figures (trace_plot.py).
+Not here: the model's layers (../_layers.py), the loss (_loss.py), the comparison with autograd and finite differences
+(_verify.py), tables (_table.py) and figures (trace_plot.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_tensor
+from torch_manualbp._hidden import split_hidden
+from torch_manualbp._layers import Layer, layers_of, runs_of
 from torch_manualbp._route import KERNELS, route
-from torch_manualbp.autograd import _split
 from torch_manualbp.inspection import _table, _verify, trace_plot
-from torch_manualbp.inspection._layers import Layer, layers_of
 from torch_manualbp.inspection._loss import LossFunction, TracedLoss
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Trace:
     """What a network's two passes compute, as `trace` returns it: a snapshot that later training does not change.
 
-    K layers, B examples; layer k maps D_k to D_{k+1} features. Each tuple is indexed as the lecture counts.
+    K layers, B examples; layer k maps D_k to D_{k+1} features. Each tuple has the lecture's indices.
 
     Attributes:
         f: f_k = β_k + Ω_k h_k, shape (B, D_{k+1}), for k = 0 … K−1.
@@ -40,7 +40,7 @@ class Trace:
         loss: L, a scalar.
         losses: ℓ_i, shape (B,), with Σ_i ℓ_i = L; None if a callable's scalar is no sum over the examples.
         dl_df: ∂L/∂f_k, shape (B, D_{k+1}). Row i is ∂ℓ_i/∂f_k, since f_k of example i reaches L through ℓ_i only.
-        dl_dh: ∂ℓ_i/∂h_k in the same way, shape (B, D_k), for each h_k; dl_dh[0] is the gradient of the input.
+        dl_dh: ∂L/∂h_k, with the rows ∂ℓ_i/∂h_k, shape (B, D_k), for each h_k; dl_dh[0] is the gradient of the input.
         dl_dbeta: ∂L/∂β_k, shape (D_{k+1},), summed over the batch; None where a layer has no bias.
         dl_domega: ∂L/∂Ω_k, shape (D_{k+1}, D_k), summed over the batch.
         layers: name, weight Ω_k, bias β_k and whether a ReLU follows, for each layer.
@@ -76,25 +76,26 @@ class Trace:
         Raises:
             IndexError: there is no layer k.
         """
-        k = range(len(self.f))[k]  # so that -1 means the last layer in h, too
+        k = range(len(self.f))[k]  # h may have one item more than f: let −1 be the last layer in both
         return self.dl_df[k][:, :, None] * self.h[k][:, None, :]
 
     def verify(self, tolerance: float | None = None) -> _verify.Differences:
         """Compares every quantity with float64 autograd on plain torch ops and, in float64, with finite differences.
 
-        A difference is relative to the largest sum of absolute values that were added up to make the quantity: an
-        element that cancels to almost nothing keeps the error of its terms. Where a float32 pre-activation is within
-        rounding of zero, autograd is told on which side the trace saw it. Finite differences are central, along one
-        random direction per quantity, end to end through the loss; a quantity that cannot move without switching a
-        ReLU (a pre-activation is exactly zero) has no derivative to compare with and gets NaN.
+        A difference is relative to the largest sum of absolute values behind an element of the quantity, because an
+        element whose terms nearly cancel keeps the rounding error of its terms. If a float32 pre-activation is within
+        rounding of zero, autograd uses the trace's side of the ReLU. Finite differences are central, along one random
+        direction per quantity, end to end through the loss. A quantity that cannot change without switching a ReLU,
+        because a pre-activation is exactly zero, has no derivative to compare with; its difference is NaN.
 
         Args:
             tolerance: largest difference to autograd; default 1e-12 (float64), 1e-5 (float32), 0.01 (float16), 0.08
                 (bfloat16). For finite differences it is 1e-5.
 
         Returns:
-            The largest difference of each quantity, "f[0]", "dl_domega[2]", …: a dict whose ``float()`` is the largest
-            of all and which compares like it, and in ``.finite_differences`` those to finite differences.
+            A dict with the largest difference of each quantity, "f[0]", "dl_domega[2]", …; its ``float()`` is the
+            largest of all, and it compares with numbers like that one. ``.finite_differences`` is a dict with the
+            differences to finite differences.
 
         Raises:
             AssertionError: a difference is above the tolerance. The message names the quantities.
@@ -109,7 +110,7 @@ class Trace:
         return _verify.verify(self, tolerance)
 
     def plot(self) -> "Figure":
-        """Both passes as a figure: heat maps where the network is small enough to show every unit, else bars.
+        """Both passes as a figure: heat maps if the network is small enough to show every unit, else bars.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -117,7 +118,7 @@ class Trace:
         return trace_plot.draw_trace(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All quantities as numbers in lists, with what they are called: what ``json.dumps`` takes."""
+        """All quantities by name, as numbers in lists, for ``json.dumps``."""
         return {
             "layers": [
                 {"name": layer.name, "weight": layer.weight.tolist(), "bias": _listed(layer.bias), "relu": layer.relu}
@@ -156,8 +157,8 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
     ∂ℓ_i/∂h_k = Ω_kᵀ ∂ℓ_i/∂f_k in reverse order; then ∂ℓ_i/∂β_k = ∂ℓ_i/∂f_k and ∂ℓ_i/∂Ω_k = ∂ℓ_i/∂f_k h_kᵀ. On a CPU
     they are the numbers of `MLP` in training, bit for bit. The model is not changed: no hooks, no ``.grad``.
 
-    Where the kernels do not train, because somebody replaced torch's functions or a `TorchFunctionMode` is around the
-    call, say, forward is what those functions make of it, and the gradients are autograd's of that.
+    If the kernels do not train this network, for example because torch's functions have been replaced or under a
+    `TorchFunctionMode`, the forward pass calls the functions as they are now, and autograd computes the gradients.
 
     L = Σ_i ℓ_i is the loss of the whole batch. With reduction "sum", ℓ_i = Σ_d (f_id − y_id)² for "mse"; with "mean"
     each ℓ_i is divided by what ``torch.nn.functional`` divides by (B·D_K for "mse" and "bce_with_logits", the number of
@@ -169,20 +170,20 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
         input: x, shape (B, D_0), or (D_0,) for one example; the dtype and device of the model.
         target: y. For "mse" and "bce_with_logits" it has the shape of the output; for "cross_entropy" it holds class
             indices (B,), or class probabilities (B, D_K). With an input (D_0,) it lacks the first dimension. For a
-            callable, anything that it takes.
+            callable, anything that it accepts.
         loss: "mse", "cross_entropy", "bce_with_logits", or a callable(output, target) that returns a value per
-            example, shape (B,), or a scalar. A scalar is L as it is, whatever `reduction` says; ``losses`` are then
-            its values on each example alone if they add up to L or have L as their mean (divided by B, in that case),
-            and None otherwise. Gradients are always those of the callable on the whole batch.
+            example, shape (B,), or a scalar. A scalar is L, whatever `reduction` is; ``losses`` are then its values on
+            each example alone if they add up to L, those values divided by B if L is their mean, and None otherwise.
+            Gradients are always those of the callable on the whole batch.
         reduction: "sum" or "mean".
 
     Returns:
-        A `Trace`. ``print`` shows it as a table; see there for its attributes and for `verify` and `plot`.
+        A `Trace`, which describes its attributes, `verify` and `plot`. ``print`` shows it as a table.
 
     Raises:
         TypeError: `input` is not a tensor; `model` is not a module or holds a child that is not supported (the message
-            names it); `loss` is neither a string nor a callable, or returns no tensor.
-        ValueError: an unknown `loss` or `reduction`; an input that has not one or two dimensions; a target or a
+            names it); `loss` is neither a string nor a callable, or does not return a tensor.
+        ValueError: an unknown `loss` or `reduction`; an input that does not have one or two dimensions; a target or a
             callable's value of the wrong shape; layers that share parameters.
         RuntimeError: shapes, dtypes or devices do not fit (the class that ``F.linear`` raises).
 
@@ -201,7 +202,7 @@ def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "ms
     traced_loss = TracedLoss(loss, reduction)
     layers = layers_of(model, "trace")
     if input.dim() not in (1, 2):
-        raise ValueError(f"trace: `input` must have the shape (B, D_0) or (D_0,), got {tuple(input.shape)}")
+        raise ValueError(f"trace: `input` must have shape (B, D_0) or (D_0,), got {tuple(input.shape)}")
     if input.dim() == 1:
         input, target = input[None], target[None] if isinstance(target, Tensor) else target
     with torch.inference_mode(False), torch.no_grad():
@@ -244,7 +245,7 @@ class _Passes(NamedTuple):
 
 
 def _by_autograd(input: Tensor, layers: Sequence[Layer], output_gradient: Callable[[Tensor], Tensor]) -> _Passes:
-    """Through torch's functions as they are found, as modules call them; whatever they compute, autograd knows."""
+    """Both passes by torch: its functions as they are now, called as modules call them, and autograd."""
     h = [input.requires_grad_()]
     f: list[Tensor] = []
     omega = [layer.weight.detach().requires_grad_() for layer in layers]
@@ -263,21 +264,21 @@ def _by_autograd(input: Tensor, layers: Sequence[Layer], output_gradient: Callab
 
 
 def _by_kernels(input: Tensor, layers: Sequence[Layer], output_gradient: Callable[[Tensor], Tensor]) -> _Passes:
-    """By the ops that train."""
+    """Both passes by the ops that train the network."""
     f, h = _forward(input, layers)
     dl_df, dl_dh = _backward(output_gradient(h[-1] if layers[-1].relu else f[-1]), h, layers)
     return _Passes(f, h, dl_df, dl_dh, *_parameter_gradients(dl_df, h, layers))
 
 
 def _forward(input: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
-    """f_0 … f_{K−1}, and h_0 … h_{K−1} (and h_K after a closing ReLU).
+    """f_0 … f_{K−1}, and h_0 … h_{K−1} (and h_K if the network ends with a ReLU).
 
-    Each run of layers is one call of the op that trains it, which stores h_k. It never stores f_k: each comes from the
-    same op on that one layer, which sums in the same order, so that h_{k+1} = a[f_k] holds to the bit.
+    Each run of layers is one call of the op that trains it, which stores h_k but not f_k. Each f_k comes from a call of
+    the same op for that layer alone, which sums in the same order, so that h_{k+1} = a[f_k] holds bit for bit.
     """
     h: list[Tensor] = [input]
     f: list[Tensor] = []
-    for run in _runs(layers):
+    for run in runs_of(layers):
         first, weights, biases = len(f), [layer.weight for layer in run], [layer.bias for layer in run]
         output, inner = _run_forward(h[first], weights, biases, run[-1].relu)
         h += [*inner, output]
@@ -291,13 +292,13 @@ def _run_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a run, and its h_1 … h_{K−1}."""
     output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
-    return output, _split(hidden, input.shape, weights)
+    return output, split_hidden(hidden, input.shape, weights)
 
 
 def _backward(grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer]) -> tuple[list[Tensor], list[Tensor]]:
     """∂ℓ/∂f_k = I[f_k > 0] ⊙ ∂ℓ/∂h_{k+1} and ∂ℓ/∂h_k = Ω_kᵀ ∂ℓ/∂f_k, from the last layer to the first.
 
-    One call a layer, of the op that trains the network: it computes the same bits as one call for the whole network.
+    The op that trains the network is called once per layer, which gives the same bits as one call for all layers.
     """
     dl_df: list[Tensor] = []
     dl_dh = [grad_output] if layers[-1].relu else []
@@ -313,10 +314,10 @@ def _backward(grad_output: Tensor, h: Sequence[Tensor], layers: Sequence[Layer])
 def _parameter_gradients(
     dl_df: Sequence[Tensor], h: Sequence[Tensor], layers: Sequence[Layer]
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """∂ℓ/∂β_k and ∂ℓ/∂Ω_k: one call for a run of layers, as in training, which may cut the batch as it likes."""
+    """∂ℓ/∂β_k and ∂ℓ/∂Ω_k. One call per run of layers, as in training: how the op cuts the batch affects the bits."""
     dbeta: list[Tensor | None] = []
     domega: list[Tensor] = []
-    for run in _runs(layers):
+    for run in runs_of(layers):
         first, K = len(domega), len(run)
         inputs, df, weights = h[first : first + K], dl_df[first + K - 1], [layer.weight for layer in run]
         hidden = torch.cat([df.new_empty(0), *(h_k.reshape(-1) for h_k in inputs[1:])])
@@ -326,17 +327,8 @@ def _parameter_gradients(
     return dbeta, domega
 
 
-def _runs(layers: Sequence[Layer]) -> Iterator[Sequence[Layer]]:
-    """The layers that one call computes: a run goes on while each layer is followed by a ReLU."""
-    first = 0
-    for k, layer in enumerate(layers):
-        if not layer.relu or k == len(layers) - 1:
-            yield layers[first : k + 1]
-            first = k + 1
-
-
 def _listed(value: Any) -> Any:
-    """Tensors as lists, in whatever they are; what is no tensor and no sequence of them as text."""
+    """The value for JSON: tensors, also nested in tuples and lists, as lists; other objects as their ``repr``."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

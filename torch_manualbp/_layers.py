@@ -1,10 +1,10 @@
-"""The one place that finds the layers of a model: which weight, which bias, and whether a ReLU follows.
+"""The layers of a model: the weight and bias of each, and whether a ReLU follows.
 
-Anything that is not exactly a Linear, a ReLU or a Sequential of them is refused by name, because a number that is
-computed from the weights alone would not be the model's number then.
+`layers_of` refuses, by name, everything that is not exactly a Linear, a ReLU or a Sequential of them: numbers computed
+from its weights alone would not be the model's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ _MISSING = object()
 
 
 def _untouched(function: Any) -> Any:
-    """The function, if it is torch's or ours; if somebody has replaced it before we came, what equals nothing."""
+    """The function, if it is torch's or ours; if it was replaced before this import, an object that equals no other."""
     home = getattr(function, "__globals__", {}).get("__name__", "torch")
     return function if home.partition(".")[0] in ("torch", "torch_manualbp") else object()
 
 
-# What the call of a module goes through. Where one of them is another, on the class or on the module, nobody knows what
-# it computes: a LayerDrop is a Sequential whose `__iter__` leaves children out, and `forward` asks `__iter__`.
+# The attributes that calling a module reads. If one of them is replaced, on the class or on the module, what the module
+# computes is unknown: a LayerDrop is a Sequential whose `__iter__`, which `forward` uses, skips children.
 _CALL = (
     *("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__iter__", "_modules"),
     *("__getattr__", "__getattribute__"),
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     """One layer k: f_k = β_k + Ω_k h_k, and h_{k+1} = a[f_k] if `relu`."""
 
     name: str
-    """Of the module in the model, as ``named_modules`` has it: "0" or "head.2"; "" if it is the model itself."""
+    """The module's name in ``model.named_modules()``: "0" or "head.2"; "" if it is the model itself."""
     weight: Tensor
     """Ω_k (D_{k+1}, D_k), the parameter itself."""
     bias: Tensor | None
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
     """Whether a ReLU follows."""
 
     def parameter_name(self, kind: str) -> str:
-        """Of its "weight" or "bias" in the model, as ``named_parameters`` has it."""
+        """The name of its "weight" or "bias" in ``model.named_parameters()``."""
         return f"{self.name}.{kind}" if self.name else kind
 
 
@@ -55,17 +55,16 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
 
     Args:
         model: an `MLP`, a `LinearReLU`, an ``nn.Linear``, or an ``nn.Sequential`` (fused or not, nested or not) whose
-            children are such layers and ``nn.ReLU``. Hooks on `model` itself are outside of the network and not looked
-            at.
-        op: the caller, for error messages.
+            children are such layers and ``nn.ReLU``. Hooks on `model` itself are ignored: they run outside the network.
+        op: the caller's name, for error messages.
 
     Returns:
         A `Layer` (name, weight, bias, relu) for each linear layer; its tensors are the model's own parameters.
 
     Raises:
         TypeError: `model` is not a module, or holds a child whose computation is not known: another module, a layer
-            that is parametrized or watched by hooks, or one whose forward, or whatever a call goes through before it,
-            is no longer torch's, as in a Sequential with its own ``__iter__``.
+            that is parametrized or has hooks, or one for which ``forward``, or another attribute that a call reads, is
+            not torch's, such as a Sequential with its own ``__iter__``.
         ValueError: there is no linear layer, a ReLU comes before the first one, or two layers share a parameter.
 
     Example:
@@ -93,17 +92,26 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
     return layers
 
 
+def runs_of(layers: Sequence[Layer]) -> Iterator[Sequence[Layer]]:
+    """The runs of layers that the op `mlp` computes in one call: a ReLU follows each layer of a run but the last."""
+    first = 0
+    for k, layer in enumerate(layers):
+        if not layer.relu or k == len(layers) - 1:
+            yield layers[first : k + 1]
+            first = k + 1
+
+
 def _leaves(
     op: str, module: nn.Module, name: str, checked: set[type], outermost: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The Linear, LinearReLU and ReLU modules inside `module` with their names, in the order of the computation.
+    """The Linear, LinearReLU and ReLU modules in `module` with their names, in the order in which they are computed.
 
-    checked: the classes that have been found to compute what they are known for.
+    checked: the classes that `_check_class` has accepted.
     """
     if type(module) not in checked:
         _check_class(op, module, name)
         checked.add(type(module))
-    for attribute in ("forward", "_call_impl", "_wrapped_call_impl"):  # the others are looked up on the class only
+    for attribute in ("forward", "_call_impl", "_wrapped_call_impl"):  # Python reads the others from the class only
         if attribute in module.__dict__:
             raise _changed(op, module, name, attribute)
     if not outermost and _has_hooks(module):
@@ -117,7 +125,7 @@ def _leaves(
 
 
 def _check_class(op: str, module: nn.Module, name: str) -> None:
-    """Raises TypeError unless modules of this class compute what it is known for."""
+    """Raises TypeError unless the class is supported and nothing that a call reads was replaced on it."""
     kind = type(module)
     if isinstance(module, nn.Sequential):
         kind = FusedForward if isinstance(module, FusedForward) else nn.Sequential
@@ -146,7 +154,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _parameters(op: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Ω and β, where they are the module's own parameters: nothing else would be the model's gradient."""
+    """Ω and β, if they are the module's own parameters: the gradient of a computed weight is not the model's."""
     own = module._parameters
     weight, bias = own.get("weight", _MISSING), own.get("bias", _MISSING)
     if type(weight) not in (Parameter, Tensor) or not (bias is None or type(bias) in (Parameter, Tensor)):
