@@ -1,7 +1,7 @@
 """Hooks of mkdocs. Pages include files of the repository, so that nothing is written twice; formulas get subscripts.
 
-`<!-- include: SECURITY.md -->` stands for the text of that file. Formulas are plain Unicode, in the pages as in comments
-and docstrings: no renderer is needed, and `h_{k+1}` is all that is left to typeset.
+`<!-- include: SECURITY.md -->` stands for the text of that file. Formulas are plain Unicode, in the pages as in
+comments and docstrings: no renderer is needed, and `h_{k+1}` is all that is left to typeset.
 """
 
 import posixpath
