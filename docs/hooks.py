@@ -1,8 +1,7 @@
-"""Hooks of mkdocs. Pages take what the repository's own files say, so that it is written once; formulas get subscripts.
+"""Hooks of mkdocs. Pages include files of the repository, so that nothing is written twice; formulas get subscripts.
 
-`<!-- include: README.md -->` stands for the whole file, `<!-- include: README.md#Limits -->` for its section "Limits".
-Formulas are plain Unicode, in the pages as in comments and docstrings: no renderer is needed, and `h_{k+1}` is all that
-is left to typeset.
+`<!-- include: SECURITY.md -->` stands for the text of that file. Formulas are plain Unicode, in the pages as in
+comments and docstrings: no renderer is needed, and `h_{k+1}` is all that is left to typeset.
 """
 
 import posixpath
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {  # where what those files link to is in the site
+PAGES = {  # the links of those files, and where they lead in the site
     "docs": ".",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "design/contributing.md",
@@ -19,7 +18,7 @@ PAGES = {  # where what those files link to is in the site
     "csrc/README.md": "design/csrc.md",
 }
 
-# Code, headings (names of attributes) and tags, which stay as they are; or a letter, "_", and what is below the line.
+# Code, headings (names of attributes) and tags, which stay as they are; or a letter, "_", and its subscript.
 _SUBSCRIPT = re.compile(
     r"<(?P<whole>code|pre|h\d)\b.*?</(?P=whole)>|<[^>]+>"
     r"|(?<!\w)(?P<letter>[^\W\d_])_(?:\{(?P<braced>[^}]+)\}|(?P<word>[0-9A-Za-z]+))",
@@ -32,27 +31,17 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     folder = posixpath.dirname(page.file.src_uri) or "."
 
     def include(match: re.Match[str]) -> str:
-        text = _section(*match.groups())
+        text = (ROOT / match[1]).read_text()
         for name, target in PAGES.items():
             text = text.replace(f"]({name}", f"]({posixpath.relpath(target, folder)}")
         return text
 
-    return re.sub(r"<!-- include: (\S+?)(?:#(.+))? -->", include, markdown)
+    return re.sub(r"<!-- include: (\S+) -->", include, markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs with the HTML of each page, without what surrounds it."""
     return _SUBSCRIPT.sub(_subscript, html)
-
-
-def _section(name: str, title: str | None) -> str:
-    text = (ROOT / name).read_text()
-    if title is None:
-        return text
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    if found is None:
-        raise ValueError(f"hooks.py: {name} has no section {title!r}")
-    return found[1]
 
 
 def _subscript(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Both passes of a real network on handwritten digits: traced before and after training, checked, and used for a step.
+"""Traces both passes of a network on handwritten digits, before and after training; checks them and takes a step.
 
 python examples/deep_network.py --output deep_network.png
 """

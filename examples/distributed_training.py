@@ -3,16 +3,16 @@
     torchrun --nproc-per-node 2 examples/distributed_training.py            # all four, one after another
     torchrun --nproc-per-node 2 examples/distributed_training.py fsdp
 
-    ddp   DistributedDataParallel: every process has the whole network and a share of each batch
-    fsdp  fully_shard: the same, but every process keeps only its share of the parameters between steps
+    ddp   DistributedDataParallel: every process has the whole network and a part of each batch
+    fsdp  fully_shard: the same, but every process keeps only a part of the parameters between steps
     tp    tensor parallelism: every process computes some of the hidden units, for the whole batch
     pp    pipeline: every process has some of the layers, and passes parts of the batch on to the next
 
-All of it is torch's own engine: an `MLP` is an `nn.Sequential` and needs nothing special. Under ddp, fsdp and pp its
-layers are still computed in one call; under tp, torch hooks every layer, and they run one by one. Each process also
-trains the same network alone, as a plain nn.Sequential, and compares its gradients at every step. In float64, because
-the sums are made in another order: in float32 a unit within rounding of zero could be on in one run and off in the
-other. On the CPU, with gloo.
+All four are torch's own: an `MLP` is an `nn.Sequential` and needs nothing special. Under ddp, fsdp and pp, its layers
+are still computed in one call. Under tp, torch adds hooks to every layer, so they run one by one. Each process also
+trains the same network alone, as a plain nn.Sequential, and compares its gradients at every step. It does so in
+float64, because several processes sum in another order: in float32, a unit within rounding of zero could be on in one
+run and off in the other. Everything runs on the CPU, with gloo.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def data_parallel(mesh: DeviceMesh) -> tuple[nn.Module, Step]:
-    """Each process takes its share of the batch; DDP averages the gradients during backward."""
+    """Each process takes its part of the batch; DDP averages the gradients during backward."""
     model = DistributedDataParallel(network())
     return model, step_on_a_share_of_the_batch(model, mesh)
 
@@ -75,7 +75,7 @@ def sharded(mesh: DeviceMesh) -> tuple[nn.Module, Step]:
 
 
 def step_on_a_share_of_the_batch(model: nn.Module, mesh: DeviceMesh) -> Step:
-    """A step whose loss is that of the whole batch: the mean over equal shares."""
+    """A step whose loss is that of the whole batch: the mean over equal parts."""
 
     def step(input: Tensor, target: Tensor) -> Tensor:
         mine = slice(mesh.get_rank(), None, mesh.size())
@@ -104,7 +104,7 @@ def tensor_parallel(mesh: DeviceMesh) -> tuple[nn.Module, Step]:
 
 
 def pipelined(mesh: DeviceMesh) -> tuple[nn.Module, Step]:
-    """A process takes some the layers: a slice of an MLP is an nn.Sequential, which `fuse` computes in one call."""
+    """A process takes some of the layers: a slice of an MLP is an nn.Sequential, which `fuse` computes in one call."""
     model, rank, stages = network(), mesh.get_rank(), mesh.size()
     cuts = [2 * (k * (len(SIZES) - 1) // stages) for k in range(stages)]  # before a linear layer
     first, last = [*cuts, len(model)][rank : rank + 2]
@@ -151,7 +151,7 @@ def train(model: nn.Module, step: Step) -> Record:
 
 
 def whole(grad: Tensor | None) -> Tensor:
-    """A gradient as one process would have it: put together, if it is spread over the processes."""
+    """A gradient as one process would have it: gathered, if it is spread over the processes."""
     assert grad is not None
     return grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
@@ -180,7 +180,7 @@ def main() -> int:
     mesh = init_device_mesh("cpu", (processes,))  # starts gloo
     want = train(*alone())
     results = torch.tensor([compare(way, mesh, want) for way in (WAYS if args.way == "all" else (args.way,))])
-    dist.barrier()  # nobody leaves while others still talk
+    dist.barrier()  # no process exits while others still communicate
     dist.destroy_process_group()
     return 0 if bool((results <= LARGEST_DIFFERENCE).all()) else 1
 
@@ -190,7 +190,7 @@ def compare(way: str, mesh: DeviceMesh, want: Record) -> float:
     got = train(*WAYS[way](mesh))
     difference = torch.tensor(largest_difference(got, want))
     dist.all_reduce(difference, dist.ReduceOp.MAX)
-    if mesh.get_rank() == mesh.size() - 1:  # the end of the pipeline knows the loss
+    if mesh.get_rank() == mesh.size() - 1:  # the last stage of the pipeline has the loss
         print(
             f"{way:5}{mesh.size()} processes, {STEPS} steps: loss {got[0][0]:.4f} -> {got[-1][0]:.4f}, "
             f"largest gradient difference to one process {difference.item():.1e}",
@@ -202,6 +202,6 @@ def compare(way: str, mesh: DeviceMesh, want: Record) -> float:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # torch's cache of sharded operations keeps the mesh, and that keeps gloo's threads, after the group is destroyed:
-    # without teardown, for they would be running into it, and now and then abort the process.
+    # torch's cache of sharded operations keeps the mesh alive, and with it gloo's threads, after the group is
+    # destroyed. They would run into the interpreter's teardown and sometimes abort the process: exit without teardown.
     os._exit(code)

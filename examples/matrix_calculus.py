@@ -19,7 +19,7 @@ from torch_manualbp.lecture import jacobian, weight_gradient
 def draw(panels: dict[str, Tensor]) -> Figure:
     """Each matrix as a heat map with its numbers."""
     figure = Figure(figsize=(3.6 * len(panels), 5.0), layout="constrained", dpi=150)
-    # As wide as they have columns, so that an element has one size in all of them.
+    # Each panel's width is proportional to its columns, so that elements have the same size in all panels.
     widths = [matrix.shape[1] for matrix in panels.values()]
     for place, (axes, (title, matrix)) in enumerate(
         zip(figure.subplots(1, len(panels), width_ratios=widths), panels.items(), strict=True), 1

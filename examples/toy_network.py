@@ -1,7 +1,7 @@
-"""The lecture's toy network, by hand: every intermediate quantity forward, every derivative backward, four ways.
+"""Computes every intermediate quantity and every derivative of the lecture's toy network in four ways.
 
-By hand in plain numbers (`lecture.ToyNetwork`), by the kernels that train (`trace`), by autograd on one expression, and
-by finite differences.
+They are computed by hand in plain numbers (`lecture.ToyNetwork`), by the kernels that train (`trace`), by autograd on
+one expression, and by finite differences.
 
     python examples/toy_network.py --output toy_network.png
 """

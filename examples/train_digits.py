@@ -1,14 +1,14 @@
 """Trains an MLP of this library on handwritten digits, beside the same nn.Sequential, and shows that they agree.
 
 The data are scikit-learn's 1797 bundled images of 8x8 pixels: real, and nothing is downloaded. Both networks start from
-the same weights and see the same batches in the same order, so their loss curves differ by rounding only. They take
-turns batch by batch, so that whatever else the machine is doing slows both alike.
+the same weights and see the same batches in the same order, so their loss curves differ by rounding only. They
+alternate batch by batch, so that other work on the machine slows both alike.
 
     python examples/train_digits.py --output train_digits.png
 
-Plain SGD with momentum, because it keeps rounding errors small: Adam divides by the size of the gradient, which turns
-the last digit of a tiny gradient into a visible step. A unit whose input is within rounding of zero may still be on in
-one network and off in the other; from that step on the curves may differ in more digits than rounding alone explains.
+The optimizer is SGD with momentum, because it keeps rounding errors small: Adam divides by the size of the gradient,
+which turns the last digit of a tiny gradient into a visible step. A unit whose input is within rounding of zero may
+still be on in one network and off in the other; from that step on, the curves may differ by more than rounding.
 """
 
 import argparse
@@ -95,12 +95,12 @@ class Run:
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images whose most likely class is the right one."""
+        """The fraction of images whose most likely class is the right one."""
         return float((self.model(images).argmax(1) == labels).double().mean())
 
 
 def plain_mlp(sizes: Sequence[int], dtype: torch.dtype) -> nn.Sequential:
-    """The network as everybody writes it: linear, ReLU, …, linear."""
+    """The usual network: linear, ReLU, …, linear."""
     layers: list[nn.Module] = []
     for d_in, d_out in itertools.pairwise(sizes):
         layers += [nn.Linear(d_in, d_out, dtype=dtype), nn.ReLU()]

@@ -1,10 +1,10 @@
-"""Four deep networks that differ only in how they start; three do not train, and one call says why.
+"""Trains four deep networks that differ only in their initialisation; three do not train, and one call says why.
 
     python examples/why_it_does_not_train.py --output why_it_does_not_train.png
 
-The same 20 layers, with weights that are too small, too large, of He's variance 2/D, and with biases so low that ReLU
-lets nothing through. Each is trained for a while on the same task, with `GradientFlowMonitor` watching. The lecture's
-question – what if most factors of the chain rule are below 0.5, or above 2? – has its answer in the column "factor".
+All have 20 layers. Their weights are too small, too large, or of He's variance 2/D; or a bias is so low that ReLU lets
+nothing through. Each is trained for a while on the same task, observed by a `GradientFlowMonitor`. The lecture asks
+what happens if most factors of the chain rule are below 0.5, or above 2; the column "factor" answers it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ EXPECTED = {"too small": ["vanishing"], "too large": ["exploding"], "biases too 
 
 @dataclass
 class Case:
-    """A way to start: the standard deviation relative to He's, and the bias of one layer in the middle."""
+    """An initialisation: the standard deviation relative to He's, and the bias of one layer in the middle."""
 
     name: str
     gain: float
@@ -48,7 +48,7 @@ CASES = (Case("too small", 0.5), Case("too large", 2.0), Case("biases too low", 
 
 @dataclass
 class Result:
-    """What became of a case."""
+    """The result of a case."""
 
     case: Case
     flow: GradientFlow  # before training
@@ -96,7 +96,7 @@ def draw(results: list[Result]) -> Figure:
     left.set_xticks(range(0, LAYERS, 2))
     right.set_title("Training", fontsize=17)
     right.set_xlabel("step", fontsize=14)
-    right.set_ylim(top=30)  # what explodes is told in the legend: it would leave no room for the others
+    right.set_ylim(top=30)  # a loss that explodes is named in the legend: its curve would leave the others no room
     right.set_ylabel("mean squared error (1: the mean is all it knows)", fontsize=14)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -106,7 +106,7 @@ def draw(results: list[Result]) -> Figure:
 
 
 def main() -> int:
-    """Trains all, prints a line for each, draws them; exit code 1 if a diagnosis is not the one that was built in."""
+    """Trains all, prints a line for each, draws them; exit code 1 if a diagnosis is not the expected one."""
     parser = argparse.ArgumentParser(description="Networks that do not train, and why.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("why_it_does_not_train.png"))
