@@ -59,6 +59,7 @@ mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
+plan = torch.ops.manualbp.plan.default
 isa = torch.ops.manualbp.isa.default
 
 # No autograd at this level, in grad mode either: torch's default would put a node that warns behind every result, which
