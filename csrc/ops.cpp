@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:
-  // the number of layers whose activations the backward pass computes (0 if they are stored, K with the loss, else K-1).
+  // the number of layers whose activations the backward pass computes (0 if they are stored, K with the loss, else
+  // K-1).
   m.def("plan(int batch, int[] widths, int item_size, int threads, bool[] needs, bool store, int recomputed) -> int[]");
   // The instruction-set level in use.
   m.def("isa() -> str");

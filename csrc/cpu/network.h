@@ -24,13 +24,29 @@ struct Gradients {
   std::vector<T*> beta;   // (D_{k+1}) each
 };
 
+// How to cut a batch of this network, on this many threads.
+template <typename T>
+Plan<T> plan_of(int64_t batch, const std::vector<Layer<T>>& layers, int64_t threads) {
+  check_countable(batch, layers);
+  std::vector<LayerPlan> shapes(layers.size());
+  for (size_t k = 0; k < layers.size(); ++k) {
+    shapes[k].d_in = layers[k].d_in();
+    shapes[k].d_out = layers[k].d_out();
+    shapes[k].row_stride = layers[k].omega.row_stride;
+    shapes[k].col_stride = layers[k].omega.col_stride;
+  }
+  return Plan<T>(batch, std::move(shapes), threads);
+}
+
 template <typename T>
 class Network {
   using A = accumulator_t<T>;
 
  public:
   Network(int64_t batch, std::vector<Layer<T>> layers, bool final_relu)
-      : layers_(std::move(layers)), final_relu_(final_relu), plan_(plan_of(batch, layers_)) {}
+      : layers_(std::move(layers)),
+        final_relu_(final_relu),
+        plan_(plan_of(batch, layers_, torch::stable::get_num_threads())) {}
 
   // Elements of h_1 ... h_{K-1}, stored one after another.
   int64_t hidden_size() const { return plan_.batch * plan_.hidden; }
@@ -44,12 +60,12 @@ class Network {
     const Workers workers(workspaces.data, pass.workspace, plan_.threads);
     const Buffer<A> packed(pack(&Layer<T>::packed_transposed, 0, layers_.size(), workers));
     const Buffer<T> memory(pass.elements);
-    const auto block = [&](int64_t first, T* buffers, const Workers& who) {
+    const auto block = [&](int64_t first, T* buffers, const Workers& threads) {
       const auto place = [&](size_t k) -> T* {
         if (k + 1 == layers_.size()) return output + first * plan_.top;
         return hidden ? Activations{hidden, batch, first}.at(*this, k + 1) : buffers + int64_t(k % 2) * pass.buffer;
       };
-      forward_block(rows_of(input, first, std::min(pass.rows, batch - first)), layers_.size(), place, who);
+      forward_block(rows_of(input, first, std::min(pass.rows, batch - first)), layers_.size(), place, threads);
     };
     if (plan_.way == Way::kWide) {
       for (int64_t first = 0; first < batch; first += pass.rows) block(first, memory.data, workers);
@@ -110,9 +126,9 @@ class Network {
     const T* output;
   };
 
-  // Where each slice of the batch sums its gradients. d(beta): a row of a buffer, in double. d(Omega): a row of a buffer,
-  // or the gradient itself if the pass sums in place. If a slice has several chunks, that row holds the sum of one chunk,
-  // and a row of `totals`, in double, the sum of those before it.
+  // Where each slice of the batch sums its gradients. d(beta): a row of a buffer, in double. d(Omega): a row of a
+  // buffer, or the gradient itself if the pass sums in place. If a slice has several chunks, that row holds the sum of
+  // one chunk, and a row of `totals`, in double, the sum of those before it.
   class Sums {
    public:
     Sums(const Plan<T>& plan, const BackwardPlan& pass, const Gradients<T>& grads)
@@ -167,8 +183,8 @@ class Network {
     std::optional<Buffer<A>> omegas_;
   };
 
-  // In a short batch, df_0 ... df_{K-1} and the input of each layer, of all rows: parallel region 1 writes what parallel
-  // region 2 reads.
+  // In a short batch, df_0 ... df_{K-1} and the input of each layer, of all rows: parallel region 1 writes what
+  // parallel region 2 reads.
   struct AllRows {
     Matrix<const T> input;
     T* hidden;  // h_1 ... h_{K-1}
@@ -181,18 +197,6 @@ class Network {
     }
   };
 
-  static Plan<T> plan_of(int64_t batch, const std::vector<Layer<T>>& layers) {
-    check_countable(batch, layers);
-    std::vector<LayerPlan> shapes(layers.size());
-    for (size_t k = 0; k < layers.size(); ++k) {
-      shapes[k].d_in = layers[k].d_in();
-      shapes[k].d_out = layers[k].d_out();
-      shapes[k].row_stride = layers[k].omega.row_stride;
-      shapes[k].col_stride = layers[k].omega.col_stride;
-    }
-    return Plan<T>(batch, std::move(shapes), torch::stable::get_num_threads());
-  }
-
   BackwardPlan plan_backward(size_t recomputed, const Gradients<T>& grads) {
     for (size_t k = 0; k < layers_.size(); ++k) {
       plan_.layers[k].weight_gradient = grads.omega[k];
@@ -202,15 +206,17 @@ class Network {
   }
 
   static Matrix<const T> rows_of(Matrix<const T> m, int64_t first, int64_t count) {
-    return {m.data + first * m.row_stride, count, m.cols, m.row_stride, m.col_stride};
+    m.data += first * m.row_stride;
+    m.rows = count;
+    return m;
   }
 
   // The forward pass of a block of rows through the first `layers` layers; h_{k+1} goes to place(k).
   template <typename Place>
-  void forward_block(Matrix<const T> h, size_t layers, const Place& place, const Workers& who) const {
+  void forward_block(Matrix<const T> h, size_t layers, const Place& place, const Workers& workers) const {
     for (size_t k = 0; k < layers; ++k) {
       T* next = place(k);
-      manualbp::forward<T>(h, layers_[k], k + 1 < layers_.size() || final_relu_, next, who);
+      manualbp::forward<T>(h, layers_[k], k + 1 < layers_.size() || final_relu_, next, workers);
       h = Matrix<const T>::contiguous(next, h.rows, layers_[k].d_out());
     }
   }
@@ -318,9 +324,9 @@ class Network {
     return all;
   }
 
-  // Short, parallel region 1: each thread takes its rows forward, if the pass computes the activations, and back to df_0.
-  // Without a final ReLU, df_{K-1} is the gradient of the output itself, so it is not copied: the thread that owns row 0
-  // stores a view of the whole matrix, which replaces df_{K-1} after the barrier.
+  // Short, parallel region 1: each thread takes its rows forward, if the pass computes the activations, and back to
+  // df_0. Without a final ReLU, df_{K-1} is the gradient of the output itself, so it is not copied: the thread that
+  // owns row 0 stores a view of the whole matrix, which replaces df_{K-1} after the barrier.
   template <typename TopOf>
   void backward_of_rows(const Backward<TopOf>& pass, AllRows& all, const Workers& workers) const {
     const size_t layers = layers_.size(), lowest = size_t(pass.plan.lowest);
@@ -339,7 +345,7 @@ class Network {
         relu_backward<T>(gradient, output, df, nullptr, alone);
         gradient = Matrix<const T>::contiguous(df, count, plan_.top);
       } else if (first == 0) {
-        whole = {gradient.data, batch, plan_.top, gradient.row_stride, gradient.col_stride};
+        whole = rows_of(gradient, 0, batch);
       }
       for (size_t k = layers - 1; k > lowest; --k) {
         hidden_gradient<T>(gradient, layers_[k], activations.at(*this, k), df_rows(k - 1), nullptr, alone);

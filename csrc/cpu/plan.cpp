@@ -1,8 +1,7 @@
-// The op `plan`: what the passes of a network allocate on the CPU, before there is a network (plan.h).
+// The op `plan` on the CPU: how a network would cut a batch, and what its passes would allocate (plan.h), from sizes
+// only.
 
-#include "plan.h"
-
-#include "layer.h"
+#include "network.h"
 #include "ops.h"
 
 namespace manualbp {
@@ -14,18 +13,14 @@ std::vector<int64_t> report(int64_t batch, const std::vector<int64_t>& widths, i
                             const std::vector<bool>& needs, bool store, int64_t recomputed) {
   const size_t count = widths.size() - 1;
   std::vector<Layer<T>> layers(count);
-  std::vector<LayerPlan> shapes(count);
   for (size_t k = 0; k < count; ++k) {
     layers[k].omega = Matrix<const T>::contiguous(nullptr, widths[k + 1], widths[k]);
-    shapes[k].d_in = widths[k];
-    shapes[k].d_out = widths[k + 1];
-    shapes[k].row_stride = widths[k];
-    shapes[k].col_stride = 1;
-    shapes[k].weight_gradient = needs[1 + k];
-    shapes[k].bias_gradient = needs[1 + count + k];
   }
-  check_countable(batch, layers);
-  Plan<T> plan(batch, shapes, threads);
+  Plan<T> plan = plan_of(batch, layers, threads);
+  for (size_t k = 0; k < count; ++k) {
+    plan.layers[k].weight_gradient = needs[1 + k];
+    plan.layers[k].bias_gradient = needs[1 + count + k];
+  }
   const ForwardPlan forward = plan.forward(store);
   const BackwardPlan backward = plan.backward(recomputed, needs[0]);
   return {int64_t(plan.way),   forward.rows,        backward.rows,       backward.chunk_rows,

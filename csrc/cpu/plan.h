@@ -2,11 +2,12 @@
 // Network (network.h) cuts and allocates as the plan says; the op `plan` (plan.cpp) reports it.
 //
 // Layer k maps D_k to D_{k+1} features; B is the number of rows of the batch. The terms, from the outside in:
-//   slice   the rows whose gradients one thread sums in one buffer; the sums of all slices are added in order at the end
-//   chunk   the part of a slice over which the gradient of a weight is summed in the accumulator type; the sums of a
-//           slice's chunks are added up in double
+//   slice   the rows whose gradients are summed in one buffer, on one thread if there are several slices; the sums of
+//           the slices are added in order at the end
+//   chunk   the part of a slice over which the gradient of a weight is summed in the accumulator type; the sums of the
+//           chunks of a slice are added up in double
 //   block   the rows that are computed together, layer by layer
-//   unit    96 or 384 rows whose sum is complete before it is added to anything else
+//   unit    kUnitRows or kLongUnitRows (kernels/params.h) whose sum is complete before it is added to anything else
 //
 // Three ways to cut a batch:
 //   tall    Many rows. Each block goes through all layers on one thread while it fits into that thread's cache; the
@@ -14,9 +15,10 @@
 //   short   Few rows, small layers. Parallel region 1: each thread runs its rows forward and back to df_0. Parallel
 //           region 2: the weight and bias gradients of all layers are divided among the threads. Two barriers in total,
 //           regardless of depth.
-//   wide    Large layers. All rows of a block go through one layer after the other; each step is divided among the
-//           threads.
-// The way, the slices, the chunks and the units depend on the sizes alone, never on the number of threads. So do results.
+//   wide    Large layers. A block, of as many rows as memory allows, goes through one layer after the other; each step
+//           is divided among the threads.
+// The way, the slices, the chunks and the units depend on the sizes alone, never on the number of threads. So do
+// results.
 #pragma once
 
 #include <algorithm>
@@ -31,31 +33,32 @@ namespace manualbp {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Minimum work per thread, in multiply-adds (10 to 20 us). Below it, waking the thread and moving freshly written cache
-// lines to it costs more than it saves: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine
-// twice as long.
+// lines to it costs more than it saves: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy
+// machine twice as long.
 constexpr int64_t kGrain = 1024 * 1024;
 
 // Fetching an element of a weight takes as long as this many multiply-adds. (One row and 1024 x 1024: 0.13 ms to fetch
 // the weight, 0.02 ms to multiply by it.)
 constexpr int64_t kFetchRows = 8;
 
-// The loss is summed over groups of this many rows, whatever the blocks are: blocks and slices begin at multiples of it.
+// The loss is summed over groups of this many rows, whatever the blocks are: blocks and slices begin at multiples of
+// it.
 constexpr int64_t kLossRows = 16;
 
-// Of tall batches: rows of a chunk, and most units of a block. Adding the sums of a chunk to the total takes 0.5 % of the
-// time.
+// Of tall batches: rows of a chunk, and most units of a block. Adding the sums of a chunk to the total takes 0.5 % of
+// the time.
 constexpr int64_t kChunkRows = 24 * kUnitRows, kMostUnits = 6;
 
 enum class Way : int64_t { kTall, kShort, kWide };
 
-// A layer as the plan sees it.
+// A layer as the plan sees it: its sizes, and which gradients the backward pass computes.
 struct LayerPlan {
   int64_t d_in, d_out;
   int64_t row_stride, col_stride;  // of the weight (D_out, D_in)
-  bool weight_gradient = false;  // whether the backward pass is to compute it
-  bool bias_gradient = false;
-  // What the plan adds: the width of the outputs of all layers before this one, that is where f_k begins if they lie one
-  // after another; where the sums of its gradients begin among those of a slice.
+  bool weight_gradient = false, bias_gradient = false;
+  // Filled in by the plan. start: the sum of the widths of f_0 ... f_{k-1}, so that f_k begins at B times that if all
+  // lie one after another. weight_sums, bias_sums: where the sums of this layer's gradients begin among those of a
+  // slice.
   int64_t start = 0, weight_sums = 0, bias_sums = 0;
 };
 
@@ -154,9 +157,9 @@ struct Plan {
     return pass;
   }
 
-  // Elements of the packed weight of layer k, Omega^T for the forward pass (`transposed`) or Omega for the input gradient;
-  // 0: not packed. A weight that is one column is contiguous as it is. Few rows do not pay for packing a weight that the
-  // input gradient can read where it lies.
+  // Elements of the packed weight of layer k, Omega^T for the forward pass (`transposed`) or Omega for the input
+  // gradient; 0: not packed. A weight that is one column is contiguous as it is. Few rows do not pay for packing a
+  // weight that the input gradient can read where it lies.
   int64_t packed_size(int64_t k, bool transposed) const {
     const LayerPlan& layer = layers[size_t(k)];
     const auto& kernel = kernels<T>();
@@ -171,8 +174,8 @@ struct Plan {
     return threads * pass.workspace + packed_bytes(0, count(), true) + pass.elements * int64_t(sizeof(T));
   }
   int64_t bytes(const BackwardPlan& pass) const {
-    // In a wide batch, relu_backward (layer.h) sums a bias gradient in units: one row of a buffer each, and one for what
-    // is in the sum already.
+    // In a wide batch, relu_backward (layer.h) sums a bias gradient in units: one row of a buffer each, and one for
+    // what is in the sum already.
     const int64_t units = way == Way::kWide ? ceil_div(pass.rows, kUnitRows) : 1;
     const int64_t weight_sums = pass.in_place ? 0 : pass.slices * pass.weight_sums * int64_t(sizeof(A));
     const int64_t doubles = pass.slices * pass.bias_sums + pass.totals * pass.weight_sums +
@@ -205,8 +208,8 @@ struct Plan {
   using A = accumulator_t<T>;
 
   // Slices are used where they pay: a slice reads and writes its sums once per block, and they are added up at the end.
-  // If the sums do not fit into the second-level cache, it takes 512 rows to make that 3 % of the work, else 64. The sums
-  // of all slices must not take more than 16 MiB.
+  // If the sums do not fit into the second-level cache, it takes 512 rows to make that 3 % of the work, else 64. The
+  // sums of all slices must not take more than 16 MiB.
   int64_t choose_slice_rows() const {
     constexpr int64_t kFewest = 4, kMost = 32, kAllBytes = 16 << 20, kCachedBytes = 384 << 10;
     const int64_t bytes = std::max<int64_t>(parameters, 1) * int64_t(sizeof(A));
@@ -215,10 +218,10 @@ struct Plan {
     return slices < kFewest ? batch : ceil_div(ceil_div(batch, slices), kLossRows) * kLossRows;
   }
 
-  // Use the short scheme when the packed weights and all df_k are small (4 and 16 MiB in float32) and a 5 us barrier per
-  // layer would matter; above kShortLayer multiply-adds per layer (512 x 512, 32 rows), splitting each layer by columns
-  // is faster. A batch of kLossRows rows is one thread's and would idle the others, so it qualifies only if the step is
-  // too small to parallelise at all.
+  // Use the short scheme when the packed weights and all df_k are small (4 and 16 MiB in float32) and a 5 us barrier
+  // per layer would matter; above kShortLayer multiply-adds per layer (512 x 512, 32 rows), splitting each layer by
+  // columns is faster. A batch of kLossRows rows is one thread's and would idle the others, so it qualifies only if the
+  // step is too small to parallelise at all.
   bool is_short() const {
     constexpr double kShortLayer = 8 << 20;
     return (batch > kLossRows || multiply_adds() < 2 * kGrain) &&
@@ -228,8 +231,8 @@ struct Plan {
 
   // In a short batch with few rows per thread, each thread packs a weight itself, just before it multiplies by it.
   // Fetching what another core has packed takes longer (64 wide, 50 layers, 32 rows, two threads: forward 184 us with
-  // shared packing, 137 us without). If all rows are one thread's, each weight is read only once (10-400-400-3, one row:
-  // 36 us with packing ahead, 20 us without).
+  // shared packing, 137 us without). If all rows are one thread's, each weight is read only once (10-400-400-3, one
+  // row: 36 us with packing ahead, 20 us without).
   bool threads_pack() const {
     constexpr int64_t kOwnPackRows = 32;
     const int64_t rows = thread_rows();
@@ -243,8 +246,9 @@ struct Plan {
     return std::clamp<int64_t>(units, 1, kMostUnits) * kUnitRows;
   }
 
-  // The same for a block that goes layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks of equal
-  // length, and at most 16 times the depth of a product's block, over which sums are made in the accumulator type.
+  // The same for a block that goes layer by layer over all threads, where long blocks pay: up to 32 MiB, blocks of
+  // equal length, and at most 16 times the depth of a product's block, over which sums are made in the accumulator
+  // type.
   int64_t long_rows(int64_t width) const {
     const int64_t fitting = (32 << 20) / int64_t(sizeof(T)) / std::max<int64_t>(width, 1);
     const int64_t most = std::clamp(fitting, kLongUnitRows, 16 * kLongUnitRows);
