@@ -1,5 +1,4 @@
-// The op `plan` on the CPU: how a network would cut a batch, and what its passes would allocate (plan.h), from sizes
-// only.
+// The op `plan`: how a Network would cut a batch, and what its passes would allocate (plan.h).
 
 #include "network.h"
 #include "ops.h"

@@ -62,30 +62,32 @@ struct LayerPlan {
   int64_t start = 0, weight_sums = 0, bias_sums = 0;
 };
 
-// A forward pass: for each thread (wide: for all of them together) two buffers, which alternate between the input and
-// the output of a layer unless the activations are stored, and a workspace in which products pack their matrices.
+// A forward pass. Unless the activations are stored, the layers read from and write to two buffers in turn; each thread
+// has two of its own, except in a wide batch.
 struct ForwardPlan {
   int64_t rows;  // of a block
-  int64_t buffer;  // elements of each of the two buffers
+  int64_t buffer;  // elements of one buffer
   int64_t elements;  // of all buffers
-  int64_t workspace;  // bytes a thread
+  int64_t workspace;  // bytes in which one thread packs the matrices of a product
 };
 
-// A backward pass, which computes the activations of the first `recomputed` layers itself: none if they are stored, all
-// but those of the last layer if they are not, and all if the loss belongs to the pass.
+// A backward pass. It computes the activations of the first `recomputed` layers itself: none if they are stored, those
+// of all layers but the last if they are not, and those of all layers if the pass begins with the loss.
 struct BackwardPlan {
   int64_t recomputed;
-  int64_t lowest;  // the lowest layer that has a gradient to compute; the pass ends there
+  int64_t lowest;  // the lowest layer with a gradient to compute; the pass ends there
   int64_t first_packed;  // the lowest layer whose weight the pass multiplies by
-  int64_t slices, slice_rows, chunk_rows, rows, unit_rows;  // rows: of a block
-  int64_t buffer;  // tall and wide: elements of each of the two buffers that alternate between df_k and df_{k-1}
-  int64_t part;  // elements of a thread's (wide, short: of the only) buffers and activations
-  int64_t elements;  // of all of them
-  int64_t workspace;  // bytes a thread
-  int64_t weight_sums = 0, bias_sums = 0;  // elements of a slice's sums, in the accumulator type and in double
-  int64_t widest_bias = 0;
-  int64_t totals;  // buffers in which the sums of chunks are added up: one for each slice in progress, or none
-  bool in_place;  // whether gradients of weights are summed where the result belongs, with no buffer
+  int64_t slices, slice_rows, chunk_rows;
+  int64_t rows;  // of a block
+  int64_t unit_rows;
+  int64_t buffer;  // elements of each of the two buffers for df_k and df_{k-1}; short: 0, since all df_k are kept
+  int64_t part;  // elements for df and activations: one thread's in a tall batch, else all
+  int64_t elements;  // of all parts
+  int64_t workspace;  // bytes in which one thread packs the matrices of a product
+  int64_t weight_sums = 0, bias_sums = 0;  // elements of a slice's sums: in the accumulator type, and in double
+  int64_t widest_bias = 0;  // the largest D_{k+1} whose bias has a gradient to compute
+  int64_t totals;  // rows of `weight_sums` doubles in which the sums of chunks are added up
+  bool in_place;  // whether gradients of weights are summed in the result itself
 };
 
 // T: the storage type, whose kernels say what a packed weight and the workspace of a product take.
@@ -158,8 +160,8 @@ struct Plan {
   }
 
   // Elements of the packed weight of layer k, Omega^T for the forward pass (`transposed`) or Omega for the input
-  // gradient; 0: not packed. A weight that is one column is contiguous as it is. Few rows do not pay for packing a
-  // weight that the input gradient can read where it lies.
+  // gradient; 0: not packed. A matrix of one column needs no packing. Few rows do not pay for packing a weight that the
+  // input gradient can read where it lies.
   int64_t packed_size(int64_t k, bool transposed) const {
     const LayerPlan& layer = layers[size_t(k)];
     const auto& kernel = kernels<T>();
@@ -186,7 +188,7 @@ struct Plan {
   }
 
   int64_t count() const { return int64_t(layers.size()); }
-  // What a product with all weights takes.
+  // The cost of multiplying the batch by all weights.
   double multiply_adds() const { return double(batch + kFetchRows) * double(parameters); }
 
   // The rows of each thread where the batch is divided evenly among them: whole register tiles and groups of the loss.
