@@ -177,7 +177,7 @@ def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
         if k > 0 and not (by_relu[k] or by_layer[k]):
             now -= batch * widths[k - 1]
         if layer.relu:
-            make(batch * width)  # h_{k+1}; nobody needs f_k any more
+            make(batch * width)  # h_{k+1}; then f_k is freed
             now -= f
     kept = now
     output = batch * widths[-1]
