@@ -44,6 +44,12 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       " bool has_f, Tensor(b!) df, Tensor(c!) copies) -> Tensor");
   // How far each weight has moved from its copy: the norms of the differences, float64 (K).
   m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
+  // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
+  // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
+  // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:
+  // the number of layers whose activations the backward pass computes (0 if they are stored, K with the loss, else
+  // K-1).
+  m.def("plan(int batch, int[] widths, int item_size, int threads, bool[] needs, bool store, int recomputed) -> int[]");
   // The instruction-set level in use.
   m.def("isa() -> str");
 }
@@ -59,4 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("flow_update", TORCH_BOX(&manualbp::flow_update));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&manualbp::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(&manualbp::plan));
+  m.impl("isa", TORCH_BOX(&manualbp::isa));
+}

@@ -1,6 +1,7 @@
 """`memory` counts what a training step allocates: compared with torch's own account, and with the resident size."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from itertools import accumulate
@@ -13,26 +14,23 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import torch_manualbp as mbp
-from torch_manualbp import _route
+from torch_manualbp import _ops, _route
 from torch_manualbp.inspection.memory import MODES, _readable
 
 KIB, MIB = 2**10, 2**20
 PEAK_MEMORY = Path(__file__).parent.parent / "benchmarks" / "peak_memory.py"
 
-# Batches cut in each way that our ops know: blocks of rows (tall), all at once (wide), few rows (short).
+# Batches cut in each way that our ops know (csrc/cpu/plan.h), with what else changes what they allocate.
 NETWORKS = {
     "tall": ([32, 64, 64, 64, 64, 16], 20_000),
     "tall, slices of several chunks": ([2, 40, 30, 1], 100_000),
-    "tall, more weights": ([784, 512, 512, 10], 4096),
     "wide": ([784, 512, 512, 10], 512),
-    "wide, more weights": ([479, 1024, 1024, 512, 256, 1], 1024),
     "wide, several blocks": ([16, 1024, 1024, 4], 9000),
-    "short": ([17, 256, 256, 1], 256),
-    "few rows": ([300, 200, 100, 3], 20),
-    "one row": ([10, 500, 400, 3], 1),
-    "one unit": ([300, 1, 400, 300], 5000),
+    "short": ([17, 256, 256, 1], 250),
+    "short, few rows": ([300, 200, 100, 3], 20),
     "two layers": ([100, 50, 200], 5000),
 }
+WAYS = ("tall", "short", "wide")
 
 
 # Which parameters of layer k = 0 … K−1 learn: (weight, bias).
@@ -101,7 +99,7 @@ def peak_of_step(model, mode, batch):
     return peaks[-1]
 
 
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize("case", WAYS)
 def test_the_eager_peak_is_exact(case):
     sizes, batch = NETWORKS[case]
     assert mbp.memory(mbp.MLP(sizes), batch).eager.peak == pytest.approx(peak_of("eager", sizes, batch), rel=1e-3)
@@ -141,12 +139,35 @@ def test_sizes_are_readable(size, text):
     assert _readable(size) == text
 
 
+def plan_of(case, threads=1, item_size=4):
+    sizes, batch = NETWORKS[case]
+    layers = len(sizes) - 1
+    return _ops.plan(batch, sizes, item_size, threads, [False] + [True] * 2 * layers, True, layers)
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_the_networks_here_are_cut_in_each_way(case):
+    way, _, _, chunk, rows, *_ = plan_of(case)
+    assert WAYS[way] == case.split(",")[0].replace("two layers", "tall")
+    assert (chunk < rows) == (case in ("tall, slices of several chunks", "wide, several blocks"))
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_how_gradients_are_summed_does_not_depend_on_the_number_of_threads(case):
+    one, many = plan_of(case), plan_of(case, threads=64)
+    assert [one[0], *one[3:5]] == [many[0], *many[3:5]]
+
+
 # Pieces of workspace up to 64 KiB are counted and not seen: there are at most three of them at a time, of which one holds
 # the sums of the gradients of the biases.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
-@pytest.mark.parametrize("case", NETWORKS)
-def test_our_peaks_are_exact_but_for_small_pieces(case, mode, dtype):
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in NETWORKS]
+    + [(case, dtype) for case in WAYS for dtype in (torch.float64, torch.float16)],
+    ids=str,
+)
+def test_our_peaks_are_exact_but_for_small_pieces(case, dtype, mode):
     sizes, batch = NETWORKS[case]
     measured = peak_of(mode, sizes, batch, dtype)
     counted = getattr(mbp.memory(mbp.MLP(sizes, dtype=dtype), batch), mode).peak
@@ -155,8 +176,11 @@ def test_our_peaks_are_exact_but_for_small_pieces(case, mode, dtype):
 
 # Where few parameters learn, a fourth piece is so small: the sums of their gradients.
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("case", ["tall", "wide", "short"])
+@pytest.mark.parametrize(
+    ("case", "frozen"),
+    [("wide", frozen) for frozen in FROZEN]
+    + [(case, frozen) for case in ("tall", "short") for frozen in ("all but a layer between", "the weights")],
+)
 def test_our_peaks_are_as_exact_where_layers_are_frozen(case, frozen, mode):
     sizes, batch = NETWORKS[case]
     model = freeze(mlp_for(mode, sizes), frozen)
@@ -164,14 +188,35 @@ def test_our_peaks_are_as_exact_where_layers_are_frozen(case, frozen, mode):
     assert counted == pytest.approx(measured, rel=1e-3, abs=256 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
-@pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
-@pytest.mark.parametrize("case", ["tall", "short", "wide", "few rows", "one row"])
+@pytest.mark.parametrize("mode", ["recompute", "loss"])
+@pytest.mark.parametrize("case", ["tall", "short", "wide", "short, few rows"])
 def test_threads_are_counted(case, mode):
     sizes, batch = NETWORKS[case]
     torch.set_num_threads(2)
     measured, counted = peak_of(mode, sizes, batch), getattr(mbp.memory(mbp.MLP(sizes), batch), mode).peak
     torch.set_num_threads(1)
     assert counted == pytest.approx(measured, rel=1e-3, abs=128 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
+
+
+# float16 on many threads: there the workspaces of two levels differ by more than what is not seen.
+LEVEL_PROBE = """
+import torch, test_memory as t
+torch.set_num_threads(8)
+sizes, batch = t.NETWORKS["short"]
+print(t.peak_of("loss", sizes, batch, torch.float16), end=" ")
+print(t.mbp.memory(t.mbp.MLP(sizes, dtype=torch.float16), batch).loss.peak)
+"""
+
+
+@pytest.mark.skipif(_ops.isa() == "default", reason="the other tests measured the only level of this machine")
+@pytest.mark.parametrize("level", ["default", "avx2"])
+def test_our_peaks_are_as_exact_at_other_levels(level):
+    path = [str(Path(mbp.__file__).parent.parent), str(Path(__file__).parent)]
+    env = {"PYTHONPATH": os.pathsep.join(path), "MANUALBP_ISA": level}
+    command = [sys.executable, "-c", LEVEL_PROBE]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    measured, counted = map(int, done.stdout.split())
+    assert counted == pytest.approx(measured, rel=1e-3, abs=192 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
 def test_every_thread_takes_its_own():

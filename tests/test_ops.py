@@ -218,6 +218,24 @@ MLP_BACKWARD_ERRORS = {
     "no weights": ({"weights": []}, r"`weights` must hold at least one weight"),
     "needs length": ({"needs": ALL[1:]}, r"`needs` must have 1 \+ 2 x 3 items, got 6"),
 }
+PLAN_ERRORS = {
+    "no layers": ({"widths": [5]}, r"`widths` must have at least 2 items, got 1"),
+    "batch": ({"batch": -1}, r"`batch` and `widths` must not be negative, got -1 and \(5, 7, 4, 3\)"),
+    "widths": ({"widths": [5, -7, 4, 3]}, r"`batch` and `widths` must not be negative, got 6 and \(5, -7, 4, 3\)"),
+    "item_size": ({"item_size": 1}, r"`item_size` must be 8, 4 or 2, got 1"),
+    "threads": ({"threads": 0}, r"`threads` must be positive, got 0"),
+    "needs length": ({"needs": ALL[1:]}, r"`needs` must have 1 \+ 2 x 3 items, got 6"),
+    "recomputed": ({"recomputed": 4}, r"`recomputed` must be between 0 and 3, got 4"),
+}
+
+
+@pytest.mark.parametrize("case", PLAN_ERRORS)
+def test_plan_errors_name_the_argument(case):
+    changes, message = PLAN_ERRORS[case]
+    args = {"batch": B, "widths": SIZES, "item_size": 4, "threads": 1, "needs": ALL, "store": True, "recomputed": 0}
+    assert len(_ops.plan(**args)) == 7
+    with pytest.raises(RuntimeError, match="plan: " + message):
+        _ops.plan(**{**args, **changes})
 
 
 @pytest.mark.parametrize("case", LINEAR_RELU_BACKWARD_ERRORS)
@@ -248,7 +266,7 @@ def test_mlp_without_weights_or_with_too_few_biases_is_an_error():
         _ops.mlp(input, [weight], [], False, True)
 
 
-@pytest.mark.parametrize("op", ["mlp", "mlp_backward"])
+@pytest.mark.parametrize("op", ["mlp", "mlp_backward", "plan"])
 def test_more_elements_than_64_bits_count_are_an_error(op):
     # No output, 2^61 rows and 8 hidden features: h_1 would have 2^64 elements, which is 0 to a 64-bit number.
     input, weights = torch.ones(1, 1).expand(2**61, 1), [torch.ones(8, 1), torch.ones(0, 8)]
@@ -257,6 +275,7 @@ def test_more_elements_than_64_bits_count_are_an_error(op):
         "mlp_backward": lambda: _ops.mlp_backward(
             torch.ones(1, 0).expand(2**61, 0), input, weights, [], torch.ones(0), None, [False] * 5
         ),
+        "plan": lambda: _ops.plan(2**61, [1, 8, 0], 4, 1, [False] * 5, True, 0),
     }
     with pytest.raises(RuntimeError, match=r"on an `input` of 2305843009213693952 rows is larger than any memory"):
         calls[op]()

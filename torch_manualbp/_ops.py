@@ -59,6 +59,7 @@ mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
+plan = torch.ops.manualbp.plan.default
 isa = torch.ops.manualbp.isa.default
 
 # These ops have no derivative. Without a fallthrough for Autograd, torch would attach a node to every result that warns

@@ -16,7 +16,8 @@ namespace manualbp {
 
 namespace {
 
-// The layers of a network, and how the work is cut: each thread takes its rows through all layers.
+// The layers of a network. Each thread takes its rows through all layers. That needs no Plan (plan.h): every f_k and
+// df_k is kept, so blocks that fit into a cache would save nothing, and no gradient of a weight is summed.
 template <typename T>
 struct FlowNetwork {
   FlowNetwork(int64_t rows, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases)

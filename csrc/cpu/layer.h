@@ -22,20 +22,12 @@
 #include <vector>
 
 #include "isa.h"
+#include "plan.h"
 #include "tensor.h"
 
 namespace manualbp {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Below this many multiply-adds a thread's share (10 to 20 us) does not pay for waking the thread and for fetching what
-// another core has just written: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine
-// twice.
-constexpr int64_t kGrain = 1024 * 1024;
-
-// What a product of m rows costs, in multiply-adds: bringing an element of the weight takes as long as kFetchRows of
-// them. (One row and 1024 x 1024: 0.13 ms to bring the weight, 0.02 ms to multiply by it.)
-constexpr int64_t kFetchRows = 8;
+// What a product of m rows costs, in multiply-adds.
 inline double product_work(int64_t m, int64_t n, int64_t k) {
   return double(m + kFetchRows) * double(n) * double(std::max<int64_t>(k, 1));
 }

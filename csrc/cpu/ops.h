@@ -1,5 +1,5 @@
 // The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp,
-// flow.cpp.
+// flow.cpp, plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,6 +37,9 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
                      Tensor df, Tensor copies);
 
 Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
+
+std::vector<int64_t> plan(int64_t batch, std::vector<int64_t> widths, int64_t item_size, int64_t threads,
+                          std::vector<bool> needs, bool store, int64_t recomputed);
 
 std::string isa();
 

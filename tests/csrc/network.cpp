@@ -8,8 +8,10 @@
 
 #include "../../csrc/cpu/network.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <iterator>
 #include <string>
 
 #include "common.h"
@@ -32,14 +34,15 @@ struct Case {
       if (!bias) biases[k].reset();
     }
   }
-  Network<T> network() const {
+  std::vector<Layer<T>> layers() const {
     std::vector<Layer<T>> layers(weights.size());
     for (size_t k = 0; k < weights.size(); ++k) {
       layers[k].omega = Matrix<const T>::contiguous(weights[k]->data, sizes[k + 1], sizes[k]);
       layers[k].beta = {biases[k] ? biases[k]->data : nullptr, 1};
     }
-    return Network<T>(batch, layers, final_relu);
+    return layers;
   }
+  Network<T> network() const { return Network<T>(batch, layers(), final_relu); }
   Matrix<const T> matrix(const Exact<T>& memory, int64_t cols) const {
     return Matrix<const T>::contiguous(memory.data, batch, cols);
   }
@@ -75,8 +78,9 @@ struct Results {
   Gradients<T> gradients;
 };
 
+// Returns in which way the batch is cut.
 template <typename T>
-void check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu) {
+Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu) {
   const Case<T> c(batch, sizes, bias, final_relu);
   const auto require = [&](bool fine, const char* what) {
     if (fine) return;
@@ -139,20 +143,36 @@ void check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fin
     h = f;
   }
   for (size_t i = 0; i < h.size(); ++i) require(to_double(first_output.data[i]) == h[i], "forward");
+
+  // What decides how gradients are summed must not depend on the number of threads.
+  Plan<T> plan = plan_of(batch, c.layers(), 1), other = plan_of(batch, c.layers(), 7);
+  const BackwardPlan pass = plan.backward(0, true), other_pass = other.backward(0, true);
+  require(plan.way == other.way && pass.slice_rows == other_pass.slice_rows &&
+              pass.chunk_rows == other_pass.chunk_rows && pass.rows == other_pass.rows &&
+              pass.unit_rows == other_pass.unit_rows,
+          "plan on threads");
+  return plan.way;
 }
 
 template <typename T>
 void check_all(int cases) {
-  // Tall, short, wide, many parameters, few rows, one row, one output, deep: every way to cut the work over threads.
-  check<T>(1500, {33, 100, 64, 7}, true, false);
+  // Many parameters, few rows, one row, one output, deep: every way to cut the work over threads.
+  const Way ways[] = {
+      check<T>(1500, {33, 100, 64, 7}, true, false),
+      check<T>(250, {30, 100, 90, 20}, true, true),
+      check<T>(250, {30, 100, 90, 20}, false, false),
+      check<T>(90, {300, 520, 10}, true, false),
+      check<T>(5, {1100, 1000, 3}, true, false),
+      check<T>(1, {10, 200, 300, 3}, true, false),
+      check<T>(300, {40, 200, 1}, true, false),
+      check<T>(40, {64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64}, true, true),
+  };
+  for (const Way way : {Way::kTall, Way::kShort, Way::kWide}) {
+    if (std::count(std::begin(ways), std::end(ways), way)) continue;
+    std::printf("%s: no network is cut in way %d\n", name_of<T>(), int(way));
+    std::exit(1);
+  }
   if constexpr (sizeof(T) == sizeof(float)) check<T>(80000, {2, 3, 1}, true, false);  // slices of several chunks
-  check<T>(250, {30, 100, 90, 20}, true, true);
-  check<T>(250, {30, 100, 90, 20}, false, false);
-  check<T>(90, {300, 520, 10}, true, false);
-  check<T>(5, {1100, 1000, 3}, true, false);
-  check<T>(1, {10, 200, 300, 3}, true, false);
-  check<T>(300, {40, 200, 1}, true, false);
-  check<T>(40, {64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64}, true, true);
   for (int i = 0; i < cases; ++i) {
     std::vector<int64_t> sizes(size_t(2 + below(4)));
     for (auto& size : sizes) size = chance(70) ? below(20) : 1 + below(100);
