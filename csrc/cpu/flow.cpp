@@ -55,7 +55,7 @@ struct FlowNetwork {
         const bool last = k + 1 == layers.size();
         if (last ? !output : !relus[k]) continue;
         T* const next = last ? output + first * h.cols : at(h_next, k, first);
-        relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, who);  // f masked by itself is a[f]
+        relus[k] ? relu<T>(h, next, who) : copy<T>(h, next, who);
         h = Matrix<const T>::contiguous(next, count, h.cols);
       }
     });
@@ -68,8 +68,10 @@ struct FlowNetwork {
                          gradient.col_stride};
       for (size_t k = layers.size(); k-- > 0;) {
         T* const df_k = at(df, k, first);
-        if (relus[k] || k + 1 == layers.size()) {
-          relu_backward<T>(dh, relus[k] ? at(f, k, first) : nullptr, df_k, nullptr, who);
+        if (relus[k]) {
+          relu_backward<T>(dh, at(f, k, first), df_k, nullptr, who);
+        } else if (k + 1 == layers.size()) {
+          copy<T>(dh, df_k, who);
         }
         if (k == 0) break;
         dh = Matrix<const T>::contiguous(at(df, k - 1, first), count, layers[k].d_in());
@@ -203,8 +205,13 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
     team.workers.run(layers, work, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const size_t i = size_t(k);
-        const FlowSums s = kernels<T>().layer_flow(
-            {net.rows, net.layers[i].d_out(), net.at(f_data, i, 0), net.at(const_data<T>(df), i, 0), relus[i]});
+        LayerFlow<T> layer{};
+        layer.rows = net.rows;
+        layer.cols = net.layers[i].d_out();
+        layer.f = net.at(f_data, i, 0);
+        layer.df = net.at(const_data<T>(df), i, 0);
+        layer.relu = relus[i];
+        const FlowSums s = kernels<T>().layer_flow(layer);
         const Moments m = moments<T>(omega[i], nullptr, data<T>(copies) + offsets[i]);
         const double column[] = {s.f, 0, s.df, s.off, s.on, m.sum, m.square};
         for (int64_t row = 0; row < 7; ++row) {

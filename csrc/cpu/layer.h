@@ -26,8 +26,6 @@
 
 namespace manualbp {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Below this many multiply-adds a thread's share (10 to 20 us) does not pay for waking the thread and for fetching what
 // another core has just written: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine
 // twice.
@@ -49,8 +47,8 @@ class Buffer {
     const int64_t bytes = size * int64_t(sizeof(T));
     if (bytes <= kSmall) small_.reset(std::malloc(size_t(bytes + kAlign)));
     if (!small_) large_.emplace(empty({bytes + kAlign}, aoti_torch_dtype_uint8()));
-    const auto address = reinterpret_cast<uintptr_t>(small_ ? small_.get() : manualbp::data<void>(*large_));
-    data = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
+    const auto address = reinterpret_cast<intptr_t>(small_ ? small_.get() : manualbp::data<void>(*large_));
+    data = reinterpret_cast<T*>(round_up(address, kAlign));
   }
   T* data;
 
@@ -109,7 +107,7 @@ class Workers {
 template <typename T>
 struct Team {
   Team(int64_t n, int64_t k)
-      : bytes(ceil_div(kernels<T>().workspace_bytes(n, k), 64) * 64),
+      : bytes(round_up(kernels<T>().workspace_bytes(n, k), 64)),
         threads(torch::stable::get_num_threads()),
         memory(threads * bytes),
         workers(memory.data, bytes, threads) {}
@@ -128,7 +126,7 @@ void gemm(const Gemm<T, T>& p, const Workers& workers) {
   const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
   const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
-  const int64_t share = ceil_div(ceil_div(extent, parts), step) * step;
+  const int64_t share = round_up(ceil_div(extent, parts), step);
   workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * share;
     const int64_t count = std::min(end * share, extent) - first;
@@ -173,22 +171,41 @@ void check_countable(int64_t batch, const std::vector<Layer<T>>& layers) {
             " parameters on an `input` of ", batch, " rows is larger than any memory");
 }
 
+// C (M, N) = A (M, K) B (K, N), rows of C `c_m` apart. Bias, ReLU and the rest of Gemm are set by name.
+template <typename T, typename Out>
+Gemm<T, Out> product(Matrix<const T> a, Matrix<const T> b, Out* c, int64_t c_m) {
+  Gemm<T, Out> p{};
+  p.m = a.rows;
+  p.n = b.cols;
+  p.k = a.cols;
+  p.a = a.data;
+  p.a_m = a.row_stride;
+  p.a_k = a.col_stride;
+  p.b = b.data;
+  p.b_k = b.row_stride;
+  p.b_n = b.col_stride;
+  p.c = c;
+  p.c_m = c_m;
+  return p;
+}
+
 // f (B, D_out) = h (B, D_in) Omega^T + beta, then ReLU if asked for.
 template <typename T>
 void forward(Matrix<const T> h, const Layer<T>& layer, bool relu, T* f, const Workers& workers) {
-  const auto& omega = layer.omega;
-  gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride, omega.data, omega.col_stride,
-           omega.row_stride, f, omega.rows, layer.beta.data, layer.beta.stride, relu, false, layer.packed_transposed},
-          workers);
+  auto p = product<T>(h, layer.omega.transposed(), f, layer.d_out());
+  p.bias = layer.beta.data;
+  p.bias_stride = layer.beta.stride;
+  p.relu = relu;
+  p.packed_b = layer.packed_transposed;
+  gemm<T>(p, workers);
 }
 
 // dh (B, D_in) = df (B, D_out) Omega.
 template <typename T>
 void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Workers& workers) {
-  const auto& omega = layer.omega;
-  gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
-           omega.col_stride, dh, omega.cols, nullptr, 0, false, false, layer.packed},
-          workers);
+  auto p = product<T>(df, layer.omega, dh, layer.d_in());
+  p.packed_b = layer.packed;
+  gemm<T>(p, workers);
 }
 
 // f(begin, end) over [0, size) by shares of a cheap pass, whose work is `passes` of a sum for each element.
@@ -212,31 +229,64 @@ void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size
   });
 }
 
-// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and d(beta) (D) += the sum over rows of df.
-// h = nullptr: no ReLU, only the sums. df = nullptr: only the sums. dbeta = nullptr: only df.
+// The kernel relu_backward on all rows, for the functions below: out = I[h > 0] . dh, and sums (D) += the column sums of
+// out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
+void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers) {
   const int64_t rows = dh.rows, cols = dh.cols;
-  const auto part = [&](int64_t first, int64_t count, double* sums) {
-    kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
-                                h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums});
+  const auto part = [&](int64_t first, int64_t count, double* part_sums) {
+    ReluBackward<T> p{};
+    p.rows = count;
+    p.cols = cols;
+    p.grad = dh.data + first * dh.row_stride;
+    p.grad_row = dh.row_stride;
+    p.grad_col = dh.col_stride;
+    p.h = h ? h + first * cols : nullptr;
+    p.h_row = cols;
+    p.out = out ? out + first * cols : nullptr;
+    p.column_sum = part_sums;
+    kernels<T>().relu_backward(p);
   };
-  // Threads take units of a fixed size; the first place is for what is in d(beta) already.
+  // Threads take units of a fixed size, each with sums of its own. The first row of `partial` holds what `sums` held.
   const int64_t units = ceil_div(rows, kUnitRows);
-  if (workers.is_alone() || units <= 1) return part(0, rows, dbeta);
-  const Buffer<double> partial(dbeta ? (1 + units) * cols : 0);
-  if (dbeta) {
-    std::copy_n(dbeta, cols, partial.data);
+  if (workers.is_alone() || units <= 1) return part(0, rows, sums);
+  const Buffer<double> partial(sums ? (1 + units) * cols : 0);
+  if (sums) {
+    std::copy_n(sums, cols, partial.data);
     std::fill_n(partial.data + cols, units * cols, 0.0);
   }
-  // 16: a pass over memory costs about as much as that many multiply-adds for each element.
+  // 16: a pass over memory costs about as much as 16 multiply-adds per element.
   workers.run(units, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t first = u * kUnitRows;
-      part(first, std::min(kUnitRows, rows - first), dbeta ? partial.data + (1 + u) * cols : nullptr);
+      part(first, std::min(kUnitRows, rows - first), sums ? partial.data + (1 + u) * cols : nullptr);
     }
   });
-  if (dbeta) reduce<double>(partial.data, 1 + units, cols, cols, dbeta, workers);
+  if (sums) reduce<double>(partial.data, 1 + units, cols, cols, sums, workers);
+}
+
+// df (B, D) = I[h > 0] . dh, contiguous, which may be dh itself; and d(beta) (D) += the column sums of df, or nullptr.
+template <typename T>
+void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
+  masked_pass<T>(dh, h, df, dbeta, workers);
+}
+
+// d(beta) (D) += the column sums of df (B, D).
+template <typename T>
+void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers) {
+  masked_pass<T>(df, nullptr, nullptr, dbeta, workers);
+}
+
+// h (B, D) = a[f], both contiguous: f masked by itself.
+template <typename T>
+void relu(Matrix<const T> f, T* h, const Workers& workers) {
+  masked_pass<T>(f, f.data, h, nullptr, workers);
+}
+
+// to (B, D), contiguous, = from.
+template <typename T>
+void copy(Matrix<const T> from, T* to, const Workers& workers) {
+  masked_pass<T>(from, nullptr, to, nullptr, workers);
 }
 
 // df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += the sum over rows of it, or
@@ -248,10 +298,12 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* d
   const auto& omega = layer.omega;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
     if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0) {
-      return gemm<T>(
-          {df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
-           omega.col_stride, df_below, omega.cols, nullptr, 0, false, false, layer.packed, h, omega.cols, dbeta},
-          workers);
+      auto p = product<T>(df, omega, df_below, omega.cols);
+      p.packed_b = layer.packed;
+      p.mask = h;
+      p.mask_m = omega.cols;
+      p.column_sum = dbeta;
+      return gemm<T>(p, workers);
     }
   }
   input_gradient<T>(df, layer, df_below, workers);
@@ -267,11 +319,10 @@ constexpr int64_t kGradientRows = 96, kGradientCols = 128;
 template <typename T>
 void gradient_block(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, int64_t stride, bool accumulate,
                     int64_t unit_rows, void* workspace) {
-  Gemm<T, accumulator_t<T>> product{df.cols, h.cols,       h.rows,       df.data, df.col_stride, df.row_stride,
-                                    h.data,  h.row_stride, h.col_stride, domega,  stride};
-  product.accumulate = accumulate;
-  product.unit_rows = unit_rows;
-  kernels<T>().gemm_accumulated(product, workspace);
+  auto p = product<T>(df.transposed(), h, domega, stride);
+  p.accumulate = accumulate;
+  p.unit_rows = unit_rows;
+  kernels<T>().gemm_accumulated(p, workspace);
 }
 template <typename T>
 Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t most) {

@@ -247,8 +247,10 @@ class Network {
       const auto [gradient, output] = top(first, count, turns);
       auto df = gradient;
       if (output) df = Matrix<const T>::contiguous(turns, count, layers_.back().d_out());
-      if (double* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
-        relu_backward<T>(gradient, output, output ? turns : nullptr, dbeta, who);
+      if (double* dbeta = sums.beta(slice, layers_.size() - 1); output) {
+        relu_backward<T>(gradient, output, turns, dbeta, who);
+      } else if (dbeta) {
+        bias_gradient<T>(gradient, dbeta, who);
       }
       for (size_t k = layers_.size(); k-- > lowest;) {
         const auto& layer = layers_[k];
@@ -360,7 +362,7 @@ class Network {
       for (int64_t i = begin; i < end; ++i) {
         const auto [k, row, col] = tasks[size_t(i)];
         if (row < 0) {
-          relu_backward<T>(df[k], nullptr, nullptr, sums.beta(0, k), alone);
+          bias_gradient<T>(df[k], sums.beta(0, k), alone);
           continue;
         }
         const int64_t d_in = layers_[k].d_in();

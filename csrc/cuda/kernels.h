@@ -8,8 +8,6 @@ namespace manualbp::cuda {
 
 using Stream = void*;  // cudaStream_t
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 void bias_relu(const BiasRelu<T>& p, Stream stream);
 
@@ -24,8 +22,6 @@ void reduce(const Reduce<T>& p, Stream stream);
 
 template <typename T>
 void accumulate(const Accumulate<T>& p, Stream stream);
-
-enum class LossKind { mse, bce_with_logits, cross_entropy };
 
 // How many items of `sums` the loss of a (rows, cols) matrix fills.
 int64_t loss_blocks(LossKind kind, int64_t rows, int64_t cols);

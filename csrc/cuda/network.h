@@ -236,10 +236,18 @@ class Network {
     const int64_t slices = relu_backward_slices<T>(rows, cols);
     const bool sums = sum.defined();
     const Tensor partial = sums && slices > 1 ? device_.empty({slices * cols}, kDtype<A>()) : Tensor();
-    relu_backward<T>({rows, cols, const_data<T>(dh), dh.stride(0), dh.stride(1), h ? const_data<T>(*h) : nullptr,
-                      out ? data<T>(*out) : nullptr, sums ? data<T>(sum) : nullptr, slices,
-                      partial.defined() ? data<A>(partial) : nullptr},
-                     device_.stream());
+    ReluBackward<T> pass{};
+    pass.rows = rows;
+    pass.cols = cols;
+    pass.grad = const_data<T>(dh);
+    pass.grad_row = dh.stride(0);
+    pass.grad_col = dh.stride(1);
+    pass.h = h ? const_data<T>(*h) : nullptr;
+    pass.out = out ? data<T>(*out) : nullptr;
+    pass.sum = sums ? data<T>(sum) : nullptr;
+    pass.slices = slices;
+    pass.partial = partial.defined() ? data<A>(partial) : nullptr;
+    relu_backward<T>(pass, device_.stream());
   }
 
   // The backward pass block by block: gradients of parameters are added over blocks.

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../cpu/tensor.h"
+#include "../checks.h"
 #include "kernels.h"
 
 namespace manualbp::cuda {
@@ -55,16 +55,6 @@ template <>
 constexpr int32_t (*kDtype<bfloat16>)() = aoti_torch_dtype_bfloat16;
 template <>
 constexpr int32_t (*kDtype<float16>)() = aoti_torch_dtype_float16;
-
-// The memory of t seen with other sizes and strides, from `offset` on. Torch records nothing about such a view, so that
-// products may write and read it in grad mode.
-inline Tensor seen_as(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                      int64_t offset = 0) {
-  AtenTensorHandle handle;
-  MBP_TORCH(
-      aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
-}
 
 inline Tensor transposed(const Tensor& t) { return seen_as(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {

@@ -170,6 +170,19 @@ static double cross_entropy(const Loss<T>& p) {
 }
 
 template <typename T>
+static LossKernel<T> loss(LossKind kind) {
+  switch (kind) {
+    case LossKind::mse:
+      return mse<T>;
+    case LossKind::bce_with_logits:
+      return bce_with_logits<T>;
+    case LossKind::cross_entropy:
+      return cross_entropy<T>;
+  }
+  __builtin_trap();
+}
+
+template <typename T>
 static void store_scalar(double value, T* out) {
   *out = narrow<T>(accumulator_t<T>(value));
 }

@@ -5,30 +5,9 @@
 // Strides are in elements, not bytes.
 #pragma once
 
-#include <cstdint>
+#include "../../types.h"
 
 namespace manualbp {
-
-// Storage types. float16 and bfloat16 are bit patterns to us: they are widened to float on load,
-// every sum is kept in float, and one rounding happens on store.
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-// The type in which sums of T are accumulated.
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using accumulator_t = typename Accumulator<T>::type;
 
 // The rows of a batch are summed in units: of kUnitRows in tall batches, whose blocks are short, else of kLongUnitRows.
 constexpr int64_t kUnitRows = 96, kLongUnitRows = 4 * kUnitRows;
@@ -104,6 +83,10 @@ struct Loss {
   double label_smoothing;
 };
 
+// The kernel of one kind of loss.
+template <typename T>
+using LossKernel = double (*)(const Loss<T>&);
+
 // A layer whose flow is measured: f = beta + Omega h before the ReLU, if one follows, and df, (rows, cols) contiguous.
 template <typename T>
 struct LayerFlow {
@@ -137,9 +120,7 @@ struct Kernels {
   void (*reduce)(const Reduce<T, A>&, int64_t begin, int64_t end);
   void (*reduce_double)(const Reduce<T, double>&, int64_t begin, int64_t end);
   void (*add_up)(const AddUp<A>&, int64_t begin, int64_t end);
-  double (*mse)(const Loss<T>&);
-  double (*bce_with_logits)(const Loss<T>&);
-  double (*cross_entropy)(const Loss<T>&);
+  LossKernel<T> (*loss)(LossKind);
   void (*store)(double value, T* out);
   FlowSums (*layer_flow)(const LayerFlow<T>&);
   Moments (*moments)(const T* x, const T* y, T* copy, int64_t size);

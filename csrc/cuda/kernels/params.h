@@ -2,7 +2,7 @@
 // Size letters as everywhere (csrc/README.md); strides are in elements; pointers are device memory.
 #pragma once
 
-#include "../../cpu/kernels/params.h"  // the storage types and their accumulators
+#include "../../types.h"
 
 namespace manualbp::cuda {
 
