@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/isa.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(manualbp, m) {

@@ -1,7 +1,6 @@
 #include "isa.h"
 
 #include <cstdlib>
-#include <string>
 
 #include "../error.h"
 
@@ -62,6 +61,8 @@ const KernelTable& kernel_table() {
   static const KernelTable& table = choose();
   return table;
 }
+
+std::string isa() { return kernel_table().name; }
 
 template <>
 const Kernels<double>& kernels() {

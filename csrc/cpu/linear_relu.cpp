@@ -41,6 +41,4 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
   });
 }
 
-std::string isa() { return kernel_table().name; }
-
 }  // namespace manualbp

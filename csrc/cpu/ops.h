@@ -1,5 +1,4 @@
-// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp,
-// flow.cpp.
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp and flow.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +36,5 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
                      Tensor df, Tensor copies);
 
 Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
-
-std::string isa();
 
 }  // namespace manualbp

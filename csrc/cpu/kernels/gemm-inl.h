@@ -10,8 +10,6 @@
 // whatever the tile, thread or batch it is in. Over rows of a batch (Gemm::unit_rows) the parts are shorter, and those of
 // a unit of rows are added up before they are added to C.
 
-MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B + a broadcast memory operand.
 // 16 registers: 6 x 2 + 2 + 1.
 constexpr int kTileRows = MBP_VECTOR_REGISTERS == 32 ? 12 : 6;
@@ -31,13 +29,7 @@ constexpr int64_t kFewRowsDepth = 128;
 // With so few, it is transposed in registers and never written.
 constexpr int64_t kTransposedRows = MBP_VECTOR_REGISTERS / 8;
 
-// Adding n numbers in a row errs with the square root of n, adding parts of c numbers with that of c + n/c. Shorter
-// parts cost time: 128 terms 0.5 to 1 %, 64 terms 1 to 2 %, 32 terms 3 to 5 %.
-constexpr int64_t kSumDepth = 64;
-static_assert(kBlockDepth % kSumDepth == 0 && kFewRowsDepth % kSumDepth == 0, "a part is never cut");
-// Equal terms err with their number itself, at worst by 9.8e-7 in parts of 64 and by 7.4e-7 in parts of 48, and a batch may
-// have many equal rows: a unit of rows that is longer than one part is summed in parts of 48.
-constexpr int64_t kSumRows = 48;
+static_assert(kBlockDepth % kSumDepth == 0 && kFewRowsDepth % kSumDepth == 0, "a part is never split");
 static_assert(kBlockDepth % kLongUnitRows == 0 && kLongUnitRows % kUnitRows == 0, "nor is a unit of rows");
 
 // One register tile: rows of A at a + i*a_m + kk*a_k, B at b + kk*b_k, both in accumulator type.
@@ -176,22 +168,22 @@ static void tile(const Tile<A>& t) {
 
 // Rows left over by full tiles are taken by ever smaller tiles: 11 = 8 + 2 + 1.
 template <typename A, int MR, bool kRowsOfA>
-MBP_INLINE void tile_columns(const Tile<A>& t, bool narrow_panel) {
-  if (narrow_panel) {
+MBP_INLINE void tile_columns(const Tile<A>& t, bool half_panel) {
+  if (half_panel) {
     tile<A, MR, 1, kRowsOfA>(t);
   } else {
     tile<A, MR, 2, kRowsOfA>(t);
   }
 }
 template <typename A, bool kRowsOfA>
-MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool narrow_panel) {
-  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, narrow_panel), kTileRows;
+MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool half_panel) {
+  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, half_panel), kTileRows;
   if constexpr (kTileRows > 8) {
-    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, narrow_panel), 8;
+    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, half_panel), 8;
   }
-  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, narrow_panel), 4;
-  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, narrow_panel), 2;
-  return tile_columns<A, 1, kRowsOfA>(t, narrow_panel), 1;
+  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, half_panel), 4;
+  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, half_panel), 2;
+  return tile_columns<A, 1, kRowsOfA>(t, half_panel), 1;
 }
 
 // kLanes rows of B from b on, of `lanes` columns that are contiguous: transposed in registers; missing columns are zeros.
@@ -307,7 +299,7 @@ static bool reads_in_place(int64_t m, int64_t b_k, int64_t b_n, int64_t n) {
 template <typename T>
 static int64_t packed_size(int64_t k, int64_t n) {
   constexpr int64_t NR = kTileCols<accumulator_t<T>>;
-  return (n + NR - 1) / NR * NR * k;
+  return round_up(n, NR) * k;
 }
 
 // A strip of A in accumulator type, out[i][kk].
@@ -350,7 +342,7 @@ struct Workspace {
   int64_t bytes;
 
   Workspace(void* memory, int64_t n, int64_t k) {
-    const int64_t cols = min_i64(kBlockCols, (n + kTileCols<A> - 1) / kTileCols<A> * kTileCols<A>);
+    const int64_t cols = min_i64(kBlockCols, round_up(n, kTileCols<A>));
     const int64_t depth = min_i64(kBlockDepth, k);
     b = static_cast<A*>(memory);
     bias = b + depth * cols;
@@ -484,32 +476,81 @@ MBP_INLINE double dot_in_double(const T* a, int64_t a_k, const T* b, int64_t b_k
   return sums[0];
 }
 
+// M = N = 1: what one lane of a tile computes, in the same order. Packing and tiles would compute a tile of zeros beside it.
+template <typename T>
+MBP_INLINE void gemm_number(const Gemm<T, accumulator_t<T>>& p) {
+  using A = accumulator_t<T>;
+  A sum = p.accumulate ? p.c[0] : A(0);
+  const int64_t step = p.unit_rows ? p.unit_rows : kSumDepth;
+  for (int64_t k0 = 0; k0 < p.k; k0 += step) {
+    const int64_t end = min_i64(k0 + step, p.k);
+    A part(0);
+    if (p.unit_rows) {
+      const T *a = p.a + k0 * p.a_k, *b = p.b + k0 * p.b_k;
+      part = A(p.a_k == 1 && p.b_k == 1 ? dot_in_double<T>(a, 1, b, 1, end - k0)
+                                        : dot_in_double<T>(a, p.a_k, b, p.b_k, end - k0));
+    } else {
+      for (int64_t kk = k0; kk < end; ++kk) part = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), part);
+    }
+    sum = p.accumulate || k0 > 0 ? part + sum : part;
+  }
+  if (p.bias) sum += widen(p.bias[0]);
+  p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
+}
+
+// Where the tile reads A: `rows` rows from `strip` on, in place or copied to `memory`. rows_of_a: see Tile::a_stride.
+template <typename T>
+MBP_INLINE void read_a(const Gemm<T, accumulator_t<T>>& p, const T* strip, int64_t rows, bool rows_of_a, bool copy,
+                       accumulator_t<T>* memory, Tile<accumulator_t<T>>& t) {
+  if (!copy) {
+    t.a = reinterpret_cast<const accumulator_t<T>*>(strip);
+    t.a_stride = rows_of_a ? p.a_m : p.a_k;
+  } else if (rows_of_a) {
+    pack_a<T>(strip, p.a_m, p.a_k, rows, t.k, memory);
+    t.a = memory;
+    t.a_stride = t.k;
+  } else {
+    pack_a_columns<T>(strip, p.a_m, p.a_k, rows, t.k, memory);
+    t.a = memory;
+    t.a_stride = kTileRows;
+  }
+}
+
+// Where the tile reads the panel of B that begins at column n0 + j0, of the block at row k0 and column n0: as the caller
+// packed it, in place (the first direct_n columns of the block; `block` is where they lie), or as packed into `memory`.
+template <typename T>
+MBP_INLINE void read_b(const Gemm<T, accumulator_t<T>>& p, int64_t k0, int64_t n0, int64_t j0, const T* block,
+                       int64_t direct_n, const accumulator_t<T>* memory, Tile<accumulator_t<T>>& t) {
+  constexpr int64_t NR = kTileCols<accumulator_t<T>>;
+  if (p.packed_b) {
+    t.b = p.packed_b + (n0 + j0) * p.k + k0 * NR;
+    t.b_stride = NR;
+  } else if (j0 < direct_n) {
+    t.b = reinterpret_cast<const accumulator_t<T>*>(block + j0);
+    t.b_stride = p.b_k;
+  } else {
+    t.b = memory + j0 * t.k;
+    t.b_stride = NR;
+  }
+}
+
+// A tile is always whole panels wide. One that is wider than what is left of C works on a copy of it: this copies the
+// `cols` columns that belong to C there and back.
+template <typename A>
+MBP_INLINE void copy_edge(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) to[i * to_stride + j] = from[i * from_stride + j];
+  }
+}
+
 // C in the accumulator type.
 template <typename T>
 static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
   static_assert(Workspace<T>::kBlockCols % NR == 0, "a block of B is a whole number of panels");
-  if (p.m == 1 && p.n == 1 && !p.packed_b) {  // one number: what a lane of a tile does
-    A sum = p.accumulate ? p.c[0] : A(0);
-    const int64_t step = p.unit_rows ? p.unit_rows : kSumDepth;
-    for (int64_t k0 = 0; k0 < p.k; k0 += step) {
-      const int64_t end = min_i64(k0 + step, p.k);
-      A part(0);
-      if (p.unit_rows) {
-        const T *a = p.a + k0 * p.a_k, *b = p.b + k0 * p.b_k;
-        part = A(p.a_k == 1 && p.b_k == 1 ? dot_in_double<T>(a, 1, b, 1, end - k0)
-                                          : dot_in_double<T>(a, p.a_k, b, p.b_k, end - k0));
-      } else {
-        for (int64_t kk = k0; kk < end; ++kk) part = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), part);
-      }
-      sum = p.accumulate || k0 > 0 ? part + sum : part;
-    }
-    if (p.bias) sum += widen(p.bias[0]);
-    p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
-    return;
-  }
-  // Only the input gradient has masks and column sums; its B is a weight the other way round.
+  if (p.m == 1 && p.n == 1 && !p.packed_b) return gemm_number<T>(p);
+  // Only the input gradient has a mask and column sums, and its B is a weight as it lies, not transposed.
   if constexpr (sizeof(T) == sizeof(A)) {
     if (p.m <= kTransposedRows && p.a_k == 1 && p.b_k == 1 && p.b_n != 1 && !p.packed_b && !p.mask && !p.column_sum &&
         !p.unit_rows) {
@@ -520,8 +561,8 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
   const int64_t block_depth = few_rows && !p.unit_rows ? kFewRowsDepth : kBlockDepth;
   const Workspace<T> work(workspace, min_i64(p.n, block_cols), min_i64(p.k, block_depth));
-  // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are, as those of df
-  // usually, for which alone the tile knows units.
+  // A is read by rows if its rows are contiguous, or if neither rows nor columns are (they are then gathered into rows);
+  // by columns if those are contiguous, as the columns of df usually are. Only the tile by columns knows units.
   const bool rows_of_a = !p.unit_rows && (p.a_k == 1 || p.a_m != 1);
   const bool contiguous_a = sizeof(T) == sizeof(A) && (rows_of_a ? p.a_k : p.a_m) == 1;
   const bool direct_b = !p.packed_b && rows_in_place<T>(p.m, p.b_k, p.b_n);
@@ -529,7 +570,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   for (int64_t n0 = 0; n0 < p.n; n0 += block_cols) {
     const int64_t n = min_i64(block_cols, p.n - n0);
     if (p.bias) {
-      for (int64_t j = 0; j < (n + NR - 1) / NR * NR; ++j) {
+      for (int64_t j = 0; j < round_up(n, NR); ++j) {
         work.bias[j] = j < n ? widen(p.bias[(n0 + j) * p.bias_stride]) : A(0);
       }
     }
@@ -547,61 +588,32 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
       if (!p.packed_b && direct_n < n) {
         pack_b<T>(b + direct_n * p.b_n, p.b_k, p.b_n, t.k, n - direct_n, work.b + direct_n * t.k);
       }
-      // Copying a strip of A pays when several panels read it again, and avoids the cache-set conflicts of rows that
-      // lie a power of two apart; a narrow product reads A where it lies. Columns are copied if they lie far apart:
-      // with 4096 x 256 x 256 the weight gradient ran at 80 % of the peak copying, at 87 % reading in place; with
+      // Copying a strip of A pays if several panels read it, and avoids the cache-set conflicts of rows that lie a power of
+      // two apart; a product with few columns reads A in place. Columns are copied if they lie far apart: with
+      // 4096 x 256 x 256 the weight gradient ran at 80 % of the peak copying, at 87 % reading in place; with
       // 2048 x 512 x 1024 at 79 and 75 %.
       const bool copy_a = !contiguous_a || (n > 4 * NR && (rows_of_a || p.a_k > kDirectColumns));
       for (int64_t m0 = 0; m0 < p.m;) {
         int64_t rows = min_i64(kTileRows, p.m - m0);
-        const T* strip = p.a + m0 * p.a_m + k0 * p.a_k;
-        if (!copy_a) {
-          t.a = reinterpret_cast<const A*>(strip);
-          t.a_stride = rows_of_a ? p.a_m : p.a_k;
-        } else if (rows_of_a) {
-          pack_a<T>(strip, p.a_m, p.a_k, rows, t.k, work.a);
-          t.a = work.a;
-          t.a_stride = t.k;
-        } else {
-          pack_a_columns<T>(strip, p.a_m, p.a_k, rows, t.k, work.a);
-          t.a = work.a;
-          t.a_stride = kTileRows;
-        }
+        read_a<T>(p, p.a + m0 * p.a_m + k0 * p.a_k, rows, rows_of_a, copy_a, work.a, t);
         int64_t done = rows;
         for (int64_t j0 = 0; j0 < n; j0 += NR) {
           const int64_t cols = min_i64(NR, n - j0);
-          A* c = p.c + m0 * p.c_m + n0 + j0;
-          const bool overhangs = cols < NR;
-          if (p.packed_b) {
-            t.b = p.packed_b + (n0 + j0) * p.k + k0 * NR;
-            t.b_stride = NR;
-          } else if (j0 < direct_n) {
-            t.b = reinterpret_cast<const A*>(b + j0);
-            t.b_stride = p.b_k;
-          } else {
-            t.b = work.b + j0 * t.k;
-            t.b_stride = NR;
-          }
+          read_b<T>(p, k0, n0, j0, b, direct_n, work.b, t);
           t.bias = p.bias && last ? work.bias + j0 : nullptr;
           if constexpr (sizeof(T) == sizeof(A)) {
             t.mask = p.mask && last ? p.mask + m0 * p.mask_m + n0 + j0 : nullptr;
             t.mask_stride = p.mask_m;
             t.column_sum = p.column_sum && last ? p.column_sum + n0 + j0 : nullptr;
           }
+          A* c = p.c + m0 * p.c_m + n0 + j0;
+          const bool overhangs = cols < NR;
           t.c = overhangs ? work.edge : c;
           t.c_stride = overhangs ? NR : p.c_m;
-          if (overhangs && t.accumulate) {
-            for (int64_t i = 0; i < rows; ++i) {
-              for (int64_t j = 0; j < cols; ++j) work.edge[i * NR + j] = c[i * p.c_m + j];
-            }
-          }
-          const bool narrow_panel = cols <= kLanes<A>;
-          done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel) : tile_rows<A, false>(t, rows, narrow_panel);
-          if (overhangs) {
-            for (int64_t i = 0; i < done; ++i) {
-              for (int64_t j = 0; j < cols; ++j) c[i * p.c_m + j] = work.edge[i * NR + j];
-            }
-          }
+          if (overhangs && t.accumulate) copy_edge(c, p.c_m, work.edge, NR, rows, cols);
+          const bool half_panel = cols <= kLanes<A>;
+          done = rows_of_a ? tile_rows<A, true>(t, rows, half_panel) : tile_rows<A, false>(t, rows, half_panel);
+          if (overhangs) copy_edge(work.edge, NR, c, p.c_m, done, cols);
         }
         m0 += done;
       }
@@ -621,7 +633,18 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
     const T *a = p.a, omega = p.b[0];
     for (int64_t i = 0; i < m; ++i) c[i] = multiply_add(a[i], omega, T(0));  // as a sum: never -0
   } else {
-    Gemm<T, T> row{1, p.m, p.k, p.b, p.b_n, p.b_k, p.a, p.a_k, p.a_m, p.c, p.m};
+    Gemm<T, T> row{};
+    row.m = 1;
+    row.n = p.m;
+    row.k = p.k;
+    row.a = p.b;
+    row.a_m = p.b_n;
+    row.a_k = p.b_k;
+    row.b = p.a;
+    row.b_k = p.a_k;
+    row.b_n = p.a_m;
+    row.c = p.c;
+    row.c_m = p.m;
     gemm_accumulated<T>(row, workspace);
   }
   // Loops of their own: in one with the product, the compiler would round product and sum as one.
@@ -648,11 +671,23 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
       const int64_t n = min_i64(W::kBlockCols, p.n - n0);
       for (int64_t m0 = 0; m0 < p.m; m0 += W::kChunkRows) {
         const int64_t m = min_i64(W::kChunkRows, p.m - m0);
-        const T* bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
-        const A* packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
-        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k, p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n, bias,
-                             p.bias_stride, p.relu, false, packed_b},
-                            workspace);
+        Gemm<T, A> part{};
+        part.m = m;
+        part.n = n;
+        part.k = p.k;
+        part.a = p.a + m0 * p.a_m;
+        part.a_m = p.a_m;
+        part.a_k = p.a_k;
+        part.b = p.b + n0 * p.b_n;
+        part.b_k = p.b_k;
+        part.b_n = p.b_n;
+        part.c = chunk;
+        part.c_m = n;
+        part.bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
+        part.bias_stride = p.bias_stride;
+        part.relu = p.relu;
+        part.packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
+        gemm_accumulated<T>(part, workspace);
         for (int64_t i = 0; i < m; ++i) {
           narrow_run(chunk + i * n, p.c + (m0 + i) * p.c_m + n0, n);
         }

@@ -9,8 +9,15 @@
 
 namespace manualbp {
 
-// The rows of a batch are summed in units: of kUnitRows in tall batches, whose blocks are short, else of kLongUnitRows.
+// How long sums are made. The error of adding n numbers one after another grows with the square root of n, that of adding
+// parts of c numbers with the square root of c + n/c. Shorter parts cost time: 128 terms 0.5 to 1 %, 64 terms 1 to 2 %,
+// 32 terms 3 to 5 %.
+constexpr int64_t kSumDepth = 64;
+// Sums over rows of a batch are made in units: of kUnitRows in tall batches, whose blocks are short, else of kLongUnitRows.
 constexpr int64_t kUnitRows = 96, kLongUnitRows = 4 * kUnitRows;
+// The error of adding equal numbers grows with n itself, at worst to 9.8e-7 in parts of 64 and 7.4e-7 in parts of 48, and a
+// batch may have many equal rows: a unit that is longer than one part is summed in parts of 48 rows.
+constexpr int64_t kSumRows = 48;
 
 // C = A B, then optionally + bias and ReLU. One product serves the three of a layer:
 //   forward       f    = h Omega^T + beta   A = h,   B = Omega^T, with bias and ReLU in the same pass

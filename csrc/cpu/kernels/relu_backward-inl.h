@@ -1,4 +1,4 @@
-// The cheap passes of the backward: ReLU mask with the bias gradient, and sums of sums in a fixed order.
+// The mask of the ReLU and the gradient of the bias, in one pass over memory.
 
 // One row. Always inlined with constant arguments where they are known, so that the compiler vectorises it.
 template <typename T>
@@ -70,41 +70,5 @@ static void relu_backward(const ReluBackward<T>& p) {
         for (int64_t j = 0; j < cols; ++j) p.column_sum[j0 + j] += double(sums[row * cols + j]);
       }
     }
-  }
-}
-
-template <typename T, typename Partial>
-static void reduce(const Reduce<T, Partial>& p, int64_t begin, int64_t end) {
-  // Short runs keep their sums in the first-level cache while the slices pass by, four at a time.
-  constexpr int64_t kRun = 512;
-  double sum[kRun];
-  for (int64_t i0 = begin; i0 < end; i0 += kRun) {
-    const int64_t n = min_i64(kRun, end - i0);
-    const Partial* slice = p.partial + i0;
-    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-    for (int64_t left = p.slices; left > 0;) {
-      if (left >= 4) {
-        const Partial *second = slice + p.stride, *third = second + p.stride, *fourth = third + p.stride;
-        for (int64_t i = 0; i < n; ++i) sum[i] += double((slice[i] + second[i]) + (third[i] + fourth[i]));
-        slice = fourth + p.stride;
-        left -= 4;
-      } else {
-        for (int64_t i = 0; i < n; ++i) sum[i] += double(slice[i]);
-        slice += p.stride;
-        left -= 1;
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) p.out[i0 + i] = narrow<T>(accumulator_t<T>(sum[i]));
-  }
-}
-
-template <typename A>
-static void add_up(const AddUp<A>& p, int64_t begin, int64_t end) {
-  if (p.last) {
-    for (int64_t i = begin; i < end; ++i) p.sum[i] = A(p.total[i] + double(p.sum[i]));
-  } else if (p.first) {
-    for (int64_t i = begin; i < end; ++i) p.total[i] = double(p.sum[i]);
-  } else {
-    for (int64_t i = begin; i < end; ++i) p.total[i] += double(p.sum[i]);
   }
 }

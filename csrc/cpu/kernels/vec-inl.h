@@ -4,6 +4,8 @@
 
 #define MBP_INLINE static inline __attribute__((always_inline))
 
+MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // `type` is a full register; `unaligned` is the same for loads and stores at any address; `doubles` as many numbers.
 template <typename A>
 struct VecOf;
