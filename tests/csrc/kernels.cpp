@@ -401,8 +401,8 @@ void check_threads(int threads, int64_t overlap) {
   in_parallel(rows, threads, [&](int64_t begin, int64_t end) {
     const WorkspaceFor<T> workspace(d_out, d_in);
     const int64_t count = std::min(end + overlap, rows) - begin;
-    auto p = product(count, d_out, d_in, h.data + begin * d_in, d_in, 1, omega.data, 1, d_in, f.data + begin * d_out,
-                     d_out);
+    auto p =
+        product(count, d_out, d_in, h.data + begin * d_in, d_in, 1, omega.data, 1, d_in, f.data + begin * d_out, d_out);
     p.bias = beta.data, p.bias_stride = 1, p.relu = true, p.packed_b = packed.data;
     kernel.gemm(p, workspace.data);
   });
@@ -419,9 +419,9 @@ void check_threads(int threads, int64_t overlap) {
   in_parallel(d_out, threads, [&](int64_t begin, int64_t end) {
     kernel.reduce_double({units, d_out, partial.data(), dbeta.data}, begin, end);
     const WorkspaceFor<T> workspace(d_in, rows);
-    kernel.gemm_accumulated(product(end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1,
-                                    domega.data + begin * d_in, d_in),
-                            workspace.data);
+    kernel.gemm_accumulated(
+        product(end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in),
+        workspace.data);
   });
   const auto compare = [&](const auto& got, const std::vector<double>& want, const char* what, auto type) {
     for (int64_t i = 0; i < got.size; ++i) {
