@@ -1,5 +1,5 @@
-// Tensors at the boundary, on any device: what an entry needs of torch, so that it reads as the algorithm.
-// Memory comes from cpu/tensor.h and cuda/tensor.h.
+// What entries need of torch on any device, so that they read as the algorithm: dtypes, shapes, views as pointers and
+// strides. Allocation is in cpu/tensor.h and cuda/tensor.h.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -83,8 +83,8 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
-// The memory of t with other sizes and strides, from `offset` on. Torch does not record such a view, so it can be written
-// and read in grad mode.
+// The memory of t with other sizes and strides, from `offset` on. Torch does not record such a view, so it can be
+// written and read in grad mode.
 inline Tensor seen_as(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                       int64_t offset = 0) {
   AtenTensorHandle handle;
@@ -104,8 +104,8 @@ const T* const_data(const Tensor& t) {
   return static_cast<const T*>(data);
 }
 
-// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), without a copy if one row stride
-// serves all leading dimensions. Otherwise of a contiguous copy, which `keep` owns.
+// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), without a copy if one row
+// stride serves all leading dimensions. Otherwise of a contiguous copy, which `keep` owns.
 template <typename T>
 Matrix<const T> as_matrix(const Tensor& t, Tensor& keep) {
   const int64_t dim = t.dim();
@@ -137,8 +137,8 @@ Matrix<const T> as_matrix(const Tensor& weight) {
   return {const_data<T>(weight), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)};
 }
 
-// Takes ownership of a str argument, copies its text and frees it. (torch's own conversion to std::string, in 2.10 to 2.13
-// at least, never frees it: 48 bytes a call, each of which can keep the memory around it from being reused.)
+// Takes ownership of a str argument, copies its text and frees it. (torch's own conversion to std::string, in 2.10 to
+// 2.13 at least, never frees it: 48 bytes a call, each of which can keep the memory around it from being reused.)
 inline std::string take_text(StringHandle handle) {
   const char* text;
   size_t length;

@@ -1,10 +1,11 @@
-// Gradient flow on the CPU: both passes of a network with every f_k and df_k kept, and what they add up to in each layer.
+// Gradient flow on the CPU: both passes of a network, keeping every f_k and df_k, and the sums of each layer over them.
 //
 //   forward    h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k], or f_k where no ReLU follows
 //   backward   df_k = I[f_k > 0] . dh_{k+1};   dh_k = df_k Omega_k
 //
-// f_0 ... f_{K-1} lie one after another in one flat tensor, and so do df_k. A monitor runs this in the middle of training
-// (inspection/monitor.py): what a training step computes anyway, in one call each, but the weight gradients.
+// f_0 ... f_{K-1} lie one after another in one flat tensor, and so do the df_k. A monitor calls this during training
+// (inspection/monitor.py), so it computes only what it needs: no weight gradients. Network (network.h) cannot serve,
+// since it keeps h_k but not f_k, and overwrites df_k.
 
 #include <cmath>
 
@@ -16,7 +17,7 @@ namespace manualbp {
 
 namespace {
 
-// The layers of a network, and how the work is cut: each thread takes its rows through all layers.
+// A network whose rows are divided among the threads: each thread computes all layers of its rows.
 template <typename T>
 struct FlowNetwork {
   FlowNetwork(int64_t rows, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases)
@@ -33,7 +34,7 @@ struct FlowNetwork {
     }
   }
 
-  // of_rows(first, count, who) for each thread's share of the rows.
+  // Runs of_rows(first, count, workers) on the rows of each thread.
   template <typename F>
   void run(const F& of_rows) const {
     const Team<T> team(widest, widest);
@@ -44,7 +45,7 @@ struct FlowNetwork {
     });
   }
 
-  // Writes all f_k, all h_{k+1} but the last, and that, the output, unless it is nullptr.
+  // Writes all f_k, h_1 ... h_{K-1}, and the output unless it is nullptr.
   void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* h_next, T* output) const {
     run([&](int64_t first, int64_t count, const Workers& who) {
       Matrix<const T> h{input.data + first * input.row_stride, count, input.cols, input.row_stride, input.col_stride};
@@ -81,7 +82,7 @@ struct FlowNetwork {
     });
   }
 
-  // Numbers in all f_k, or all df_k.
+  // The number of elements of all f_k together, or of all df_k.
   int64_t size() const { return rows * starts.back(); }
 
   // Rows of f_k or df_k, from `first` on.
@@ -104,7 +105,7 @@ void check_flow(const char* op, const Tensor& input, const std::vector<Tensor>& 
             relus.size());
 }
 
-// The bytes that a tensor lies in.
+// The range of bytes that a tensor occupies.
 std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   if (t.numel() == 0) return {0, 0};
   int64_t last = 0;
@@ -113,7 +114,7 @@ std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   return {begin, begin + uintptr_t((last + 1) * item_size(dtype_of(t)))};
 }
 
-// What a pass writes into: flat, of so many items, and apart from whatever it reads or writes besides.
+// Checks a tensor that a pass writes: flat, of `size` items, and without overlap with any other argument.
 void check_memory(const char* op, Name name, const Tensor& t, int64_t size, const Tensor& input,
                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                   const std::vector<Tensor>& others) {
@@ -132,7 +133,7 @@ void check_memory(const char* op, Name name, const Tensor& t, int64_t size, cons
   for (const auto& other : others) check_apart(other);
 }
 
-// The rows of a matrix are contiguous, in a copy if need be.
+// A tensor as a matrix of contiguous rows, of a copy if necessary; `keep` owns it.
 template <typename T>
 Matrix<const T> with_contiguous_rows(const Tensor& t, Tensor& keep) {
   if (t.stride(1) != 1) keep = torch::stable::contiguous(t);
@@ -189,7 +190,7 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
     const T* const f_data = const_data<T>(f);
     net.backward(as_matrix<T>(grad_output), relus, f_data, data<T>(df));
 
-    // Each layer's sums on one thread, so that they do not depend on how many there are.
+    // One thread makes the sums of a layer, so that they do not depend on the number of threads.
     std::vector<Tensor> keep(weights.size() + 1);
     std::vector<Matrix<const T>> omega;
     std::vector<int64_t> offsets{0};

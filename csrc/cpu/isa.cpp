@@ -25,7 +25,7 @@ struct Level {
   bool (*supported)();
 };
 
-// Best first; the baseline, last, runs anywhere.
+// Best first: the first one that the machine supports is used. The baseline, last, runs everywhere.
 const Level kLevels[] = {
 #if defined(__x86_64__)
     {&avx512::kTable,

@@ -1,17 +1,20 @@
 // The steps of one layer on a block of rows. Lecture notation: f = beta + Omega h, h' = a[f].
 //
-//   forward           f = h Omega^T + beta, and ReLU where asked for, in one pass
+//   forward           f = h Omega^T + beta, and ReLU if asked for, in one pass
 //   relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
+//   bias_gradient     d(beta) alone, where no ReLU follows
 //   input_gradient    dh = df Omega
-//   hidden_gradient   both: df and d(beta) of the layer below
+//   hidden_gradient   input_gradient and the relu_backward of the layer below
 //   weight_gradient   d(Omega) = df^T h
+//   relu, copy        h' = a[f],  h' = f
 //
-// Each step runs on one thread or cuts its work over torch's threads, as its Workers say. How work is cut never
-// changes a result: an element of a product is summed by one thread in ascending order, and sums over rows are cut
-// into slices whose number depends on the sizes alone, then added in order.
+// Each step runs on one thread or is divided among torch's threads, depending on its Workers. The division never
+// changes a result: one thread sums an element of a product, in ascending order, and sums over rows are made in slices
+// whose number depends on the sizes alone, and then added in order.
 //
-// Sums over rows stay within 1e-6 at any number of rows: parts of 48 rows, the parts of a unit, and units up to a few
-// thousand rows are added up in the accumulator type, all else in double (see Sums in network.h).
+// The relative error of sums over rows stays below 1e-6 at any number of rows: parts of 48 rows, the parts of a unit,
+// and units up to a few thousand rows are added in the accumulator type, everything beyond in double (see Sums in
+// network.h).
 #pragma once
 
 #include <algorithm>
@@ -26,20 +29,20 @@
 
 namespace manualbp {
 
-// Below this many multiply-adds a thread's share (10 to 20 us) does not pay for waking the thread and for fetching what
-// another core has just written: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy machine
-// twice.
+// Minimum work per thread, in multiply-adds (10 to 20 us). Below it, waking the thread and moving freshly written cache
+// lines to it costs more than it saves: on 17-64-64-6 with 64 rows two threads took as long as one, and twice as long
+// on a busy machine.
 constexpr int64_t kGrain = 1024 * 1024;
 
-// What a product of m rows costs, in multiply-adds: bringing an element of the weight takes as long as kFetchRows of
-// them. (One row and 1024 x 1024: 0.13 ms to bring the weight, 0.02 ms to multiply by it.)
+// The cost of a product of m rows, in multiply-adds. Loading an element of the weight takes as long as kFetchRows of
+// them. (One row and 1024 x 1024: 0.13 ms to load the weight, 0.02 ms to multiply by it.)
 constexpr int64_t kFetchRows = 8;
 inline double product_work(int64_t m, int64_t n, int64_t k) {
   return double(m + kFetchRows) * double(n) * double(std::max<int64_t>(k, 1));
 }
 
-// Uninitialised memory, aligned to a cache line: small pieces straight from malloc (a tensor costs 1 us, and a small
-// network needs five), large ones from torch's allocator, which knows what to do when there is none left.
+// Uninitialised memory, aligned to a cache line. Small blocks come from malloc, since a tensor costs 1 us and a small
+// network needs five of them; large ones come from torch's allocator, which reports it when memory runs out.
 template <typename T>
 class Buffer {
  public:
@@ -61,7 +64,8 @@ class Buffer {
   std::optional<Tensor> large_;
 };
 
-// Who computes a step: all of torch's threads, or (`alone`) the calling thread. Each has its packing workspace.
+// The threads that compute a step: all of torch's, or the calling thread only (`alone`). Each has a workspace for
+// packing.
 class Workers {
  public:
   Workers(char* workspaces, int64_t bytes, int64_t threads) : base_(workspaces), bytes_(bytes), threads_(threads) {}
@@ -80,14 +84,14 @@ class Workers {
   // The workspace of the calling thread.
   void* workspace() const { return base_ + index() * bytes_; }
 
-  // The calling thread on its own, inside a parallel region: steps are not cut again.
+  // The calling thread only, for use inside a parallel region: steps are then not divided any further.
   Workers alone() const {
     Workers one(static_cast<char*>(workspace()), bytes_, 1);
     one.alone_ = true;
     return one;
   }
 
-  // f(begin, end) over [0, tasks); on one thread unless `work` multiply-adds are worth more.
+  // Runs f(begin, end) over [0, tasks), on one thread if `work` multiply-adds are too few for two.
   template <typename F>
   void run(int64_t tasks, double work, const F& f) const {
     if (threads_ == 1 || tasks <= 1 || work < 2 * kGrain) {
@@ -116,13 +120,13 @@ struct Team {
   Workers workers;
 };
 
-// C = A B, cut by rows of C or by columns.
+// C = A B, divided among threads by rows of C or by columns.
 template <typename T>
 void gemm(const Gemm<T, T>& p, const Workers& workers) {
   if (p.m == 0 || p.n == 0) return;
   const double work = product_work(p.m, p.n, p.k);
   const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
-  // Who cuts by rows packs all of B once a thread: it should be the smaller matrix then.
+  // When splitting by rows, every thread packs all of B, so do it only if B is the smaller matrix, or packed already.
   const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
   const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
@@ -158,7 +162,7 @@ struct Layer {
   int64_t d_out() const { return omega.rows; }
 };
 
-// Expanded tensors may have more elements than memory has bytes: all that is counted of a network fits into 63 bits.
+// Expanded tensors can have more elements than memory has bytes. This check keeps every count of a network below 2^63.
 template <typename T>
 void check_countable(int64_t batch, const std::vector<Layer<T>>& layers) {
   double width = double(layers[0].d_in()), parameters = 0;
@@ -208,7 +212,7 @@ void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Work
   gemm<T>(p, workers);
 }
 
-// f(begin, end) over [0, size) by shares of a cheap pass, whose work is `passes` of a sum for each element.
+// Runs f(begin, end) over [0, size), for a pass that is as cheap as `passes` multiply-adds per element.
 template <typename F>
 void run_shares(int64_t size, double passes, const Workers& workers, const F& f) {
   const int64_t share = 4096;
@@ -216,7 +220,7 @@ void run_shares(int64_t size, double passes, const Workers& workers, const F& f)
               [&](int64_t begin, int64_t end) { f(begin * share, std::min(end * share, size)); });
 }
 
-// out (size) = sum of partial (slices, size), slice by slice; the slices lie `stride` apart.
+// out (size) = the sum of the slices of partial (slices, size), which lie `stride` apart.
 template <typename T, typename Partial>
 void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size, T* out, const Workers& workers) {
   const auto& kernel = kernels<T>();
@@ -229,8 +233,8 @@ void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size
   });
 }
 
-// The kernel relu_backward on all rows, for the functions below: out = I[h > 0] . dh, and sums (D) += the column sums of
-// out. h, out and sums may be nullptr: no mask, no result, no sums.
+// The kernel relu_backward on all rows, for the functions below: out = I[h > 0] . dh, and sums (D) += the column sums
+// of out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
 void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers) {
   const int64_t rows = dh.rows, cols = dh.cols;
@@ -289,9 +293,9 @@ void copy(Matrix<const T> from, T* to, const Workers& workers) {
   masked_pass<T>(from, nullptr, to, nullptr, workers);
 }
 
-// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += the sum over rows of it, or
-// nullptr. On one thread while the product is in registers, if it fills them: a pass of its own is 3 % of a step of
-// 32-64-64-64-64-16, but tiles that overhang took 40 % longer (48 wide) than that pass.
+// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += its column sums, or nullptr.
+// On one thread, mask and sums are applied while the product is in registers, if D_k is a multiple of the tile: a pass
+// of their own takes 3 % of a step of 32-64-64-64-64-16. Tiles that overhang took 40 % longer than that pass (48 wide).
 template <typename T>
 void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, double* dbeta,
                      const Workers& workers) {
@@ -310,11 +314,11 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* d
   relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers);
 }
 
-// A block of a weight's gradient, computed by one thread: so few columns that the strip of df is read in place. With
-// blocks of 192 x 256, which copy it, backward of apex and dlrm_top took 7 % longer.
+// The block of a weight's gradient that one thread computes. It has so few columns that gemm reads the strip of df in
+// place; blocks of 192 x 256, for which gemm copies it, made backward of apex and dlrm_top 7 % slower.
 constexpr int64_t kGradientRows = 96, kGradientCols = 128;
 
-// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N). Its rows lie `stride` apart;
+// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N), rows `stride` apart.
 // unit_rows: see Gemm.
 template <typename T>
 void gradient_block(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, int64_t stride, bool accumulate,

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMaxBlocks = 528;  // four for each multiprocessor of an H100; one block adds their sums
 }
 
-// A warp takes a row of a loss by class, a thread an element of the others.
+// A loss by class has a warp per row, the others a thread per element.
 int64_t loss_blocks(LossKind kind, int64_t rows, int64_t cols) {
   const bool by_rows = has_class_target(kind);
   const int64_t blocks = by_rows ? ceil_div(rows, kLossThreads / kWarpSize) : ceil_div(rows * cols, kLossThreads);

@@ -1,5 +1,6 @@
-// mlp_loss on CUDA: forward, loss and backward in blocks of rows (Network::loss_backward), without waiting for the
-// device: a class out of bounds ends the kernel, as in torch's own, and shows at the next call that waits.
+// mlp_loss on CUDA: forward, loss and backward in blocks of rows (Network::loss_backward). The call does not wait for
+// the device: as in torch's own kernels, a class out of bounds ends the kernel, and the next call that waits reports
+// it.
 
 #include "network.h"
 #include "ops.h"

@@ -1,4 +1,4 @@
-// Tensors at the boundary, on a device: views, allocation and products through torch. No CUDA header is needed here.
+// Tensors on a device: allocation, views and products through torch, and checks of the device. Needs no CUDA header.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -19,7 +19,7 @@ inline Device device_of(const Tensor& t) {
   return device;
 }
 
-// Makes the device of a tensor the current one while it lives, and knows its current stream.
+// While it exists, the device of a tensor is the current one. Also holds the current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : device_(device_of(t)) {
@@ -31,8 +31,8 @@ class OnDevice {
 
   Stream stream() const { return stream_; }
 
-  // A fresh contiguous tensor from torch's allocator. Freed on the host before the stream has used it, its memory is
-  // given to later work of the same stream only: torch's allocator sees to that.
+  // A new contiguous tensor from torch's allocator. It may be freed on the host before the stream has used it: the
+  // allocator reuses the memory only for later work of the same stream.
   Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) const {
     const auto strides = contiguous_strides(sizes);
     AtenTensorHandle handle;
@@ -66,7 +66,7 @@ inline Tensor matrix_in(const Tensor& flat, int64_t rows, int64_t cols, int64_t 
   return seen_as(flat, {rows, cols}, {cols, 1}, offset);
 }
 
-// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), of a copy where it must be.
+// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), of a copy if necessary.
 inline Tensor as_rows(const Tensor& t) {
   Tensor keep;
   const auto m = as_matrix<char>(t, keep);  // for its sizes and strides
@@ -77,7 +77,7 @@ template <typename... Arguments>
 void call(const char* op, const char* overload, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   MBP_TORCH(torch_call_dispatcher(op, overload, stack, TORCH_TARGET_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: lets go of it
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is a second reference to `out`: releases it
 }
 
 // out = a b, by the library.

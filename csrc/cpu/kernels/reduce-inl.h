@@ -2,7 +2,7 @@
 
 template <typename T, typename Partial>
 static void reduce(const Reduce<T, Partial>& p, int64_t begin, int64_t end) {
-  // Short runs keep their sums in the first-level cache while the slices pass by, four at a time.
+  // Runs so short that their sums stay in the first-level cache, over all slices, four at a time.
   constexpr int64_t kRun = 512;
   double sum[kRun];
   for (int64_t i0 = begin; i0 < end; i0 += kRun) {

@@ -1,6 +1,6 @@
 // The mask of the ReLU and the gradient of the bias, in one pass over memory.
 
-// One row. Always inlined with constant arguments where they are known, so that the compiler vectorises it.
+// One row. Always inlined, with constant arguments if they are known, so that the compiler vectorises it.
 template <typename T>
 MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T* out, accumulator_t<T>* sum,
                                   int64_t cols) {
@@ -30,9 +30,10 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T
 
 // df = I[h > 0] . dh, and d(beta) = column sums of df, in one pass over memory.
 //
-// Rows are summed kSumRows at a time or fewer, then in double, or their sums would err with the number of rows. Wide rows
-// are taken kStripe columns at a time; of narrow rows, a group as one wide row with a sum for each of its elements (else a
-// vector would be mostly empty, and each sum would wait for the one before), whose sums are then added up in pairs.
+// Sums of at most kSumRows rows are made in the accumulator type and added in double, so that the error does not grow
+// with the number of rows. Wide rows are processed kStripe columns at a time. Several narrow rows are processed as one
+// wide row with a sum for each of its elements, and these sums are then added in pairs: row by row, most lanes of a
+// vector would be empty, and each addition would wait for the previous one.
 template <typename T>
 static void relu_backward(const ReluBackward<T>& p) {
   using A = accumulator_t<T>;
@@ -55,7 +56,7 @@ static void relu_backward(const ReluBackward<T>& p) {
         if (group > 1 && wide_rows && i + group <= stop) {
           relu_backward_row<T>(grad, 1, h, out, sum, group * cols);
           i += group;
-          row = group - 1;  // the next one starts a wide row again
+          row = group - 1;  // the next row begins a wide row
         } else {
           relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, out, sum, cols);
           ++i;

@@ -1,6 +1,6 @@
-// Closes an instruction-set file: its kernels, gathered in one table. MBP_LEVEL is the level's name.
+// The table of a level, which isa.cpp knows it by. MBP_LEVEL is its name.
 
-// By name, since several have the same type: in the order of the fields, a swap would compile.
+// Filled by name, since several fields have the same type: filled by position, a swap would compile.
 template <typename T>
 static constexpr Kernels<T> kernels_of() {
   Kernels<T> kernels{};

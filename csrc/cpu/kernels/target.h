@@ -1,5 +1,5 @@
-// Target regions: what stands between MBP_TARGET_BEGIN("avx2,fma") and MBP_TARGET_END is compiled for these instructions,
-// whatever flags the file is compiled with.
+// Target regions: what stands between MBP_TARGET_BEGIN("avx2,fma") and MBP_TARGET_END is compiled for these
+// instructions, whatever flags the file is compiled with.
 //
 // No standard header may be included inside a region: the linker keeps one copy of an inline std function for the whole
 // program, and if that were the one compiled for these instructions, an older machine would crash.
