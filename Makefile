@@ -17,6 +17,7 @@ INSTALL := $(RUN) $(PIP) --no-build-isolation --editable '.[demo,test]'
 REBUILD := $(RUN) python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
 SOURCES := $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+LEVELS := $(basename $(notdir $(wildcard csrc/cpu/kernels/*.cpp)))  # of instruction sets
 BINARY := torch_manualbp/_C.abi3.so
 DRIVERS := kernels network
 # One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
@@ -121,7 +122,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	@$(RUN) coverage combine -q
 	@$(RUN) coverage report
 	@$(RUN) gcovr $(GCOVR) build/coverage
-	@for level in default avx2 avx512; do echo "kernels, level $$level:"; \
+	@for level in $(LEVELS); do echo "kernels, level $$level:"; \
 	  $(RUN) gcovr $(GCOVR) build/coverage/csrc/cpu/kernels/$$level.gcda | grep -- -inl.h; done
 
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
@@ -158,7 +159,7 @@ clean:  ## remove all that was made here
 
 # The kernels know nothing of torch, and network.h little (tests/csrc/torch_stub): the sanitizers run them in programs of
 # their own. 77: not a level of this machine.
-on_every_level = for level in default avx2 avx512; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
+on_every_level = for level in $(LEVELS); do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
 # Chosen, not forced.
 on_the_baseline = for run in "kernels 40" "network 1"; do \
   said=$$(MANUALBP_ISA= $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "default: $${run\#* } passed" ] || exit 1; done

@@ -2,10 +2,9 @@
 // does nothing but fused multiply-adds in registers (float32, two operations each).
 //
 // Compiled at run time by training_step.py, which calls it from as many threads as the benchmark uses. One function per
-// instruction set, so that ordinary compiler flags suffice; `fma_peak_gflops` refuses a set that the CPU lacks.
+// instruction set, so that ordinary compiler flags suffice.
 
 #include <chrono>
-#include <cstring>
 
 namespace {
 
@@ -38,6 +37,21 @@ DEFINE_CHAINS(chains_avx2, __attribute__((target("avx2,fma"))), 32)
 DEFINE_CHAINS(chains_avx512, __attribute__((target("avx512f"))), 64)
 #endif
 
+// The instruction sets that csrc/cpu/kernels has levels for.
+const struct Level {
+  const char* name;
+  float (*chains)(long);
+  long lanes;
+  bool (*supported)();
+} kLevels[] = {
+    {"default", chains_default, 4, [] { return true; }},
+#if defined(__x86_64__)
+    {"avx2", chains_avx2, 8, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512", chains_avx512, 16, [] { return bool(__builtin_cpu_supports("avx512f")); }},
+#endif
+};
+constexpr int kLevelCount = sizeof kLevels / sizeof *kLevels;
+
 double gflops(float (*chains)(long), long lanes, double seconds) {
   using clock = std::chrono::steady_clock;
   const long iterations = 100000;
@@ -53,18 +67,11 @@ double gflops(float (*chains)(long), long lanes, double seconds) {
 
 }  // namespace
 
-// GFLOP/s of the calling thread over `seconds`, with the instruction set "default", "avx2" or "avx512"; 0 if the CPU
-// does not have it.
-extern "C" double fma_peak_gflops(const char* level, double seconds) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!std::strcmp(level, "avx512")) {
-    return __builtin_cpu_supports("avx512f") ? gflops(chains_avx512, 16, seconds) : 0;
-  }
-  if (!std::strcmp(level, "avx2")) {
-    const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return has ? gflops(chains_avx2, 8, seconds) : 0;
-  }
-#endif
-  return std::strcmp(level, "default") ? 0 : gflops(chains_default, 4, seconds);
+// The name of level 0, 1, ...; nullptr behind the last one.
+extern "C" const char* fma_peak_level(int level) { return level < kLevelCount ? kLevels[level].name : nullptr; }
+
+// GFLOP/s of the calling thread over `seconds`, at a level; 0 if the CPU does not have it.
+extern "C" double fma_peak_gflops(int level, double seconds) {
+  const Level& l = kLevels[level];
+  return l.supported() ? gflops(l.chains, l.lanes, seconds) : 0;
 }

@@ -23,6 +23,7 @@ import ctypes
 import datetime
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -380,17 +381,21 @@ class FmaPeak:
         if not compiler or subprocess.run([*compiler, *flags], capture_output=True, check=False).returncode != 0:
             self._measure = None
             return
-        self._measure = ctypes.CDLL(library).fma_peak_gflops
-        self._measure.restype, self._measure.argtypes = ctypes.c_double, [ctypes.c_char_p, ctypes.c_double]
+        peak = ctypes.CDLL(library)
+        peak.fma_peak_level.restype = ctypes.c_char_p
+        names = map(peak.fma_peak_level, itertools.count())
+        self._levels = [name.decode() for name in itertools.takewhile(bool, names)]
+        self._measure = peak.fma_peak_gflops
+        self._measure.restype, self._measure.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
 
     def update(self) -> None:
         """Measures once more: a machine that others use has better and worse moments."""
         if self._measure is None:
             return
         seconds = 0.05
-        for level in ("default", "avx2", "avx512") * 4:
+        for number, level in [*enumerate(self._levels)] * 4:
             with ThreadPoolExecutor(self.threads) as pool:  # ctypes releases the GIL
-                gflops = sum(pool.map(self._measure, [level.encode()] * self.threads, [seconds] * self.threads))
+                gflops = sum(pool.map(self._measure, [number] * self.threads, [seconds] * self.threads))
             if gflops > 0:  # else the CPU lacks this instruction set
                 self.gflops[level] = max(gflops, self.gflops.get(level, 0))
 

@@ -1,10 +1,44 @@
-// The argument checks that the CPU and the CUDA entries share: the message names the argument, what was expected and
-// what came.
+// The argument checks that the CPU and the CUDA entries share. A message names the argument, what was expected and what
+// was passed.
 #pragma once
 
-#include "cpu/tensor.h"
+#include "tensor.h"
 
 namespace manualbp {
+
+// An argument's name, as text only when a message needs it: "weights[1]", or "weight".
+struct Name {
+  const char* name;
+  int64_t index = -1;
+};
+inline std::ostream& operator<<(std::ostream& out, const Name& n) {
+  out << n.name;
+  return n.index < 0 ? out : out << '[' << n.index << ']';
+}
+
+inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input) {
+  MBP_CHECK(dtype_of(t) == dtype_of(input), op, ": `", name, "` must have the dtype of `input` (",
+            dtype_name(dtype_of(input)), "), got ", dtype_name(dtype_of(t)));
+}
+
+inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
+                       const Tensor& input) {
+  check_dtype(op, name, bias, input);
+  MBP_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": `", name, "` must have shape (", weight.size(0),
+            ",), one item per row of `", weight_name, "` ", shape_of(weight), ", got ", shape_of(bias));
+}
+
+inline bool same_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(int64_t(d)) == sizes[d];
+  return same;
+}
+
+inline void check_same_shape(const char* op, Name name, const Tensor& t, const std::vector<int64_t>& sizes,
+                             const Tensor& input) {
+  check_dtype(op, name, t, input);
+  MBP_CHECK(same_shape(t, sizes), op, ": `", name, "` must have shape ", shape_text(sizes), ", got ", shape_of(t));
+}
 
 // Checks input (..., D_in) and weight (D_out, D_in).
 inline void check_layer(const char* op, const Tensor& input, const Tensor& weight) {
@@ -46,7 +80,7 @@ inline void check_network(const char* op, const Tensor& input, const std::vector
   }
 }
 
-// Checks what a backward pass gets back: grad_output, and the output if the pass needs it, both (..., cols).
+// Checks the arguments of a backward pass: grad_output, and the output if the pass needs it, both (..., cols).
 inline void check_backward(const char* op, const Tensor& input, int64_t cols, const Tensor& grad_output,
                            const std::optional<Tensor>& output) {
   const auto sizes = with_last_size(input, cols);
@@ -56,16 +90,22 @@ inline void check_backward(const char* op, const Tensor& input, int64_t cols, co
   MBP_CHECK(output->is_contiguous(), op, ": `output` must be contiguous");
 }
 
-// Checks the target of a loss of an output (..., cols): the classes themselves are data, and left to the kernels.
-inline void check_loss(const char* op, const Tensor& input, const Tensor& target, int64_t cols, const std::string& loss,
+// The loss that a `str` argument names.
+inline LossKind parse_loss(const char* op, const std::string& name) {
+  if (name == "mse") return LossKind::mse;
+  if (name == "bce_with_logits") return LossKind::bce_with_logits;
+  if (name == "cross_entropy") return LossKind::cross_entropy;
+  raise(op, ": `loss` must be mse, cross_entropy or bce_with_logits, got ", name);
+}
+
+// Checks the target of a loss of an output (..., cols). The values of class indices are data: the entries and kernels
+// check those.
+inline void check_loss(const char* op, const Tensor& input, const Tensor& target, int64_t cols, LossKind loss,
                        double label_smoothing) {
-  const bool is_class = loss == "cross_entropy";
-  MBP_CHECK(is_class || loss == "mse" || loss == "bce_with_logits", op,
-            ": `loss` must be mse, cross_entropy or bce_with_logits, got ", loss);
   MBP_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": `label_smoothing` must be between 0 and 1, got ",
             label_smoothing);
   auto sizes = with_last_size(input, cols);
-  if (is_class) {
+  if (has_class_target(loss)) {
     MBP_CHECK(input.dim() <= 2, op, ": cross_entropy takes an `input` of at most two dimensions, got ",
               shape_of(input));
     MBP_CHECK(dtype_of(target) == aoti_torch_dtype_int64(), op,

@@ -1,8 +1,8 @@
 // The boundary between libtorch's C interface and C++ exceptions.
 //
-// An exception thrown here, inside an op, reaches Python as RuntimeError with its text. The reverse direction
-// loses the text up to torch 2.12: a failed call (out of memory, say) returns only a code. From 2.13 on
-// libtorch keeps the text of the last exception; we target 2.10, so the function is looked up at run time.
+// An exception thrown inside an op reaches Python as RuntimeError with its text. In the other direction, a failed call
+// of libtorch (out of memory, say) returns only a code up to torch 2.12. From 2.13 on libtorch keeps the text of the
+// last exception; the binary targets 2.10, so the function that returns it is looked up at run time.
 #pragma once
 
 #include <dlfcn.h>
@@ -34,7 +34,7 @@ template <typename... Parts>
     if ((call) != 0) ::manualbp::raise_libtorch_error(#call); \
   } while (0)
 
-// Checks an argument: the message names it, what was expected, and what came.
+// Checks an argument. The message names it, what was expected, and what was passed.
 #define MBP_CHECK(condition, ...)                     \
   do {                                                \
     if (!(condition)) ::manualbp::raise(__VA_ARGS__); \

@@ -1,19 +1,19 @@
-// The gradients that a backward pass is asked for: which, and their memory, the same on every device.
+// The gradients that a call asks for, and their memory, for the CPU and CUDA alike.
 #pragma once
 
-#include "cpu/tensor.h"
+#include "tensor.h"
 
 namespace manualbp {
 
-// An undefined tensor: not asked for.
+// A gradient that is not asked for is an undefined tensor.
 struct GradientTensors {
   Tensor input;                     // the shape of the input
   std::vector<Tensor> omega, beta;  // (D_{k+1}, D_k) and (D_{k+1}) each
 };
 
-// The tensors that `needs` = [input, weights..., biases...] asks for, also put into `asked`, in this order.
-// flat: those of the parameters are views of one buffer, each at a multiple of 64 bytes.
-// empty(sizes, dtype): memory on the device.
+// Allocates what `needs` = [input, weights..., biases...] asks for, and appends it to `asked` in this order.
+// flat: the gradients of the parameters are views of one buffer, each at a multiple of 64 bytes.
+// empty(sizes, dtype) allocates a tensor on the device.
 template <typename Empty>
 GradientTensors allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                                    const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked,
@@ -22,19 +22,18 @@ GradientTensors allocate_gradients(const char* op, const Tensor& input, const st
   MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
   const int32_t dtype = dtype_of(input);
   const int64_t align = 64 / item_size(dtype);
-  const auto room = [&](int64_t size) { return (size + align - 1) / align * align; };
   int64_t total = 0, offset = 0;
   for (size_t k = 0; flat && k < layers; ++k) {
     const int64_t d_out = weights[k].size(0);
-    if (needs[1 + k]) total += room(d_out * weights[k].size(1));
-    if (needs[1 + layers + k]) total += room(d_out);
+    if (needs[1 + k]) total += round_up(d_out * weights[k].size(1), align);
+    if (needs[1 + layers + k]) total += round_up(d_out, align);
   }
   const Tensor buffer = flat ? empty({total}, dtype) : Tensor();
   const auto ask = [&](size_t i, const std::vector<int64_t>& sizes) -> Tensor {
     if (!needs[i]) return Tensor();
     if (flat && i > 0) {
-      asked.push_back(view(buffer, sizes, offset));
-      offset += room(asked.back().numel());
+      asked.push_back(seen_as(buffer, sizes, contiguous_strides(sizes), offset));
+      offset += round_up(asked.back().numel(), align);
     } else {
       asked.push_back(empty(sizes, dtype));
     }

@@ -1,10 +1,11 @@
-// Every op of the library: torch.ops.manualbp.*. The table of contents of this folder.
+// All ops of the library, torch.ops.manualbp.*: the table of contents of this folder.
 //
-// The ops are private: they have no derivative of their own (torch_manualbp/autograd.py gives them one).
-// Only the stable ABI of torch is used, so that one binary serves every Python and every torch >= 2.10.
+// The ops are private and have no derivative (torch_manualbp/autograd.py gives them one). Only the stable ABI of torch
+// is used, so that one binary serves every Python and every torch >= 2.10.
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/isa.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(manualbp, m) {
@@ -14,13 +15,14 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, bool[] needs)"
       " -> Tensor[]");
-  // linear -> ReLU -> ... -> linear (-> ReLU if final_relu). hidden: h_1 ... h_{K-1} one after another, flat,
-  // or empty if not store.
+  // linear -> ReLU -> ... -> linear (-> ReLU if final_relu). hidden: h_1 ... h_{K-1} one after another in a flat
+  // tensor, which is empty unless `store`.
   m.def(
       "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store)"
       " -> (Tensor output, Tensor hidden)");
-  // The gradients asked for by needs = [input, weights..., biases...], in this order. hidden: as mlp stored it; or None,
-  // then the activations are computed again, for which biases are needed. output: of an mlp with final_relu, else None.
+  // The gradients asked for by needs = [input, weights..., biases...], in this order. hidden: as mlp stored it, or
+  // None: the activations are then recomputed, which needs the biases. output: that of an mlp with final_relu, else
+  // None.
   m.def(
       "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
       " Tensor? output, bool[] needs) -> Tensor[]");
@@ -30,19 +32,19 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_loss(Tensor input, Tensor target, Tensor[] weights, Tensor?[] biases, str loss, bool mean, int ignore_index,"
       " float label_smoothing, bool[] needs, bool flat) -> Tensor[]");
-  // For GradientFlowMonitor, on the CPU: the output of a network. relus: after which layers a ReLU follows. Written:
-  // f_0 ... f_{K-1}, flat, and h_1 ... h_{K-1} in a memory of the same size. (The monitor brings the same memory each
-  // time: to map fresh pages took as long as both passes.)
+  // For GradientFlowMonitor, on the CPU: the output of a network. relus: the layers that a ReLU follows. Writes
+  // f_0 ... f_{K-1}, flat, and h_1 ... h_{K-1} into memory of the same size. (The monitor passes the same memory every
+  // time: mapping new pages took as long as both passes.)
   m.def(
       "flow_forward(Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor(a!) f, Tensor(b!) h)"
       " -> Tensor");
-  // Of each layer, in float64 (7, K): sums of squares of f_k, h_k and df_k, numbers of units that are off and on for all
-  // rows, sum of Omega_k and of its squares. Written, all flat: f, unless has_f says that flow_forward did; df; and a
-  // copy of the weights.
+  // For each layer, in float64 (7, K): the sums of squares of f_k, h_k and df_k, the numbers of units that are off and
+  // on for all rows, the sum of Omega_k and of its squares. Writes, all flat: f, unless flow_forward has written it
+  // (has_f); df; and a copy of the weights.
   m.def(
       "flow_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, bool[] relus, Tensor(a!) f,"
       " bool has_f, Tensor(b!) df, Tensor(c!) copies) -> Tensor");
-  // How far each weight has moved from its copy: the norms of the differences, float64 (K).
+  // The norm of the difference between each weight and its copy, float64 (K).
   m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass

@@ -47,6 +47,9 @@ LARGE = {
     "few rows": (3, [1100, 700, 2]),
 }
 
+# The levels of instruction sets, of which a machine may lack some: each is one file.
+LEVELS = sorted(path.stem for path in (Path(__file__).parents[1] / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+
 # Largest error, as a fraction of the largest sum of absolute values in the tensor.
 TOLERANCE = {
     torch.float64: 2**-48,  # 32 units of rounding (2^-53): sums of up to 3000 terms, up to 5 layers

@@ -71,7 +71,7 @@ BROKEN = {
         "relu_backward.cuh", "test_relu_backward", "memory", "<= A(0)", "< A(0)", "FAILED: relu_backward",
     ),
     "no barrier before the tile is replaced: a data race": (
-        "narrow.cuh", "test_narrow", "races", "      __syncthreads();  // nobody reads the tile any more\n", "", "data race",
+        "narrow.cuh", "test_narrow", "races", "      __syncthreads();  // every thread has read the tile\n", "", "data race",
     ),
     "halves of a fragment in the wrong registers": (
         "narrow.cuh", "test_narrow", "memory", "{pair(w), pair(w + 8)}", "{pair(w + 8), pair(w)}", "FAILED: narrow",

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers import LEVELS
+
 ROOT = Path(__file__).parents[1]
-LEVELS = ("default", "avx2", "avx512")
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 

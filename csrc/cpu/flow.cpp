@@ -1,10 +1,11 @@
-// Gradient flow on the CPU: both passes of a network with every f_k and df_k kept, and what they add up to in each layer.
+// Gradient flow on the CPU: both passes of a network, keeping every f_k and df_k, and the sums of each layer over them.
 //
 //   forward    h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k], or f_k where no ReLU follows
 //   backward   df_k = I[f_k > 0] . dh_{k+1};   dh_k = df_k Omega_k
 //
-// f_0 ... f_{K-1} lie one after another in one flat tensor, and so do df_k. A monitor runs this in the middle of training
-// (inspection/monitor.py): what a training step computes anyway, in one call each, but the weight gradients.
+// f_0 ... f_{K-1} lie one after another in one flat tensor, and so do the df_k. A monitor calls this during training
+// (inspection/monitor.py), so it computes only what it needs: no weight gradients. Network (network.h) cannot serve,
+// since it keeps h_k but not f_k, and overwrites df_k.
 
 #include <cmath>
 
@@ -34,7 +35,7 @@ struct FlowNetwork {
     }
   }
 
-  // of_rows(first, count, who) for each thread's share of the rows.
+  // Runs of_rows(first, count, workers) on the rows of each thread.
   template <typename F>
   void run(const F& of_rows) const {
     const Team<T> team(widest, widest);
@@ -45,7 +46,7 @@ struct FlowNetwork {
     });
   }
 
-  // Writes all f_k, all h_{k+1} but the last, and that, the output, unless it is nullptr.
+  // Writes all f_k, h_1 ... h_{K-1}, and the output unless it is nullptr.
   void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* h_next, T* output) const {
     run([&](int64_t first, int64_t count, const Workers& who) {
       Matrix<const T> h{input.data + first * input.row_stride, count, input.cols, input.row_stride, input.col_stride};
@@ -56,7 +57,7 @@ struct FlowNetwork {
         const bool last = k + 1 == layers.size();
         if (last ? !output : !relus[k]) continue;
         T* const next = last ? output + first * h.cols : at(h_next, k, first);
-        relu_backward<T>(h, relus[k] ? f_k : nullptr, next, nullptr, who);  // f masked by itself is a[f]
+        relus[k] ? relu<T>(h, next, who) : copy<T>(h, next, who);
         h = Matrix<const T>::contiguous(next, count, h.cols);
       }
     });
@@ -69,8 +70,10 @@ struct FlowNetwork {
                          gradient.col_stride};
       for (size_t k = layers.size(); k-- > 0;) {
         T* const df_k = at(df, k, first);
-        if (relus[k] || k + 1 == layers.size()) {
-          relu_backward<T>(dh, relus[k] ? at(f, k, first) : nullptr, df_k, nullptr, who);
+        if (relus[k]) {
+          relu_backward<T>(dh, at(f, k, first), df_k, nullptr, who);
+        } else if (k + 1 == layers.size()) {
+          copy<T>(dh, df_k, who);
         }
         if (k == 0) break;
         dh = Matrix<const T>::contiguous(at(df, k - 1, first), count, layers[k].d_in());
@@ -80,7 +83,7 @@ struct FlowNetwork {
     });
   }
 
-  // Numbers in all f_k, or all df_k.
+  // The number of elements of all f_k together, or of all df_k.
   int64_t size() const { return rows * starts.back(); }
 
   // Rows of f_k or df_k, from `first` on.
@@ -103,7 +106,7 @@ void check_flow(const char* op, const Tensor& input, const std::vector<Tensor>& 
             relus.size());
 }
 
-// The bytes that a tensor lies in.
+// The range of bytes that a tensor occupies.
 std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   if (t.numel() == 0) return {0, 0};
   int64_t last = 0;
@@ -112,7 +115,7 @@ std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
   return {begin, begin + uintptr_t((last + 1) * item_size(dtype_of(t)))};
 }
 
-// What a pass writes into: flat, of so many items, and apart from whatever it reads or writes besides.
+// Checks a tensor that a pass writes: flat, of `size` items, and without overlap with any other argument.
 void check_memory(const char* op, Name name, const Tensor& t, int64_t size, const Tensor& input,
                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                   const std::vector<Tensor>& others) {
@@ -131,7 +134,7 @@ void check_memory(const char* op, Name name, const Tensor& t, int64_t size, cons
   for (const auto& other : others) check_apart(other);
 }
 
-// The rows of a matrix are contiguous, in a copy if need be.
+// A tensor as a matrix of contiguous rows, of a copy if necessary; `keep` owns it.
 template <typename T>
 Matrix<const T> with_contiguous_rows(const Tensor& t, Tensor& keep) {
   if (t.stride(1) != 1) keep = torch::stable::contiguous(t);
@@ -188,7 +191,7 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
     const T* const f_data = const_data<T>(f);
     net.backward(as_matrix<T>(grad_output), relus, f_data, data<T>(df));
 
-    // Each layer's sums on one thread, so that they do not depend on how many there are.
+    // One thread makes the sums of a layer, so that they do not depend on the number of threads.
     std::vector<Tensor> keep(weights.size() + 1);
     std::vector<Matrix<const T>> omega;
     std::vector<int64_t> offsets{0};
@@ -204,8 +207,13 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
     team.workers.run(layers, work, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const size_t i = size_t(k);
-        const FlowSums s = kernels<T>().layer_flow(
-            {net.rows, net.layers[i].d_out(), net.at(f_data, i, 0), net.at(const_data<T>(df), i, 0), relus[i]});
+        LayerFlow<T> layer{};
+        layer.rows = net.rows;
+        layer.cols = net.layers[i].d_out();
+        layer.f = net.at(f_data, i, 0);
+        layer.df = net.at(const_data<T>(df), i, 0);
+        layer.relu = relus[i];
+        const FlowSums s = kernels<T>().layer_flow(layer);
         const Moments m = moments<T>(omega[i], nullptr, data<T>(copies) + offsets[i]);
         const double column[] = {s.f, 0, s.df, s.off, s.on, m.sum, m.square};
         for (int64_t row = 0; row < 7; ++row) {

@@ -1,7 +1,6 @@
 #include "isa.h"
 
 #include <cstdlib>
-#include <string>
 
 #include "../error.h"
 
@@ -26,7 +25,7 @@ struct Level {
   bool (*supported)();
 };
 
-// Best first; the baseline, last, runs anywhere.
+// Best first: the first one that the machine supports is used. The baseline, last, runs everywhere.
 const Level kLevels[] = {
 #if defined(__x86_64__)
     {&avx512::kTable,
@@ -62,6 +61,8 @@ const KernelTable& kernel_table() {
   static const KernelTable& table = choose();
   return table;
 }
+
+std::string isa() { return kernel_table().name; }
 
 template <>
 const Kernels<double>& kernels() {

@@ -1,17 +1,20 @@
 // The steps of one layer on a block of rows. Lecture notation: f = beta + Omega h, h' = a[f].
 //
-//   forward           f = h Omega^T + beta, and ReLU where asked for, in one pass
+//   forward           f = h Omega^T + beta, and ReLU if asked for, in one pass
 //   relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
+//   bias_gradient     d(beta) alone, where no ReLU follows
 //   input_gradient    dh = df Omega
-//   hidden_gradient   both: df and d(beta) of the layer below
+//   hidden_gradient   input_gradient and the relu_backward of the layer below
 //   weight_gradient   d(Omega) = df^T h
+//   relu, copy        h' = a[f],  h' = f
 //
-// Each step runs on one thread or cuts its work over torch's threads, as its Workers say. How work is cut never
-// changes a result: an element of a product is summed by one thread in ascending order, and sums over rows are cut
-// into slices whose number depends on the sizes alone, then added in order.
+// Each step runs on one thread or is divided among torch's threads, depending on its Workers. The division never
+// changes a result: one thread sums an element of a product, in ascending order, and sums over rows are made in slices
+// whose number depends on the sizes alone, and then added in order.
 //
-// Sums over rows stay within 1e-6 at any number of rows: parts of 48 rows, the parts of a unit, and units up to a few
-// thousand rows are added up in the accumulator type, all else in double (see Sums in network.h).
+// The relative error of sums over rows stays below 1e-6 at any number of rows: parts of 48 rows, the parts of a unit,
+// and units up to a few thousand rows are added in the accumulator type, everything beyond in double (see Sums in
+// network.h).
 #pragma once
 
 #include <algorithm>
@@ -32,8 +35,8 @@ inline double product_work(int64_t m, int64_t n, int64_t k) {
   return double(m + kFetchRows) * double(n) * double(std::max<int64_t>(k, 1));
 }
 
-// Uninitialised memory, aligned to a cache line: small pieces straight from malloc (a tensor costs 1 us, and a small
-// network needs five), large ones from torch's allocator, which knows what to do when there is none left.
+// Uninitialised memory, aligned to a cache line. Small blocks come from malloc, since a tensor costs 1 us and a small
+// network needs five of them; large ones come from torch's allocator, which reports it when memory runs out.
 template <typename T>
 class Buffer {
  public:
@@ -41,8 +44,8 @@ class Buffer {
     const int64_t bytes = size * int64_t(sizeof(T));
     if (bytes <= kSmall) small_.reset(std::malloc(size_t(bytes + kAlign)));
     if (!small_) large_.emplace(empty({bytes + kAlign}, aoti_torch_dtype_uint8()));
-    const auto address = reinterpret_cast<uintptr_t>(small_ ? small_.get() : manualbp::data<void>(*large_));
-    data = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
+    const auto address = reinterpret_cast<intptr_t>(small_ ? small_.get() : manualbp::data<void>(*large_));
+    data = reinterpret_cast<T*>(round_up(address, kAlign));
   }
   T* data;
 
@@ -55,7 +58,8 @@ class Buffer {
   std::optional<Tensor> large_;
 };
 
-// Who computes a step: all of torch's threads, or (`alone`) the calling thread. Each has its packing workspace.
+// The threads that compute a step: all of torch's, or the calling thread only (`alone`). Each has a workspace for
+// packing.
 class Workers {
  public:
   Workers(char* workspaces, int64_t bytes, int64_t threads) : base_(workspaces), bytes_(bytes), threads_(threads) {}
@@ -74,14 +78,14 @@ class Workers {
   // The workspace of the calling thread.
   void* workspace() const { return base_ + index() * bytes_; }
 
-  // The calling thread on its own, inside a parallel region: steps are not cut again.
+  // The calling thread only, for use inside a parallel region: steps are then not divided any further.
   Workers alone() const {
     Workers one(static_cast<char*>(workspace()), bytes_, 1);
     one.alone_ = true;
     return one;
   }
 
-  // f(begin, end) over [0, tasks); on one thread unless `work` multiply-adds are worth more.
+  // Runs f(begin, end) over [0, tasks), on one thread if `work` multiply-adds are too few for two.
   template <typename F>
   void run(int64_t tasks, double work, const F& f) const {
     if (threads_ == 1 || tasks <= 1 || work < 2 * kGrain) {
@@ -101,7 +105,7 @@ class Workers {
 template <typename T>
 struct Team {
   Team(int64_t n, int64_t k)
-      : bytes(ceil_div(kernels<T>().workspace_bytes(n, k), 64) * 64),
+      : bytes(round_up(kernels<T>().workspace_bytes(n, k), 64)),
         threads(torch::stable::get_num_threads()),
         memory(threads * bytes),
         workers(memory.data, bytes, threads) {}
@@ -110,17 +114,17 @@ struct Team {
   Workers workers;
 };
 
-// C = A B, cut by rows of C or by columns.
+// C = A B, divided among threads by rows of C or by columns.
 template <typename T>
 void gemm(const Gemm<T, T>& p, const Workers& workers) {
   if (p.m == 0 || p.n == 0) return;
   const double work = product_work(p.m, p.n, p.k);
   const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
-  // Who cuts by rows packs all of B once a thread: it should be the smaller matrix then.
+  // When splitting by rows, every thread packs all of B, so do it only if B is the smaller matrix, or packed already.
   const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
   const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
   const int64_t extent = by_rows ? p.m : p.n;
-  const int64_t share = ceil_div(ceil_div(extent, parts), step) * step;
+  const int64_t share = round_up(ceil_div(extent, parts), step);
   workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * share;
     const int64_t count = std::min(end * share, extent) - first;
@@ -152,7 +156,7 @@ struct Layer {
   int64_t d_out() const { return omega.rows; }
 };
 
-// Expanded tensors may have more elements than memory has bytes: all that is counted of a network fits into 63 bits.
+// Expanded tensors can have more elements than memory has bytes. This check keeps every count of a network below 2^63.
 template <typename T>
 void check_countable(int64_t batch, const std::vector<Layer<T>>& layers) {
   double width = double(layers[0].d_in()), parameters = 0;
@@ -165,25 +169,44 @@ void check_countable(int64_t batch, const std::vector<Layer<T>>& layers) {
             " parameters on an `input` of ", batch, " rows is larger than any memory");
 }
 
+// C (M, N) = A (M, K) B (K, N), rows of C `c_m` apart. Bias, ReLU and the rest of Gemm are set by name.
+template <typename T, typename Out>
+Gemm<T, Out> product(Matrix<const T> a, Matrix<const T> b, Out* c, int64_t c_m) {
+  Gemm<T, Out> p{};
+  p.m = a.rows;
+  p.n = b.cols;
+  p.k = a.cols;
+  p.a = a.data;
+  p.a_m = a.row_stride;
+  p.a_k = a.col_stride;
+  p.b = b.data;
+  p.b_k = b.row_stride;
+  p.b_n = b.col_stride;
+  p.c = c;
+  p.c_m = c_m;
+  return p;
+}
+
 // f (B, D_out) = h (B, D_in) Omega^T + beta, then ReLU if asked for.
 template <typename T>
 void forward(Matrix<const T> h, const Layer<T>& layer, bool relu, T* f, const Workers& workers) {
-  const auto& omega = layer.omega;
-  gemm<T>({h.rows, omega.rows, omega.cols, h.data, h.row_stride, h.col_stride, omega.data, omega.col_stride,
-           omega.row_stride, f, omega.rows, layer.beta.data, layer.beta.stride, relu, false, layer.packed_transposed},
-          workers);
+  auto p = product<T>(h, layer.omega.transposed(), f, layer.d_out());
+  p.bias = layer.beta.data;
+  p.bias_stride = layer.beta.stride;
+  p.relu = relu;
+  p.packed_b = layer.packed_transposed;
+  gemm<T>(p, workers);
 }
 
 // dh (B, D_in) = df (B, D_out) Omega.
 template <typename T>
 void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Workers& workers) {
-  const auto& omega = layer.omega;
-  gemm<T>({df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
-           omega.col_stride, dh, omega.cols, nullptr, 0, false, false, layer.packed},
-          workers);
+  auto p = product<T>(df, layer.omega, dh, layer.d_in());
+  p.packed_b = layer.packed;
+  gemm<T>(p, workers);
 }
 
-// f(begin, end) over [0, size) by shares of a cheap pass, whose work is `passes` of a sum for each element.
+// Runs f(begin, end) over [0, size), for a pass that is as cheap as `passes` multiply-adds per element.
 template <typename F>
 void run_shares(int64_t size, double passes, const Workers& workers, const F& f) {
   const int64_t share = 4096;
@@ -191,7 +214,7 @@ void run_shares(int64_t size, double passes, const Workers& workers, const F& f)
               [&](int64_t begin, int64_t end) { f(begin * share, std::min(end * share, size)); });
 }
 
-// out (size) = sum of partial (slices, size), slice by slice; the slices lie `stride` apart.
+// out (size) = the sum of the slices of partial (slices, size), which lie `stride` apart.
 template <typename T, typename Partial>
 void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size, T* out, const Workers& workers) {
   const auto& kernel = kernels<T>();
@@ -204,66 +227,100 @@ void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size
   });
 }
 
-// df = I[h > 0] . dh into df (B, D) contiguous, which may be dh itself; and d(beta) (D) += the sum over rows of df.
-// h = nullptr: no ReLU, only the sums. df = nullptr: only the sums. dbeta = nullptr: only df.
+// The kernel relu_backward on all rows, for the functions below: out = I[h > 0] . dh, and sums (D) += the column sums
+// of out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
+void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers) {
   const int64_t rows = dh.rows, cols = dh.cols;
-  const auto part = [&](int64_t first, int64_t count, double* sums) {
-    kernels<T>().relu_backward({count, cols, dh.data + first * dh.row_stride, dh.row_stride, dh.col_stride,
-                                h ? h + first * cols : nullptr, cols, df ? df + first * cols : nullptr, sums});
+  const auto part = [&](int64_t first, int64_t count, double* part_sums) {
+    ReluBackward<T> p{};
+    p.rows = count;
+    p.cols = cols;
+    p.grad = dh.data + first * dh.row_stride;
+    p.grad_row = dh.row_stride;
+    p.grad_col = dh.col_stride;
+    p.h = h ? h + first * cols : nullptr;
+    p.h_row = cols;
+    p.out = out ? out + first * cols : nullptr;
+    p.column_sum = part_sums;
+    kernels<T>().relu_backward(p);
   };
-  // Threads take units of a fixed size; the first place is for what is in d(beta) already.
+  // Threads take units of a fixed size, each with sums of its own. The first row of `partial` holds what `sums` held.
   const int64_t units = ceil_div(rows, kUnitRows);
-  if (workers.is_alone() || units <= 1) return part(0, rows, dbeta);
-  const Buffer<double> partial(dbeta ? (1 + units) * cols : 0);
-  if (dbeta) {
-    std::copy_n(dbeta, cols, partial.data);
+  if (workers.is_alone() || units <= 1) return part(0, rows, sums);
+  const Buffer<double> partial(sums ? (1 + units) * cols : 0);
+  if (sums) {
+    std::copy_n(sums, cols, partial.data);
     std::fill_n(partial.data + cols, units * cols, 0.0);
   }
-  // 16: a pass over memory costs about as much as that many multiply-adds for each element.
+  // 16: a pass over memory costs about as much as 16 multiply-adds per element.
   workers.run(units, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t first = u * kUnitRows;
-      part(first, std::min(kUnitRows, rows - first), dbeta ? partial.data + (1 + u) * cols : nullptr);
+      part(first, std::min(kUnitRows, rows - first), sums ? partial.data + (1 + u) * cols : nullptr);
     }
   });
-  if (dbeta) reduce<double>(partial.data, 1 + units, cols, cols, dbeta, workers);
+  if (sums) reduce<double>(partial.data, 1 + units, cols, cols, sums, workers);
 }
 
-// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += the sum over rows of it, or
-// nullptr. On one thread while the product is in registers, if it fills them: a pass of its own is 3 % of a step of
-// 32-64-64-64-64-16, but tiles that overhang took 40 % longer (48 wide) than that pass.
+// df (B, D) = I[h > 0] . dh, contiguous, which may be dh itself; and d(beta) (D) += the column sums of df, or nullptr.
+template <typename T>
+void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
+  masked_pass<T>(dh, h, df, dbeta, workers);
+}
+
+// d(beta) (D) += the column sums of df (B, D).
+template <typename T>
+void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers) {
+  masked_pass<T>(df, nullptr, nullptr, dbeta, workers);
+}
+
+// h (B, D) = a[f], both contiguous: f masked by itself.
+template <typename T>
+void relu(Matrix<const T> f, T* h, const Workers& workers) {
+  masked_pass<T>(f, f.data, h, nullptr, workers);
+}
+
+// to (B, D), contiguous, = from.
+template <typename T>
+void copy(Matrix<const T> from, T* to, const Workers& workers) {
+  masked_pass<T>(from, nullptr, to, nullptr, workers);
+}
+
+// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += its column sums, or nullptr.
+// On one thread, mask and sums are applied while the product is in registers, if D_k is a multiple of the tile: a pass
+// of their own takes 3 % of a step of 32-64-64-64-64-16. Tiles that overhang took 40 % longer than that pass (48 wide).
 template <typename T>
 void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, double* dbeta,
                      const Workers& workers) {
   const auto& omega = layer.omega;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
     if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0) {
-      return gemm<T>(
-          {df.rows, omega.cols, omega.rows, df.data, df.row_stride, df.col_stride, omega.data, omega.row_stride,
-           omega.col_stride, df_below, omega.cols, nullptr, 0, false, false, layer.packed, h, omega.cols, dbeta},
-          workers);
+      auto p = product<T>(df, omega, df_below, omega.cols);
+      p.packed_b = layer.packed;
+      p.mask = h;
+      p.mask_m = omega.cols;
+      p.column_sum = dbeta;
+      return gemm<T>(p, workers);
     }
   }
   input_gradient<T>(df, layer, df_below, workers);
   relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers);
 }
 
-// A block of a weight's gradient, computed by one thread: so few columns that the strip of df is read in place. With
-// blocks of 192 x 256, which copy it, backward of apex and dlrm_top took 7 % longer.
+// The block of a weight's gradient that one thread computes. It has so few columns that gemm reads the strip of df in
+// place; blocks of 192 x 256, for which gemm copies it, made backward of apex and dlrm_top 7 % slower.
 constexpr int64_t kGradientRows = 96, kGradientCols = 128;
 
-// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N). Its rows lie `stride` apart;
+// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N), rows `stride` apart.
 // unit_rows: see Gemm.
 template <typename T>
 void gradient_block(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, int64_t stride, bool accumulate,
                     int64_t unit_rows, void* workspace) {
-  Gemm<T, accumulator_t<T>> product{df.cols, h.cols,       h.rows,       df.data, df.col_stride, df.row_stride,
-                                    h.data,  h.row_stride, h.col_stride, domega,  stride};
-  product.accumulate = accumulate;
-  product.unit_rows = unit_rows;
-  kernels<T>().gemm_accumulated(product, workspace);
+  auto p = product<T>(df.transposed(), h, domega, stride);
+  p.accumulate = accumulate;
+  p.unit_rows = unit_rows;
+  kernels<T>().gemm_accumulated(p, workspace);
 }
 template <typename T>
 Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t most) {

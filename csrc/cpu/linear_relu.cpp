@@ -1,4 +1,4 @@
-// linear_relu on the CPU: checks the arguments, allocates the results, and computes a Network (network.h) of one layer:
+// linear_relu on the CPU: checks the arguments, allocates the results, and calls a Network (network.h) of one layer:
 //   h' = a[beta + Omega h];   df = I[h' > 0] . dh',   dh = df Omega,   d(Omega) = df^T h,   d(beta) = sum of df.
 // input (..., D_in), weight = Omega (D_out, D_in), bias = beta (D_out), output = h' (..., D_out).
 
@@ -40,7 +40,5 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
     return asked;
   });
 }
-
-std::string isa() { return kernel_table().name; }
 
 }  // namespace manualbp

@@ -1,4 +1,4 @@
-// mlp on the CPU: checks the arguments, allocates the results, and lets Network (network.h) compute.
+// mlp on the CPU: checks the arguments, allocates the results, and calls Network (network.h).
 //
 // B is the number of rows of the input, however many dimensions it has; layer k maps D_k to D_{k+1} features.
 // Stored activations: h_1 ... h_{K-1} lie one after another in one flat tensor.
@@ -30,7 +30,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                  std::optional<Tensor> output, std::vector<bool> needs) {
   const char* op = "mlp_backward";
-  if (hidden) biases.resize(weights.size());  // not needed then: callers may leave them out
+  if (hidden) biases.resize(weights.size());  // callers may leave out biases, which are needed only to recompute
   check_network(op, input, weights, biases);
   check_backward(op, input, weights.back().size(0), grad_output, output);
   return dispatch(op, input, [&](auto zero) {

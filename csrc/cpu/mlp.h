@@ -1,4 +1,4 @@
-// What the entries share: the network that their arguments describe, and the gradients asked for.
+// From the arguments of an entry to a Network and to the memory of its gradients.
 #pragma once
 
 #include "../checks.h"
@@ -19,7 +19,7 @@ Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std:
   return Network<T>(batch, std::move(layers), final_relu);
 }
 
-// The gradients that `needs` asks for (gradients.h), and their memory.
+// Allocates the gradients that `needs` asks for (gradients.h).
 template <typename T>
 Gradients<T> allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                                 const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked) {

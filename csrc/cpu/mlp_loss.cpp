@@ -1,5 +1,5 @@
 // mlp_loss on the CPU: forward, loss and backward in one pass over blocks of rows (Network::loss_backward).
-// What is kept of a row is gone when the next block is computed: activation memory does not grow with the batch.
+// The activations of a block are overwritten by the next one, so memory does not grow with the batch.
 
 #include "mlp.h"
 #include "ops.h"
@@ -28,11 +28,10 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
   const char* op = "mlp_loss";
-  const std::string loss = take_text(loss_name);
+  const LossKind kind = parse_loss(op, take_text(loss_name));
   check_network(op, input, weights, biases);
-  check_loss(op, input, target, weights.back().size(0), loss, label_smoothing);
-  const bool is_class = loss == "cross_entropy";
   const int64_t cols = weights.back().size(0);
+  check_loss(op, input, target, cols, kind, label_smoothing);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep_input, keep_target;
@@ -42,7 +41,7 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
     terms.ignore_index = ignore_index;
     terms.label_smoothing = label_smoothing;
     int64_t count = h.rows * cols;
-    if (is_class) {
+    if (has_class_target(kind)) {
       terms.classes = const_data<int64_t>(target);
       terms.target_row = target.dim() ? target.stride(0) : 0;
       count = check_classes(op, terms.classes, terms.target_row, h.rows, cols, ignore_index);
@@ -58,11 +57,7 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
     terms.gradient = results.size() > 1;
     const auto& kernel = kernels<T>();
     auto net = network<T>(h.rows, weights, biases, /*final_relu=*/false);
-    const double sum = net.loss_backward(h,
-                                         is_class        ? kernel.cross_entropy
-                                         : loss == "mse" ? kernel.mse
-                                                         : kernel.bce_with_logits,
-                                         terms, grads);
+    const double sum = net.loss_backward(h, kernel.loss(kind), terms, grads);
     kernel.store(mean ? sum / double(count) : sum, data<T>(results[0]));
     return results;
   });

@@ -293,8 +293,10 @@ class Network {
     // df_{K-1} and d(beta_{K-1}); if the network ends with a ReLU, its mask in the same pass.
     const auto [gradient, output] = top(first, count, buffers[0]);
     auto df = output ? Matrix<const T>::contiguous(buffers[0], count, plan_.top) : gradient;
-    if (double* dbeta = sums.beta(slice, layers_.size() - 1); output || dbeta) {
-      relu_backward<T>(gradient, output, output ? buffers[0] : nullptr, dbeta, workers);
+    if (double* dbeta = sums.beta(slice, layers_.size() - 1); output) {
+      relu_backward<T>(gradient, output, buffers[0], dbeta, workers);
+    } else if (dbeta) {
+      bias_gradient<T>(gradient, dbeta, workers);
     }
     for (size_t k = layers_.size(); k-- > size_t(plan.lowest);) {
       const auto& layer = layers_[k];
@@ -377,7 +379,7 @@ class Network {
       for (int64_t i = begin; i < end; ++i) {
         const auto [k, row, col] = tasks[size_t(i)];
         if (row < 0) {
-          relu_backward<T>(all.df[k], nullptr, nullptr, pass.sums.beta(0, k), alone);
+          bias_gradient<T>(all.df[k], pass.sums.beta(0, k), alone);
           continue;
         }
         const int64_t d_in = layers_[k].d_in();

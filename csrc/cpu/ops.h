@@ -1,5 +1,4 @@
-// The CPU entries of the ops, as ops.cpp registers them. One file each: linear_relu.cpp, mlp.cpp, mlp_loss.cpp,
-// flow.cpp, plan.cpp.
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -40,7 +39,5 @@ Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
 
 std::vector<int64_t> plan(int64_t batch, std::vector<int64_t> widths, int64_t item_size, int64_t threads,
                           std::vector<bool> needs, bool store, int64_t recomputed);
-
-std::string isa();
 
 }  // namespace manualbp

@@ -30,8 +30,6 @@
 
 namespace manualbp {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Minimum work per thread, in multiply-adds (10 to 20 us). Below it, waking the thread and moving freshly written cache
 // lines to it costs more than it saves: on 17-64-64-6 with 64 rows two threads took as long as one, and on a busy
 // machine twice as long.

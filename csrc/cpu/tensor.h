@@ -1,104 +1,27 @@
-// Tensors at the boundary: allocation through torch, and views that are pointers and strides only.
-// What an entry needs of torch is here, so that linear_relu.cpp and mlp.cpp read as the algorithm.
+// Tensors on the CPU: allocation through torch, and biases as a pointer and a stride.
 #pragma once
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "../error.h"
-#include "kernels/params.h"
+#include "../tensor.h"
 
 namespace manualbp {
 
-using torch::stable::Tensor;
-
-// A matrix in memory: any strides, in elements.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t rows, cols;
-  int64_t row_stride, col_stride;
-
-  static Matrix contiguous(T* data, int64_t rows, int64_t cols) { return {data, rows, cols, cols, 1}; }
-};
-
-inline int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  MBP_TORCH(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
-inline int64_t item_size(int32_t dtype) {
-  return dtype == aoti_torch_dtype_float64()   ? 8
-         : dtype == aoti_torch_dtype_float32() ? 4
-         : dtype == aoti_torch_dtype_uint8()   ? 1
-                                               : 2;
-}
-
-inline const char* dtype_name(int32_t dtype) {
-  const struct {
-    int32_t (*dtype)();
-    const char* name;
-  } names[] = {
-      {aoti_torch_dtype_float32, "float32"},     {aoti_torch_dtype_float64, "float64"},
-      {aoti_torch_dtype_bfloat16, "bfloat16"},   {aoti_torch_dtype_float16, "float16"},
-      {aoti_torch_dtype_bool, "bool"},           {aoti_torch_dtype_uint8, "uint8"},
-      {aoti_torch_dtype_int8, "int8"},           {aoti_torch_dtype_int16, "int16"},
-      {aoti_torch_dtype_int32, "int32"},         {aoti_torch_dtype_int64, "int64"},
-      {aoti_torch_dtype_complex64, "complex64"}, {aoti_torch_dtype_complex128, "complex128"},
-  };
-  for (const auto& entry : names) {
-    if (entry.dtype() == dtype) return entry.name;
-  }
-  return "an unsupported dtype";
-}
-
-// "(5, 3)", for messages.
-template <typename Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
-  const char* separator = "(";
-  for (const int64_t size : sizes) {
-    text << separator << size;
-    separator = ", ";
-  }
-  text << (sizes.size() == 0 ? "()" : sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-inline std::string shape_of(const Tensor& t) { return shape_text(t.sizes()); }
-
-inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= sizes[d] > 0 ? sizes[d] : 1;
-  }
-  return strides;
-}
-
-// Asks for huge pages before a large block is touched for the first time: a fault every 4 KiB costs as much as the
-// work on it. (65536 x 64 floats, written once: see benchmarks/.) A hint: nothing fails where there are none.
+// Asks for huge pages before a large block is touched for the first time: a page fault every 4 KiB costs as much as the
+// work on the page. A hint: where there are no huge pages, nothing happens.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = 2 << 20;
   if (bytes < 2 * kPage) return;
-  const int64_t first = (reinterpret_cast<intptr_t>(data) + kPage - 1) / kPage * kPage;
+  const int64_t first = round_up(reinterpret_cast<intptr_t>(data), kPage);
   const int64_t last = (reinterpret_cast<intptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), size_t(last - first), MADV_HUGEPAGE);
 #endif
 }
 
-// A fresh contiguous CPU tensor from torch's allocator.
+// A new contiguous tensor from torch's allocator.
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   const auto strides = contiguous_strides(sizes);
   const int64_t step = sizes.empty() ? 1 : strides[0] * sizes[0];
@@ -108,59 +31,6 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   Tensor tensor(handle);
   if (step > (1 << 19)) advise_huge_pages(tensor.mutable_data_ptr(), step * item_size(dtype));
   return tensor;
-}
-
-// A contiguous part of a flat tensor, sharing its memory.
-inline Tensor view(const Tensor& flat, const std::vector<int64_t>& sizes, int64_t offset) {
-  const auto strides = contiguous_strides(sizes);
-  AtenTensorHandle handle;
-  MBP_TORCH(
-      aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-template <typename T>
-const T* const_data(const Tensor& t) {
-  const void* data = t.const_data_ptr();
-  MBP_CHECK(data || t.numel() == 0, "a tensor of shape ", shape_of(t), " has no memory: its storage was freed");
-  return static_cast<const T*>(data);
-}
-
-// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), without a copy where
-// one row stride serves them all; else of a contiguous copy, which `keep` holds alive.
-template <typename T>
-Matrix<const T> as_matrix(const Tensor& t, Tensor& keep) {
-  const int64_t dim = t.dim();
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  if (dim == 1) return {const_data<T>(t), 1, sizes[0], sizes[0], strides[0]};
-  int64_t rows = sizes[dim - 2];
-  int64_t row_stride = strides[dim - 2];
-  bool regular = true;
-  for (int64_t d = dim - 3; d >= 0; --d) {
-    if (sizes[d] != 1) {
-      if (rows == 1) {
-        row_stride = strides[d];
-      } else if (strides[d] != row_stride * rows) {
-        regular = false;
-      }
-    }
-    rows *= sizes[d];
-  }
-  const int64_t cols = sizes[dim - 1];
-  if (regular || rows == 0) return {const_data<T>(t), rows, cols, row_stride, strides[dim - 1]};
-  keep = torch::stable::contiguous(t);
-  return Matrix<const T>::contiguous(const_data<T>(keep), rows, cols);
-}
-
-// A weight (D_out, D_in) as a matrix.
-template <typename T>
-Matrix<const T> as_matrix(const Tensor& weight) {
-  return {const_data<T>(weight), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)};
 }
 
 // A bias (D_out), or none.
@@ -173,73 +43,6 @@ template <typename T>
 Bias<T> as_bias(const std::optional<Tensor>& bias) {
   if (!bias) return {nullptr, 0};
   return {const_data<T>(*bias), bias->stride(0)};
-}
-
-// The text of a str argument, which ends its life here. (torch's own conversion to std::string, 2.10 to 2.13 at least,
-// forgets to free a string: 48 bytes a call, each of which may keep the memory around it from being used again.)
-inline std::string take_text(StringHandle handle) {
-  const char* text;
-  size_t length;
-  MBP_TORCH(torch_string_c_str(handle, &text));
-  MBP_TORCH(torch_string_length(handle, &length));
-  std::string taken(text, length);
-  MBP_TORCH(torch_delete_string(handle));
-  return taken;
-}
-
-// The sizes of t with another last one.
-inline std::vector<int64_t> with_last_size(const Tensor& t, int64_t last) {
-  const auto sizes = t.sizes();
-  std::vector<int64_t> out(sizes.begin(), sizes.end());
-  out.back() = last;
-  return out;
-}
-
-// Calls f with a value of input's storage type: f(float{}), f(bfloat16{}), ...
-template <typename F>
-auto dispatch(const char* op, const Tensor& input, F&& f) {
-  const int32_t dtype = dtype_of(input);
-  if (dtype == aoti_torch_dtype_float32()) return f(float{});
-  if (dtype == aoti_torch_dtype_float64()) return f(double{});
-  if (dtype == aoti_torch_dtype_bfloat16()) return f(bfloat16{});
-  if (dtype == aoti_torch_dtype_float16()) return f(float16{});
-  raise(op, ": `input` must be float64, float32, bfloat16 or float16, got ", dtype_name(dtype));
-}
-
-// --- argument checks: the message names the argument, what was expected and what came --------------
-
-// An argument's name, as text only when a message needs it: "weights[1]", or "weight".
-struct Name {
-  const char* name;
-  int64_t index = -1;
-};
-inline std::ostream& operator<<(std::ostream& out, const Name& n) {
-  out << n.name;
-  return n.index < 0 ? out : out << '[' << n.index << ']';
-}
-
-inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input) {
-  MBP_CHECK(dtype_of(t) == dtype_of(input), op, ": `", name, "` must have the dtype of `input` (",
-            dtype_name(dtype_of(input)), "), got ", dtype_name(dtype_of(t)));
-}
-
-inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
-                       const Tensor& input) {
-  check_dtype(op, name, bias, input);
-  MBP_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": `", name, "` must have shape (", weight.size(0),
-            ",), one item per row of `", weight_name, "` ", shape_of(weight), ", got ", shape_of(bias));
-}
-
-inline bool same_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
-  bool same = t.dim() == int64_t(sizes.size());
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(int64_t(d)) == sizes[d];
-  return same;
-}
-
-inline void check_same_shape(const char* op, Name name, const Tensor& t, const std::vector<int64_t>& sizes,
-                             const Tensor& input) {
-  check_dtype(op, name, t, input);
-  MBP_CHECK(same_shape(t, sizes), op, ": `", name, "` must have shape ", shape_text(sizes), ", got ", shape_of(t));
 }
 
 }  // namespace manualbp

@@ -1,5 +1,6 @@
-// The CUDA kernels as the entries call them: each function launches on a stream and returns at once. Empty work
-// launches nothing. A launch that CUDA refuses throws. Defined, with grid and block sizes, in the .cu file of each.
+// The launches of the CUDA kernels, which the entries call. Each function launches on a stream and returns at once; it
+// launches nothing if there is no work, and throws if CUDA refuses the launch. The .cu files define them and choose
+// grid and block sizes.
 #pragma once
 
 #include "kernels/params.h"
@@ -8,12 +9,11 @@ namespace manualbp::cuda {
 
 using Stream = void*;  // cudaStream_t
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 void bias_relu(const BiasRelu<T>& p, Stream stream);
 
-// Slices of rows in which the column sums of a (rows, cols) matrix are made: the caller allocates `partial` for them.
+// The number of slices of rows in which the column sums of a (rows, cols) matrix are made. The caller allocates
+// ReluBackward::partial accordingly.
 template <typename T>
 int64_t relu_backward_slices(int64_t rows, int64_t cols);
 template <typename T>
@@ -24,8 +24,6 @@ void reduce(const Reduce<T>& p, Stream stream);
 
 template <typename T>
 void accumulate(const Accumulate<T>& p, Stream stream);
-
-enum class LossKind { mse, bce_with_logits, cross_entropy };
 
 // How many items of `sums` the loss of a (rows, cols) matrix fills.
 int64_t loss_blocks(LossKind kind, int64_t rows, int64_t cols);
@@ -38,7 +36,7 @@ void loss_total(const LossTotal<T>& p, Stream stream);
 // The narrow kernels, for float32, float16 and bfloat16.
 template <typename T>
 constexpr bool kHasNarrow = sizeof(T) < 8;
-// Blocks of a launch: rows of NarrowBackward::dbeta.
+// The blocks of a launch, which are the rows of NarrowBackward::dbeta.
 template <typename T>
 int64_t narrow_blocks(int64_t rows);
 template <typename T>

@@ -1,5 +1,5 @@
-// One way to launch a kernel: grid limits, shared memory beyond 48 KiB, and the error that CUDA reports at once.
-// Nothing here waits or allocates, so that a launch can be captured in a CUDA graph.
+// Launches a kernel: checks the limits of the grid, requests shared memory beyond 48 KiB, and throws the error that
+// CUDA reports immediately. Nothing here waits or allocates, so that a launch can be captured in a CUDA graph.
 #pragma once
 
 #include "../error.h"

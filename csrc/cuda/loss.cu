@@ -11,19 +11,36 @@ namespace {
 constexpr int64_t kMaxBlocks = 528;  // four for each multiprocessor of an H100; one block adds their sums
 }
 
+// A loss by class has a warp per row, the others a thread per element.
 int64_t loss_blocks(LossKind kind, int64_t rows, int64_t cols) {
-  const int64_t per_block = kind == LossKind::cross_entropy ? kLossThreads / kWarpSize : kLossThreads;
-  return std::min(ceil_div(kind == LossKind::cross_entropy ? rows : rows * cols, per_block), kMaxBlocks);
+  const bool by_rows = has_class_target(kind);
+  const int64_t blocks = by_rows ? ceil_div(rows, kLossThreads / kWarpSize) : ceil_div(rows * cols, kLossThreads);
+  return std::min(blocks, kMaxBlocks);
 }
+
+namespace {
+template <typename T>
+using LossKernel = void (*)(Loss<T>);
+
+template <typename T>
+LossKernel<T> kernel_of(LossKind kind) {
+  switch (kind) {
+    case LossKind::mse:
+      return &elementwise_loss_kernel<T, Mse>;
+    case LossKind::bce_with_logits:
+      return &elementwise_loss_kernel<T, BceWithLogits>;
+    case LossKind::cross_entropy:
+      return &cross_entropy_kernel<T>;
+  }
+  __builtin_trap();
+}
+}  // namespace
 
 template <typename T>
 void loss(LossKind kind, const Loss<T>& p, Stream stream) {
   const int64_t blocks = loss_blocks(kind, p.rows, p.cols);
   if (blocks == 0) return;
-  const auto kernel = kind == LossKind::cross_entropy ? &cross_entropy_kernel<T>
-                      : kind == LossKind::mse         ? &elementwise_loss_kernel<T, Mse>
-                                                      : &elementwise_loss_kernel<T, BceWithLogits>;
-  launch("loss", kernel, {blocks, 1, dim3(kLossThreads), kLossThreads * sizeof(double)}, stream, p);
+  launch("loss", kernel_of<T>(kind), {blocks, 1, dim3(kLossThreads), kLossThreads * sizeof(double)}, stream, p);
 }
 
 void count_classes(const CountClasses& p, Stream stream) {

@@ -1,4 +1,4 @@
-// mlp on CUDA: checks the arguments, allocates the results, and lets Network (network.h) compute.
+// mlp on CUDA: checks the arguments, allocates the results, and calls Network (network.h).
 
 #include "network.h"
 #include "ops.h"
@@ -26,7 +26,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                  std::optional<Tensor> output, std::vector<bool> needs) {
   const char* op = "mlp_backward";
-  if (hidden) biases.assign(weights.size(), std::nullopt);  // not needed then: callers may leave them out
+  if (hidden) biases.assign(weights.size(), std::nullopt);  // callers may leave out biases
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
   check_backward(op, input, weights.back().size(0), grad_output, output);

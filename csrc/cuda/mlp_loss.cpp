@@ -1,5 +1,6 @@
-// mlp_loss on CUDA: forward, loss and backward in blocks of rows (Network::loss_backward), without waiting for the
-// device: a class out of bounds ends the kernel, as in torch's own, and shows at the next call that waits.
+// mlp_loss on CUDA: forward, loss and backward in blocks of rows (Network::loss_backward). The call does not wait for
+// the device: as in torch's own kernels, a class out of bounds ends the kernel, and the next call that waits reports
+// it.
 
 #include "network.h"
 #include "ops.h"
@@ -10,15 +11,12 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                              int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat) {
   const char* op = "mlp_loss";
-  const std::string loss = take_text(loss_name);
+  const LossKind kind = parse_loss(op, take_text(loss_name));
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
   const int64_t cols = weights.back().size(0);
-  check_loss(op, input, target, cols, loss, label_smoothing);
+  check_loss(op, input, target, cols, kind, label_smoothing);
   check_device(op, {"target"}, target, input);
-  const LossKind kind = loss == "mse"               ? LossKind::mse
-                        : loss == "bce_with_logits" ? LossKind::bce_with_logits
-                                                    : LossKind::cross_entropy;
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
     const OnDevice device(input);
@@ -29,14 +27,21 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
     terms.label_smoothing = label_smoothing;
     terms.scale = 1;
     Tensor rows, counted;
-    if (kind == LossKind::cross_entropy) {
+    if (has_class_target(kind)) {
       terms.classes = const_data<int64_t>(target);
       terms.class_stride = target.dim() ? target.stride(0) : 0;
       if (mean) {
         counted = device.empty({1}, aoti_torch_dtype_int64());
         torch::stable::zero_(counted);
         const auto count = static_cast<unsigned long long*>(counted.mutable_data_ptr());
-        count_classes({h.size(0), cols, terms.classes, terms.class_stride, ignore_index, count}, device.stream());
+        CountClasses counting{};
+        counting.rows = h.size(0);
+        counting.cols = cols;
+        counting.classes = terms.classes;
+        counting.class_stride = terms.class_stride;
+        counting.ignore_index = ignore_index;
+        counting.counted = count;
+        count_classes(counting, device.stream());
         terms.counted = count;
       }
     } else {

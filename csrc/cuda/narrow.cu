@@ -19,7 +19,7 @@ int64_t shared_bytes(const NarrowNetwork<T>& net) {
 
 template <typename T>
 int64_t narrow_blocks(int64_t rows) {
-  // Two for each multiprocessor of an H100; not taken from the device, so that sums are the same on every one.
+  // Two for each multiprocessor of an H100. A constant, so that sums are the same on every device.
   constexpr int64_t kMaxBlocks = 264;
   return std::min(ceil_div(rows, NarrowProduct<T>::kRows), kMaxBlocks);
 }

@@ -1,12 +1,12 @@
 // The passes of a network on a device: products by the library, everything between them by our kernels. Notation and
 // sizes as in cpu/network.h:  f_k = beta_k + Omega_k h_k,  h_{k+1} = a[f_k].
 //
-// Where no activation may outlive the call (recompute, mlp_loss), the batch goes in blocks of rows through all layers,
-// forward and backward; the gradients of the blocks are added in the accumulator type, in order. Nothing waits for the
-// device, and all memory is torch's, so that a call can be captured in a CUDA graph.
+// If activations are not stored (recompute, mlp_loss), blocks of rows go through all layers, forward and backward; the
+// gradients of the blocks are added in order, in the accumulator type. Nothing waits for the device, and all memory
+// comes from torch, so that a call can be captured in a CUDA graph.
 //
-// Narrow networks can go through all layers in one kernel (kernels/narrow.cuh), if MANUALBP_CUDA_NARROW=1: it has not
-// run on a GPU yet.
+// With MANUALBP_CUDA_NARROW=1, narrow networks go through all layers in one kernel (kernels/narrow.cuh). That is opt-in
+// because it has not run on a GPU yet.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 namespace manualbp::cuda {
 
-// Memory for the activations and gradients of one block of rows. Large enough that a product of a block fills the
-// device; not measured. Tests set it small.
+// Memory for the activations and gradients of one block of rows. Large enough that a product of a block should fill the
+// device; not measured. Tests set a small one.
 #if !defined(MBP_BLOCK_BYTES)
 #define MBP_BLOCK_BYTES (256 << 20)
 #define MBP_BLOCK_MIN_ROWS 4096
@@ -81,16 +81,16 @@ class Network {
     if (hidden) return forward_block(input, activations_in(*hidden, batch_), output);
     if (narrow_) return forward_narrow(input, {}, output);
     const int64_t block = block_rows(2 * widest_);
-    const Tensor turns[2] = {flat(block * widest_), flat(block * widest_)};
+    const Tensor buffers[2] = {flat(block * widest_), flat(block * widest_)};
     for_each_block(block, [&](int64_t first, int64_t rows) {
       std::vector<Tensor> h;
-      for (size_t k = 0; k + 1 < layers_.size(); ++k) h.push_back(matrix_in(turns[k % 2], rows, layers_[k].d_out()));
+      for (size_t k = 0; k + 1 < layers_.size(); ++k) h.push_back(matrix_in(buffers[k % 2], rows, layers_[k].d_out()));
       forward_block(rows_of(input, first, rows), h, rows_of(output, first, rows));
     });
   }
 
-  // From the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they are computed
-  // again, block by block. output: what forward returned if a ReLU ended it, or nullptr.
+  // From the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they are recomputed,
+  // block by block. output: what forward returned if it ended in a ReLU, or nullptr.
   void backward(const Tensor& input, const Tensor* hidden, const Tensor& grad_output, const Tensor* output,
                 const Gradients& grads) const {
     if (grads.lowest() == layers_.size()) return;
@@ -107,7 +107,7 @@ class Network {
   }
 
   // Forward, loss and backward, block by block. p describes the whole batch; target: its (B, D_K) rows, or nullptr.
-  // out: the loss, times p.scale, divided by *p.counted if there is one.
+  // out: the loss times p.scale, divided by *p.counted unless that is nullptr.
   void loss_backward(const Tensor& input, LossKind kind, const Loss<T>& p, const Tensor* target, T* out,
                      const Gradients& grads) const {
     const int64_t cols = layers_.back().d_out();
@@ -138,20 +138,20 @@ class Network {
 
  private:
   struct Layer {
-    Tensor omega;               // (D_out, D_in), any strides
+    Tensor omega;  // (D_out, D_in), any strides
     std::optional<Tensor> beta;  // (D_out), contiguous
     int64_t d_out() const { return omega.size(0); }
   };
 
   Tensor flat(int64_t size) const { return device_.empty({size}, kDtype<T>()); }
 
-  // So many rows that `width` numbers of each fit into the memory of a block.
+  // The number of rows for which `width` numbers per row fit into the memory of a block.
   int64_t block_rows(int64_t width) const {
     const int64_t fit = int64_t(MBP_BLOCK_BYTES) / (int64_t(sizeof(T)) * std::max<int64_t>(width, 1));
     return std::clamp<int64_t>(std::max<int64_t>(fit, MBP_BLOCK_MIN_ROWS), 1, std::max<int64_t>(batch_, 1));
   }
 
-  // f(first, rows) for each block; once, with no rows, for an empty batch: gradients are zeros then.
+  // Calls f(first, rows) for each block; once, with no rows, for an empty batch, whose gradients are zeros.
   template <typename F>
   void for_each_block(int64_t block, const F& f) const {
     for (int64_t first = 0; first == 0 || first < batch_; first += std::max<int64_t>(block, 1)) {
@@ -170,7 +170,7 @@ class Network {
     return h;
   }
 
-  // h: where h_1 ... h_{K-1} go; f: where the output goes, or nothing if only they are wanted.
+  // h: where h_1 ... h_{K-1} go; f: where the output goes, or nothing if only the activations are wanted.
   void forward_block(const Tensor& input, const std::vector<Tensor>& h, const std::optional<Tensor>& f) const {
     if (narrow_) return forward_narrow(input, h, f);
     for (size_t k = 0; k < layers_.size(); ++k) {
@@ -198,12 +198,12 @@ class Network {
     return net;
   }
 
-  // Rows of contiguous columns: of a copy where they are not.
+  // t, or a copy of it, such that the columns of each row are contiguous.
   static Tensor with_whole_rows(const Tensor& t) {
     return t.stride(1) == 1 || t.size(1) == 1 ? t : torch::stable::contiguous(t);
   }
 
-  // h: matrices in one flat tensor, one after another; none if they are not wanted.
+  // h: matrices one after another in a flat tensor, or none if they are not wanted.
   void forward_narrow(const Tensor& input, const std::vector<Tensor>& h, const std::optional<Tensor>& f) const {
     if constexpr (kHasNarrow<T>) {
       const Tensor rows = with_whole_rows(input);
@@ -222,7 +222,7 @@ class Network {
   }
 
   void forward_layer(const Tensor& h, const Layer& layer, bool relu, const Tensor& f) const {
-    // The library adds the bias where no pass of ours follows, and in halves: f would be rounded twice otherwise.
+    // The library adds the bias if no kernel follows, and in half precision, where f would be rounded twice otherwise.
     const bool library_adds = !relu || sizeof(T) == 2;
     multiply_and_add(h, layer.omega, library_adds ? layer.beta : std::nullopt, f);
     if (!relu) return;
@@ -230,16 +230,24 @@ class Network {
     bias_relu<T>({f.size(0), f.size(1), data<T>(f), bias}, device_.stream());
   }
 
-  // df = I[h > 0] . dh into `out`, and d(beta) into `sum`; each may be absent (h: no ReLU).
+  // df = I[h > 0] . dh into `out`, and d(beta) into `sum`. Each may be absent; without h there is no ReLU.
   void mask(const Tensor& dh, const Tensor* h, const Tensor* out, const Tensor& sum) const {
     const int64_t rows = dh.size(0), cols = dh.size(1);
     const int64_t slices = relu_backward_slices<T>(rows, cols);
     const bool sums = sum.defined();
     const Tensor partial = sums && slices > 1 ? device_.empty({slices * cols}, kDtype<A>()) : Tensor();
-    relu_backward<T>({rows, cols, const_data<T>(dh), dh.stride(0), dh.stride(1), h ? const_data<T>(*h) : nullptr,
-                      out ? data<T>(*out) : nullptr, sums ? data<T>(sum) : nullptr, slices,
-                      partial.defined() ? data<A>(partial) : nullptr},
-                     device_.stream());
+    ReluBackward<T> pass{};
+    pass.rows = rows;
+    pass.cols = cols;
+    pass.grad = const_data<T>(dh);
+    pass.grad_row = dh.stride(0);
+    pass.grad_col = dh.stride(1);
+    pass.h = h ? const_data<T>(*h) : nullptr;
+    pass.out = out ? data<T>(*out) : nullptr;
+    pass.sum = sums ? data<T>(sum) : nullptr;
+    pass.slices = slices;
+    pass.partial = partial.defined() ? data<A>(partial) : nullptr;
+    relu_backward<T>(pass, device_.stream());
   }
 
   // The backward pass block by block: gradients of parameters are added over blocks.
@@ -249,9 +257,9 @@ class Network {
         : net_(net), grads_(grads), terms_(grads), several_(block < net.batch_) {
       if (grads.lowest() == net.layers_.size()) return;
       if (net.narrow_) {
-        turns_[0] = net.flat(block * outputs_above(grads.lowest()));
+        buffers_[0] = net.flat(block * outputs_above(grads.lowest()));
       } else {
-        for (Tensor& turn : turns_) turn = net.flat(block * net.widest_);
+        for (Tensor& buffer : buffers_) buffer = net.flat(block * net.widest_);
       }
       for (size_t k = 0; several_ && k < net.layers_.size(); ++k) {
         if (grads.omega[k].defined()) add(grads.omega[k], terms_.omega[k]);
@@ -279,8 +287,8 @@ class Network {
                          const Tensor* output) {
       const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
       const int64_t rows = input.size(0);
-      size_t turn = 0;
-      const auto place = [&](int64_t cols) { return matrix_in(turns_[turn++ % 2], rows, cols); };
+      size_t next = 0;
+      const auto place = [&](int64_t cols) { return matrix_in(buffers_[next++ % 2], rows, cols); };
       const Tensor& top = terms_.beta[layers - 1];
       if (output) {
         const Tensor df = place(dh.size(1));
@@ -302,20 +310,20 @@ class Network {
       }
     }
 
-    // The sum of D_{k+1} over the layers k from `lowest` on: so many numbers of df a row.
+    // The numbers of df per row: the sum of D_{k+1} over the layers k from `lowest` on.
     int64_t outputs_above(size_t lowest) const {
       int64_t width = 0;
       for (size_t k = lowest; k < net_.layers_.size(); ++k) width += net_.layers_[k].d_out();
       return width;
     }
 
-    // All df and dh in one kernel; the gradients of the weights by the library.
+    // One kernel computes all df and dh, the library the gradients of the weights.
     void backward_narrow(int64_t first, const Tensor& input, const std::vector<Tensor>& h, const Tensor& dh,
                          const Tensor* output) {
       if constexpr (kHasNarrow<T>) {
         const size_t lowest = grads_.lowest(), layers = net_.layers_.size();
         const int64_t rows = input.size(0), width = outputs_above(lowest), blocks = narrow_blocks<T>(rows);
-        const Tensor top = with_whole_rows(dh), df = turns_[0];
+        const Tensor top = with_whole_rows(dh), df = buffers_[0];
         const bool sums =
             std::any_of(terms_.beta.begin(), terms_.beta.end(), [](const Tensor& t) { return t.defined(); });
         const Tensor dbeta = sums ? net_.device_.empty({blocks * width}, kDtype<A>()) : Tensor();
@@ -359,9 +367,9 @@ class Network {
 
     const Network& net_;
     const Gradients& grads_;
-    Gradients terms_;  // where the gradients of one block go: those asked for, or (several blocks) terms of them
+    Gradients terms_;  // the gradients of one block: the results themselves, or (several blocks) terms of their sums
     bool several_;
-    Tensor turns_[2];  // df and dh take turns
+    Tensor buffers_[2];  // df and dh alternate between them
     std::vector<Sum> sums_;
   };
 

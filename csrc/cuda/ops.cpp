@@ -1,5 +1,6 @@
-// Registers the CUDA entries of the ops that ../ops.cpp defines. A shared object of its own, _C_cuda, loaded after _C
-// where torch has CUDA: it needs libtorch_cuda and the CUDA runtime, which a CPU-only torch does not bring.
+// Registers the CUDA entries of the ops that ../ops.cpp defines. They are in a separate shared object, _C_cuda, which
+// is loaded after _C if torch has CUDA: it needs libtorch_cuda and the CUDA runtime, which a CPU-only torch does not
+// have.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,4 +1,4 @@
-// Launches kernels/relu_backward.cuh: decides how the matrix is cut, from its sizes alone.
+// Launches kernels/relu_backward.cuh. How the matrix is divided among blocks depends on its sizes alone.
 
 #include <algorithm>
 
@@ -9,7 +9,8 @@ namespace manualbp::cuda {
 
 namespace {
 
-// The lanes of a block that lie across `cols` columns, N to a lane: a power of two, so that the rest of the block is one.
+// The lanes of a block across `cols` columns, N columns per lane: a power of two, so that the height of the block is
+// one.
 unsigned lanes_across(int64_t cols, int64_t n) {
   unsigned lanes = 1;
   while (lanes < 32 && lanes * n < cols) lanes *= 2;
@@ -37,8 +38,8 @@ void launch_relu_backward(const ReluBackward<T>& p, Stream stream) {
 
 template <typename T>
 int64_t relu_backward_slices(int64_t rows, int64_t cols) {
-  // Slices of at least eight rows a thread, and no more blocks than 512: four on each multiprocessor of an H100, each
-  // thread of which has two rows under way (an estimate: kernels/relu_backward.cuh).
+  // Slices of at least eight rows per thread, and at most 512 blocks: four on each multiprocessor of an H100, whose
+  // threads each have two rows in flight (an estimate: kernels/relu_backward.cuh).
   const int64_t across = lanes_across(cols, kVectorWidth<T>);
   const int64_t pieces = std::max<int64_t>(ceil_div(cols, across * kVectorWidth<T>), 1);
   const int64_t most = std::max<int64_t>(512 / pieces, 1);

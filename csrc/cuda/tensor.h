@@ -1,9 +1,9 @@
-// Tensors at the boundary, on a device: views, allocation and products through torch. No CUDA header is needed here.
+// Tensors on a device: allocation, views and products through torch, and checks of the device. Needs no CUDA header.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../cpu/tensor.h"
+#include "../checks.h"
 #include "kernels.h"
 
 namespace manualbp::cuda {
@@ -19,7 +19,7 @@ inline Device device_of(const Tensor& t) {
   return device;
 }
 
-// Makes the device of a tensor the current one while it lives, and knows its current stream.
+// While it exists, the device of a tensor is the current one. Also holds the current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : device_(device_of(t)) {
@@ -31,8 +31,8 @@ class OnDevice {
 
   Stream stream() const { return stream_; }
 
-  // A fresh contiguous tensor from torch's allocator. Freed on the host before the stream has used it, its memory is
-  // given to later work of the same stream only: torch's allocator sees to that.
+  // A new contiguous tensor from torch's allocator. It may be freed on the host before the stream has used it: the
+  // allocator reuses the memory only for later work of the same stream.
   Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) const {
     const auto strides = contiguous_strides(sizes);
     AtenTensorHandle handle;
@@ -56,16 +56,6 @@ constexpr int32_t (*kDtype<bfloat16>)() = aoti_torch_dtype_bfloat16;
 template <>
 constexpr int32_t (*kDtype<float16>)() = aoti_torch_dtype_float16;
 
-// The memory of t seen with other sizes and strides, from `offset` on. Torch records nothing about such a view, so that
-// products may write and read it in grad mode.
-inline Tensor seen_as(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                      int64_t offset = 0) {
-  AtenTensorHandle handle;
-  MBP_TORCH(
-      aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
-}
-
 inline Tensor transposed(const Tensor& t) { return seen_as(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t count) {
   return seen_as(t, {count, t.size(1)}, {t.stride(0), t.stride(1)}, first * t.stride(0));
@@ -76,7 +66,7 @@ inline Tensor matrix_in(const Tensor& flat, int64_t rows, int64_t cols, int64_t 
   return seen_as(flat, {rows, cols}, {cols, 1}, offset);
 }
 
-// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), of a copy where it must be.
+// A tensor of any rank as a matrix (product of the leading dimensions, last dimension), of a copy if necessary.
 inline Tensor as_rows(const Tensor& t) {
   Tensor keep;
   const auto m = as_matrix<char>(t, keep);  // for its sizes and strides
@@ -87,7 +77,7 @@ template <typename... Arguments>
 void call(const char* op, const char* overload, const Arguments&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   MBP_TORCH(torch_call_dispatcher(op, overload, stack, TORCH_TARGET_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: lets go of it
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is a second reference to `out`: releases it
 }
 
 // out = a b, by the library.

@@ -1,7 +1,7 @@
 // The kernels of one instruction-set level (MANUALBP_ISA) against naive loops, on memory of exactly the size that each
 // may touch: what the sanitizers run. No torch. `make asan`, `make tsan`; tests/test_sanitizers.py.
 //
-//   kernels [CASES]     random shapes, strides and options, so many of each kind and dtype
+//   kernels [CASES]     random shapes, strides and options, this many of each kind and dtype
 //   kernels threads     products, masks and sums cut over threads as csrc/cpu/layer.h cuts them
 //   kernels overflow    writes behind C on purpose: the address sanitizer must stop it
 //   kernels race        two threads write the same rows on purpose: the thread sanitizer must report it
@@ -27,6 +27,18 @@ namespace {
   std::printf("%s, %s, level %s: wrong for %lld x %lld x %lld\n", what, dtype, kernel_table().name, (long long)m,
               (long long)n, (long long)k);
   std::exit(1);
+}
+
+// C (M, N) = A (M, K) B (K, N), rows of C `c_m` apart.
+template <typename Out, typename T>
+Gemm<T, Out> product(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_m, int64_t a_k, const T* b, int64_t b_k,
+                     int64_t b_n, Out* c, int64_t c_m) {
+  Gemm<T, Out> p{};
+  p.m = m, p.n = n, p.k = k;
+  p.a = a, p.a_m = a_m, p.a_k = a_k;
+  p.b = b, p.b_k = b_k, p.b_n = b_n;
+  p.c = c, p.c_m = c_m;
+  return p;
 }
 
 using Workspace = Exact<char>;
@@ -67,7 +79,7 @@ int64_t draw_size() {
 
 // C (M, N) = A (M, K) B (K, N) with all that can be asked for beside it. Out: T, or its accumulator.
 template <typename T, typename Out>
-void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates, bool masks) {
+void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulates, bool masks) {
   const auto& kernel = kernels<T>();
   // One column, times one number or not, and one number have code of their own; so do few rows times a weight.
   const bool few = chance(20);
@@ -85,7 +97,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
   for (int64_t i = 0; i < mask.size; ++i) mask.data[i] = rounded<Out>(double(below(3) - 1));
   column_sum.fill(2);
   bias.fill(2);
-  Gemm<T, Out> p{m, n, k, a.memory.data, a.row, a.col, b.memory.data, b.row, b.col, c.data, c_m};
+  auto p = product(m, n, k, a.memory.data, a.row, a.col, b.memory.data, b.row, b.col, c.data, c_m);
   if (chance(50)) p.bias = bias.data, p.bias_stride = bias_stride;
   p.relu = chance(30);
   p.accumulate = accumulates && chance(50);
@@ -111,7 +123,7 @@ void check_product(void (*product)(const Gemm<T, Out>&, void*), bool accumulates
       want[size_t(i * n + j)] = to_double(rounded<Out>(sum));
     }
   }
-  product(p, workspace.data);
+  multiply(p, workspace.data);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       if (to_double(c.data[i * c_m + j]) != want[size_t(i * n + j)]) fail("product", name_of<T>(), m, n, k);
@@ -139,13 +151,19 @@ void check_rows() {
   const T* const bias = chance(50) ? beta.data : nullptr;
   const bool relu = chance(30);
   kernel.pack(omega.data, 1, k, k, n, packed.data);
-  kernel.gemm({rows, n, k, h.data, k, 1, omega.data, 1, k, whole.data, n, bias, 1, relu, false, packed.data},
-              workspace.data);
+  const auto rows_from = [&](int64_t first, int64_t m, T* out) {
+    auto p = product(m, n, k, h.data + first * k, k, 1, omega.data, 1, k, out, n);
+    p.bias = bias, p.bias_stride = 1, p.relu = relu;
+    return p;
+  };
+  auto all = rows_from(0, rows, whole.data);
+  all.packed_b = packed.data;
+  kernel.gemm(all, workspace.data);
   for (const int64_t m : {1, 2, 3, 4, 5, 8, 16, 24, 25, 30}) {
     if (m == 1 && n == 1) continue;
     const int64_t first = below(rows - m + 1);
     Exact<T> part(m * n);
-    kernel.gemm({m, n, k, h.data + first * k, k, 1, omega.data, 1, k, part.data, n, bias, 1, relu}, workspace.data);
+    kernel.gemm(rows_from(first, m, part.data), workspace.data);
     if (std::memcmp(part.data, whole.data + first * n, size_t(m * n) * sizeof(T)) != 0) {
       fail("a row among others", name_of<T>(), m, n, k);
     }
@@ -161,7 +179,9 @@ void check_relu_backward() {
   Exact<double> sum(cols);
   h.fill(1);
   sum.fill(2);
-  ReluBackward<T> p{rows, cols, grad.memory.data, grad.row, grad.col, nullptr, h_row, nullptr, nullptr};
+  ReluBackward<T> p{};
+  p.rows = rows, p.cols = cols, p.h_row = h_row;
+  p.grad = grad.memory.data, p.grad_row = grad.row, p.grad_col = grad.col;
   if (chance(70)) p.h = h.data;
   const bool in_place = grad.row == cols && grad.col == 1;
   if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
@@ -228,10 +248,9 @@ void check_add_up(const Kernels<A>& kernel) {
   }
 }
 
-// The three losses, by their formulas in double; f and targets are real numbers.
+// A loss by its formula in double; f and targets are real numbers.
 template <typename T>
-void check_loss(int which) {
-  const auto& kernel = kernels<T>();
+void check_loss(LossKind kind) {
   const int64_t rows = chance(5) ? 0 : draw_size() % 40, cols = draw_size();
   Exact<T> f(rows * cols);
   for (int64_t i = 0; i < f.size; ++i) f.data[i] = rounded<T>(double(below(2001) - 1000) / 125);
@@ -242,7 +261,7 @@ void check_loss(int which) {
   Loss<T> p{};
   p.rows = rows, p.cols = cols, p.f = f.data, p.scale = chance(50) ? 1.0 : 0.125, p.gradient = chance(70);
   p.ignore_index = -100, p.label_smoothing = chance(50) ? 0.0 : 0.25;
-  if (which == 2) {
+  if (has_class_target(kind)) {
     p.classes = classes.data, p.target_row = class_stride;
   } else {
     p.target = target.memory.data, p.target_row = target.row, p.target_col = target.col;
@@ -256,7 +275,7 @@ void check_loss(int which) {
     for (int64_t j = 0; j < cols; ++j) {
       const double x = to_double(f.data[i * cols + j]);
       double& d = df[size_t(i * cols + j)];
-      if (which == 2) {
+      if (has_class_target(kind)) {
         const int64_t c = classes.data[i * class_stride];
         const double y = (c == j ? 1 - p.label_smoothing : 0) + p.label_smoothing / double(cols);
         if (c == p.ignore_index) continue;
@@ -264,14 +283,15 @@ void check_loss(int which) {
         d = std::exp(x - largest) / total - y;
       } else {
         const double y = target.at(i, j);
-        want += which == 0 ? (x - y) * (x - y) : (1 - y) * x + std::log1p(std::exp(-x));
-        d = which == 0 ? 2 * (x - y) : 1 / (1 + std::exp(-x)) - y;
+        want += kind == LossKind::mse ? (x - y) * (x - y) : (1 - y) * x + std::log1p(std::exp(-x));
+        d = kind == LossKind::mse ? 2 * (x - y) : 1 / (1 + std::exp(-x)) - y;
       }
     }
   }
-  const double got = (which == 0 ? kernel.mse : which == 1 ? kernel.bce_with_logits : kernel.cross_entropy)(p);
+  const double got = kernels<T>().loss(kind)(p);
   const double rounding = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 2e-5 : 2e-2;
-  const char* what = which == 0 ? "mse" : which == 1 ? "bce_with_logits" : "cross_entropy";
+  const char* const names[] = {"mse", "bce_with_logits", "cross_entropy"};
+  const char* what = names[int(kind)];
   // In float the value is summed from terms of up to 20 that are rounded to float, halves or not.
   if (std::fabs(got - want) > (sizeof(T) == 8 ? 1e-11 : 2e-5) * (1 + double(rows * cols) * 20)) {
     fail(what, name_of<T>(), rows, cols, 0);
@@ -312,7 +332,9 @@ void check_flow() {
     want.on += on;
   }
   const auto same = [](double a, double b) { return a == b || (a != a && b != b); };
-  const FlowSums got = kernels<T>().layer_flow({rows, cols, f.data, df.data, relu});
+  LayerFlow<T> layer{};
+  layer.rows = rows, layer.cols = cols, layer.f = f.data, layer.df = df.data, layer.relu = relu;
+  const FlowSums got = kernels<T>().layer_flow(layer);
   if (!same(got.f, want.f) || !same(got.h, want.h) || got.df != want.df || got.off != want.off || got.on != want.on) {
     fail("layer_flow", name_of<T>(), rows, cols, 0);
   }
@@ -336,12 +358,12 @@ void check_all(int cases) {
     check_reduce<T>(kernels<T>().reduce);
     check_reduce<T>(kernels<T>().reduce_double);
     if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) check_add_up<T>(kernels<T>());
-    check_loss<T>(i % 3);
+    check_loss<T>(LossKind(i % 3));
     check_flow<T>();
   }
 }
 
-// f(begin, end) on so many threads, each with a share of [0, n).
+// f(begin, end) on `threads` threads, each with an equal part of [0, n).
 template <typename F>
 void in_parallel(int64_t n, int threads, const F& f) {
   std::vector<std::thread> team;
@@ -379,22 +401,26 @@ void check_threads(int threads, int64_t overlap) {
   in_parallel(rows, threads, [&](int64_t begin, int64_t end) {
     const WorkspaceFor<T> workspace(d_out, d_in);
     const int64_t count = std::min(end + overlap, rows) - begin;
-    kernel.gemm({count, d_out, d_in, h.data + begin * d_in, d_in, 1, omega.data, 1, d_in, f.data + begin * d_out, d_out,
-                 beta.data, 1, true, false, packed.data},
-                workspace.data);
+    auto p =
+        product(count, d_out, d_in, h.data + begin * d_in, d_in, 1, omega.data, 1, d_in, f.data + begin * d_out, d_out);
+    p.bias = beta.data, p.bias_stride = 1, p.relu = true, p.packed_b = packed.data;
+    kernel.gemm(p, workspace.data);
   });
   in_parallel(units, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
       const int64_t at = u * unit * d_out;
-      kernel.relu_backward({std::min(unit, rows - u * unit), d_out, df.data + at, d_out, 1, f.data + at, d_out,
-                            df.data + at, partial.data() + u * d_out});
+      ReluBackward<T> p{};
+      p.rows = std::min(unit, rows - u * unit), p.cols = d_out;
+      p.grad = df.data + at, p.grad_row = d_out, p.grad_col = 1;
+      p.h = f.data + at, p.h_row = d_out, p.out = df.data + at, p.column_sum = partial.data() + u * d_out;
+      kernel.relu_backward(p);
     }
   });
   in_parallel(d_out, threads, [&](int64_t begin, int64_t end) {
     kernel.reduce_double({units, d_out, partial.data(), dbeta.data}, begin, end);
     const WorkspaceFor<T> workspace(d_in, rows);
     kernel.gemm_accumulated(
-        {end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in},
+        product(end - begin, d_in, rows, df.data + begin, 1, d_out, h.data, d_in, 1, domega.data + begin * d_in, d_in),
         workspace.data);
   });
   const auto compare = [&](const auto& got, const std::vector<double>& want, const char* what, auto type) {
@@ -412,7 +438,8 @@ void overflow() {
   const Strided<float> a(24, 8, 1, 0, 0), b(8, 64, 1, 0, 0);
   Exact<float> c(24 * 64 - 1);
   const WorkspaceFor<float> workspace(64, 8);
-  kernels<float>().gemm({24, 64, 8, a.memory.data, 8, 1, b.memory.data, 64, 1, c.data, 64}, workspace.data);
+  kernels<float>().gemm(product<float>(24, 64, 8, a.memory.data, 8, 1, b.memory.data, 64, 1, c.data, 64),
+                        workspace.data);
 }
 
 }  // namespace

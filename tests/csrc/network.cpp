@@ -110,7 +110,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
       Loss<T> terms{};
       terms.cols = sizes.back(), terms.scale = 1, terms.gradient = true;
       terms.target = c.end.data, terms.target_row = sizes.back(), terms.target_col = 1;
-      value = c.network().loss_backward(input, kernels<T>().mse, terms, loss.gradients);
+      value = c.network().loss_backward(input, kernels<T>().loss(LossKind::mse), terms, loss.gradients);
     }
     if (threads == 1) {
       std::memcpy(first_output.data, output.data, size_t(output.size) * sizeof(T));

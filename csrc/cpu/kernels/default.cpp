@@ -1,7 +1,6 @@
-// Kernels for the baseline of the target machine (SSE2 on x86-64, NEON on aarch64): always built.
-// The same -inl.h files are compiled once per level; isa.cpp chooses at run time.
-#include <cstdint>
-
+// Kernels for the baseline of the architecture (SSE2 on x86-64, NEON on aarch64), which runs on every machine.
+// The level is called "default", as torch calls it (ATEN_CPU_CAPABILITY=default). That is a keyword of C++, so the
+// namespace is `baseline`.
 #include "params.h"
 
 #define MBP_LEVEL "default"
@@ -10,16 +9,6 @@
 
 namespace manualbp {
 namespace baseline {
-#include "vec-inl.h"
-
-#include "gemm-inl.h"
-
-#include "relu_backward-inl.h"
-
-#include "loss-inl.h"
-
-#include "flow-inl.h"
-
-#include "table-inl.h"
+#include "kernels-inl.h"
 }  // namespace baseline
 }  // namespace manualbp

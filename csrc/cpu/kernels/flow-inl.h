@@ -1,13 +1,13 @@
-// What gradient flow is made of (flow.cpp): sums of squares in double, since those of small and large floats under- and
-// overflow, and which units are off, or on, for every example.
+// The sums of gradient flow (flow.cpp): sums of squares, in double because squares of small and large floats underflow
+// and overflow, and the numbers of units that are off, or on, for every example.
 
-// Eight columns, or `n` at the right edge, down all rows.
+// All rows of eight columns, or of `n` at the right edge.
 template <typename T>
 MBP_INLINE void layer_flow_columns(const LayerFlow<T>& p, int64_t column, int n, FlowSums& sums) {
   using A = accumulator_t<T>;
   constexpr int L = 8;
   double f2[L] = {}, h2[L] = {}, df2[L] = {};
-  A off[L], on[L];  // 1 as long as every row says so; NaN says neither
+  A off[L], on[L];  // 1 until a row contradicts it; NaN contradicts both
   for (int i = 0; i < L; ++i) off[i] = on[i] = A(1);
   for (int64_t row = 0; row < p.rows; ++row) {
     const T* f = p.f + row * p.cols + column;
@@ -39,7 +39,7 @@ static FlowSums layer_flow(const LayerFlow<T>& p) {
   return sums;
 }
 
-// Sum and sum of squares of x - y (y = nullptr: of x), copying x on the way if asked for.
+// Sum and sum of squares of x - y, or of x if y is nullptr; also copies x if `copy` is given.
 template <typename T>
 static Moments moments(const T* x, const T* y, T* copy, int64_t size) {
   constexpr int L = 16;

@@ -3,14 +3,12 @@
 //
 // Structure, from the inside out:
 //   tile      MR x NR accumulators stay in registers while k runs; A is broadcast, B is read as vectors
-//   strip     MR rows of A, copied (and widened) into the workspace where that pays
+//   strip     MR rows of A, copied (and widened) into the workspace if that pays
 //   block     KC x NC of B, packed into panels of NR columns: any strides become contiguous and aligned,
-//             halves become floats, columns past N become zeros
-// For each element of C the sum runs over k in ascending order, in parts of kSumDepth terms that are added up in turn,
-// whatever the tile, thread or batch it is in. Over rows of a batch (Gemm::unit_rows) the parts are shorter, and those of
-// a unit of rows are added up before they are added to C.
-
-MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+//             half precision becomes float, columns past N become zeros
+// The sum of an element of C runs over k in ascending order, in parts of kSumDepth terms that are added in that order.
+// Tile, thread and batch do not change it. Over rows of a batch (Gemm::unit_rows) the parts are shorter, and the parts
+// of a unit of rows are added together before they are added to C.
 
 // Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B + a broadcast memory operand.
 // 16 registers: 6 x 2 + 2 + 1.
@@ -22,22 +20,17 @@ constexpr int kTileCols = 2 * kLanes<A>;
 // (12 rows x 384 x 4 bytes) stays in the first-level cache.
 constexpr int64_t kBlockDepth = 384;
 constexpr int64_t kBlockBytes = 384 * 1024;
-// Rows of B further apart than this are packed: they fall into few cache sets and many pages.
+// Rows of B that lie further apart than this are packed: in place they would share few cache sets and touch many pages.
 constexpr int64_t kDirectStride = 512;
 constexpr int64_t kDirectColumns = 256;  // the same for columns of A
-// With so few rows in A, B is read once or twice: it is packed a little at a time, for the first-level cache.
+// With this many rows of A or fewer, B is read once or twice: it is packed in small pieces that fit the first-level
+// cache.
 constexpr int64_t kFewRows = 2 * kTileRows;
 constexpr int64_t kFewRowsDepth = 128;
-// With so few, it is transposed in registers and never written.
+// With this many or fewer, B is transposed in registers and never written to memory.
 constexpr int64_t kTransposedRows = MBP_VECTOR_REGISTERS / 8;
 
-// Adding n numbers in a row errs with the square root of n, adding parts of c numbers with that of c + n/c. Shorter
-// parts cost time: 128 terms 0.5 to 1 %, 64 terms 1 to 2 %, 32 terms 3 to 5 %.
-constexpr int64_t kSumDepth = 64;
-static_assert(kBlockDepth % kSumDepth == 0 && kFewRowsDepth % kSumDepth == 0, "a part is never cut");
-// Equal terms err with their number itself, at worst by 9.8e-7 in parts of 64 and by 7.4e-7 in parts of 48, and a batch may
-// have many equal rows: a unit of rows that is longer than one part is summed in parts of 48.
-constexpr int64_t kSumRows = 48;
+static_assert(kBlockDepth % kSumDepth == 0 && kFewRowsDepth % kSumDepth == 0, "a part is never split");
 static_assert(kBlockDepth % kLongUnitRows == 0 && kLongUnitRows % kUnitRows == 0, "nor is a unit of rows");
 
 // One register tile: rows of A at a + i*a_m + kk*a_k, B at b + kk*b_k, both in accumulator type.
@@ -50,8 +43,8 @@ struct Tile {
   int64_t b_stride;
   A* c;
   int64_t c_stride;
-  bool accumulate;  // start from what is in c (a further block of k)
-  int64_t unit;  // terms that are added up before they are added to the sum (kRowsOfA: kSumDepth)
+  bool accumulate;  // start from what is in c (every block of k but the first)
+  int64_t unit;  // terms that are added together before they are added to the sum (kRowsOfA: kSumDepth)
   const A* bias;  // padded to a full tile, or nullptr
   bool relu;
   const A* mask;  // or nullptr
@@ -76,6 +69,10 @@ MBP_INLINE void store_tile(const vec<A> (&acc)[MR][NV], A* to, int64_t stride) {
   }
 }
 
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of `parts`: read only from a unit's second part on
+#endif
 template <typename A, int MR, int NV, bool kRowsOfA>
 static void tile(const Tile<A>& t) {
   constexpr int L = kLanes<A>;
@@ -88,8 +85,8 @@ static void tile(const Tile<A>& t) {
   const A* b = t.b;
 
   vec<A> acc[MR][NV];
-  alignas(64) A sums[MR * NV * L];  // of the units before this one
-  alignas(64) A parts[kRowsOfA ? 1 : MR * NV * L];  // of its parts so far
+  alignas(64) A sums[MR * NV * L];  // of the previous units
+  alignas(64) A parts[kRowsOfA ? 1 : MR * NV * L];  // of the parts of this unit so far
   const A* before = t.accumulate ? t.c : nullptr;
   int64_t before_stride = t.c_stride, left_of_unit = 0;
   for (int64_t left = t.k;;) {
@@ -165,37 +162,40 @@ static void tile(const Tile<A>& t) {
       *reinterpret_cast<doubles*>(t.column_sum + j * L) += __builtin_convertvector(sum, doubles);
     }
   }
-  // Through t, whose address is then computed for each: 24 stores one on the other's heels fill the queue where C is not in
-  // the cache (64 x 64 with 16384 rows took 10 % longer).
+  // Read t.c anew for each store, so that an address computation separates them: 24 stores in a row fill the store
+  // queue if C is not in the cache (64 x 64 with 16384 rows took 10 % longer).
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) store<A>(t.c + i * t.c_stride + j * L, acc[i][j]);
   }
 }
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
-// Rows left over by full tiles are taken by ever smaller tiles: 11 = 8 + 2 + 1.
+// The rows that full tiles leave over go to smaller and smaller tiles: 11 = 8 + 2 + 1.
 template <typename A, int MR, bool kRowsOfA>
-MBP_INLINE void tile_columns(const Tile<A>& t, bool narrow_panel) {
-  if (narrow_panel) {
+MBP_INLINE void tile_columns(const Tile<A>& t, bool half_panel) {
+  if (half_panel) {
     tile<A, MR, 1, kRowsOfA>(t);
   } else {
     tile<A, MR, 2, kRowsOfA>(t);
   }
 }
 template <typename A, bool kRowsOfA>
-MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool narrow_panel) {
-  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, narrow_panel), kTileRows;
+MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool half_panel) {
+  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, half_panel), kTileRows;
   if constexpr (kTileRows > 8) {
-    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, narrow_panel), 8;
+    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, half_panel), 8;
   }
-  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, narrow_panel), 4;
-  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, narrow_panel), 2;
-  return tile_columns<A, 1, kRowsOfA>(t, narrow_panel), 1;
+  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, half_panel), 4;
+  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, half_panel), 2;
+  return tile_columns<A, 1, kRowsOfA>(t, half_panel), 1;
 }
 
-// kLanes rows of B from b on, of `lanes` columns that are contiguous: transposed in registers; missing columns are zeros.
-// Pointers in groups of three, as in `tile`.
+// Loads kLanes rows of `lanes` contiguous columns of B, transposed in registers; missing columns are zeros. Pointers in
+// groups of three, as in `tile`.
 template <typename T>
 MBP_INLINE void load_transposed(const T* b, int64_t b_n, int64_t lanes,
                                 vec<accumulator_t<T>> (&block)[kLanes<accumulator_t<T>>]) {
@@ -218,8 +218,8 @@ MBP_INLINE void load_transposed(const T* b, int64_t b_n, int64_t lanes,
   transpose<A>(block);
 }
 
-// `lanes` contiguous columns of k numbers, a block at a time. The last one ends at k, and may take again what the one
-// before took.
+// Packs `lanes` contiguous columns of k numbers, in blocks of kLanes rows. The last block is aligned to end at k and
+// may overlap the previous one.
 template <typename T>
 MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lanes, accumulator_t<T>* out) {
   using A = accumulator_t<T>;
@@ -246,7 +246,7 @@ MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lane
   }
 }
 
-// The same for the edges of B, which are not worth code of their own wherever they occur.
+// The same, not inlined: for the edges of B, which are not worth specialised code.
 template <typename T>
 static __attribute__((noinline)) void pack_edge(const T* b, int64_t b_n, int64_t k, int64_t lanes,
                                                 accumulator_t<T>* out) {
@@ -292,13 +292,13 @@ static void pack_b(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, a
   }
 }
 
-// Rows of B that are contiguous and in accumulator type need no packing if they are near one another, or if few rows
-// of A read them: packing B costs as much as multiplying 8 rows by it.
+// Contiguous rows of B in the accumulator type need no packing if they lie close together, or if few rows of A use
+// them: packing B costs as much as multiplying 8 rows by it.
 template <typename T>
 MBP_INLINE bool rows_in_place(int64_t m, int64_t b_k, int64_t b_n) {
   return sizeof(T) == sizeof(accumulator_t<T>) && b_n == 1 && (b_k <= kDirectStride || m <= kFewRows);
 }
-// Whether nothing is gained by packing B beforehand. (A panel that N does not fill is packed all the same.)
+// Whether the caller gains nothing by packing B. (With many rows of A, a panel that N does not fill has to be packed.)
 template <typename T>
 static bool reads_in_place(int64_t m, int64_t b_k, int64_t b_n, int64_t n) {
   return rows_in_place<T>(m, b_k, b_n) && (n % kTileCols<accumulator_t<T>> == 0 || m <= kFewRows);
@@ -307,7 +307,7 @@ static bool reads_in_place(int64_t m, int64_t b_k, int64_t b_n, int64_t n) {
 template <typename T>
 static int64_t packed_size(int64_t k, int64_t n) {
   constexpr int64_t NR = kTileCols<accumulator_t<T>>;
-  return (n + NR - 1) / NR * NR * k;
+  return round_up(n, NR) * k;
 }
 
 // A strip of A in accumulator type, out[i][kk].
@@ -323,7 +323,8 @@ static void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t rows, int64_t k
     }
   }
 }
-// The same for A whose columns are contiguous (a transposed gradient), or nothing of it is: out[kk][i].
+// The same for A with contiguous columns (a transposed gradient), or with neither rows nor columns contiguous:
+// out[kk][i].
 template <typename T>
 static void pack_a_columns(const T* a, int64_t a_m, int64_t a_k, int64_t rows, int64_t k, accumulator_t<T>* out) {
   for (int64_t kk = 0; kk < k; ++kk, a += a_k, out += kTileRows) {
@@ -336,7 +337,7 @@ static void pack_a_columns(const T* a, int64_t a_m, int64_t a_k, int64_t rows, i
   }
 }
 
-// The parts of a thread's workspace: no larger than a product with n columns and depth k needs.
+// The parts of a thread's workspace, as large as a product with n columns and depth k needs.
 template <typename T>
 struct Workspace {
   using A = accumulator_t<T>;
@@ -346,11 +347,11 @@ struct Workspace {
   A* bias;  // in accumulator type, padded with zeros
   A* edge;  // a tile that overhangs C
   A* a;  // strip of A
-  A* chunk;  // halves: rows of C before they are rounded
+  A* chunk;  // half precision: rows of C before they are rounded
   int64_t bytes;
 
   Workspace(void* memory, int64_t n, int64_t k) {
-    const int64_t cols = min_i64(kBlockCols, (n + kTileCols<A> - 1) / kTileCols<A> * kTileCols<A>);
+    const int64_t cols = min_i64(kBlockCols, round_up(n, kTileCols<A>));
     const int64_t depth = min_i64(kBlockDepth, k);
     b = static_cast<A*>(memory);
     bias = b + depth * cols;
@@ -378,7 +379,8 @@ MBP_INLINE void multiply_block(const A* a, int64_t a_m, const A* b, int64_t b_n,
   }
 }
 
-// Adds the next part to the sums, where there are some: 0 + part would lose the sign of a part that is -0.
+// Adds the next part to the sums. The first one is stored, not added to 0: 0 + part would lose the sign of a part that
+// is -0.
 template <typename A, int MR>
 MBP_INLINE void add_part(const vec<A> (&part)[MR], bool& started, vec<A> (&sums)[MR]) {
 #pragma GCC unroll 4
@@ -386,10 +388,10 @@ MBP_INLINE void add_part(const vec<A> (&part)[MR], bool& started, vec<A> (&sums)
   started = true;
 }
 
-// `lanes` columns of C, summed up as `tile` does it.
+// Computes `lanes` columns of C, with the sums of `tile`.
 template <typename A, int MR>
 MBP_INLINE void tile_transposed(const Gemm<A, A>& p, const A* b, int64_t lanes, vec<A> (&sums)[MR]) {
-  // A row's additions wait for one another: with short vectors, two parts go on at the same time.
+  // Each addition of a row depends on the previous one: with short vectors, two parts are computed at the same time.
   constexpr int L = kLanes<A>, NR = kTileCols<A>, kParts = L < 16 && MR <= 2 ? 2 : 1;
   static_assert(kSumDepth % L == 0, "a part is whole blocks");
   bool started = p.accumulate;
@@ -423,8 +425,8 @@ MBP_INLINE void tile_transposed(const Gemm<A, A>& p, const A* b, int64_t lanes, 
   }
 }
 
-// C of MR rows, where rows of A and columns of B are contiguous: B is transposed in registers, multiplied there, and never
-// written. One row and 400 x 400: 10.7 us so, 16.6 us with B packed (AVX-512); 12.5 and 18.5 us (AVX2).
+// C of MR rows, for contiguous rows of A and columns of B: B is transposed in registers, multiplied there, and never
+// written. One row and 400 x 400: 10.7 us, instead of 16.6 us with B packed (AVX-512); 12.5 instead of 18.5 us (AVX2).
 template <typename A, int MR>
 static void gemm_transposed(const Gemm<A, A>& p) {
   constexpr int L = kLanes<A>;
@@ -470,8 +472,9 @@ static void gemm_transposed(const Gemm<A, A>& p) {
   if constexpr (kTransposedRows > 2) p.m == 3 ? gemm_transposed<A, 3>(p) : gemm_transposed<A, 4>(p);
 }
 
-// One number over rows of a batch (M = N = 1): in double, and interleaved, since a sum waits for its last addition.
-// Always inlined with constant strides where they are known, so that the compiler vectorises it.
+// One number over rows of a batch (M = N = 1), in double. Sixteen sums are interleaved, since each addition to a sum
+// depends on the previous one. Always inlined, with constant strides if they are known, so that the compiler vectorises
+// it.
 template <typename T>
 MBP_INLINE double dot_in_double(const T* a, int64_t a_k, const T* b, int64_t b_k, int64_t k) {
   constexpr int kSums = 16;
@@ -484,32 +487,81 @@ MBP_INLINE double dot_in_double(const T* a, int64_t a_k, const T* b, int64_t b_k
   return sums[0];
 }
 
+// C of one number (M = N = 1), in the order in which a lane of a tile sums it. A tile would compute zeros beside it.
+template <typename T>
+MBP_INLINE void gemm_number(const Gemm<T, accumulator_t<T>>& p) {
+  using A = accumulator_t<T>;
+  A sum = p.accumulate ? p.c[0] : A(0);
+  const int64_t step = p.unit_rows ? p.unit_rows : kSumDepth;
+  for (int64_t k0 = 0; k0 < p.k; k0 += step) {
+    const int64_t end = min_i64(k0 + step, p.k);
+    A part(0);
+    if (p.unit_rows) {
+      const T *a = p.a + k0 * p.a_k, *b = p.b + k0 * p.b_k;
+      part = A(p.a_k == 1 && p.b_k == 1 ? dot_in_double<T>(a, 1, b, 1, end - k0)
+                                        : dot_in_double<T>(a, p.a_k, b, p.b_k, end - k0));
+    } else {
+      for (int64_t kk = k0; kk < end; ++kk) part = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), part);
+    }
+    sum = p.accumulate || k0 > 0 ? part + sum : part;
+  }
+  if (p.bias) sum += widen(p.bias[0]);
+  p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
+}
+
+// Where the tile reads A: `rows` rows from `strip` on, in place or copied to `memory`. rows_of_a: see Tile::a_stride.
+template <typename T>
+MBP_INLINE void read_a(const Gemm<T, accumulator_t<T>>& p, const T* strip, int64_t rows, bool rows_of_a, bool copy,
+                       accumulator_t<T>* memory, Tile<accumulator_t<T>>& t) {
+  if (!copy) {
+    t.a = reinterpret_cast<const accumulator_t<T>*>(strip);
+    t.a_stride = rows_of_a ? p.a_m : p.a_k;
+  } else if (rows_of_a) {
+    pack_a<T>(strip, p.a_m, p.a_k, rows, t.k, memory);
+    t.a = memory;
+    t.a_stride = t.k;
+  } else {
+    pack_a_columns<T>(strip, p.a_m, p.a_k, rows, t.k, memory);
+    t.a = memory;
+    t.a_stride = kTileRows;
+  }
+}
+
+// Where the tile reads a panel of B, at column j0 of the block at (k0, n0): as the caller packed it; in place, for the
+// first direct_n columns of the block, which begins at `block`; or as gemm_accumulated packed it into `memory`.
+template <typename T>
+MBP_INLINE void read_b(const Gemm<T, accumulator_t<T>>& p, int64_t k0, int64_t n0, int64_t j0, const T* block,
+                       int64_t direct_n, const accumulator_t<T>* memory, Tile<accumulator_t<T>>& t) {
+  constexpr int64_t NR = kTileCols<accumulator_t<T>>;
+  if (p.packed_b) {
+    t.b = p.packed_b + (n0 + j0) * p.k + k0 * NR;
+    t.b_stride = NR;
+  } else if (j0 < direct_n) {
+    t.b = reinterpret_cast<const accumulator_t<T>*>(block + j0);
+    t.b_stride = p.b_k;
+  } else {
+    t.b = memory + j0 * t.k;
+    t.b_stride = NR;
+  }
+}
+
+// A tile is a whole panel wide. If it overhangs C, it works on a copy: this copies the `cols` columns that belong to C,
+// in either direction.
+template <typename A>
+MBP_INLINE void copy_edge(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) to[i * to_stride + j] = from[i * from_stride + j];
+  }
+}
+
 // C in the accumulator type.
 template <typename T>
 static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
   using A = accumulator_t<T>;
   constexpr int64_t NR = kTileCols<A>;
   static_assert(Workspace<T>::kBlockCols % NR == 0, "a block of B is a whole number of panels");
-  if (p.m == 1 && p.n == 1 && !p.packed_b) {  // one number: what a lane of a tile does
-    A sum = p.accumulate ? p.c[0] : A(0);
-    const int64_t step = p.unit_rows ? p.unit_rows : kSumDepth;
-    for (int64_t k0 = 0; k0 < p.k; k0 += step) {
-      const int64_t end = min_i64(k0 + step, p.k);
-      A part(0);
-      if (p.unit_rows) {
-        const T *a = p.a + k0 * p.a_k, *b = p.b + k0 * p.b_k;
-        part = A(p.a_k == 1 && p.b_k == 1 ? dot_in_double<T>(a, 1, b, 1, end - k0)
-                                          : dot_in_double<T>(a, p.a_k, b, p.b_k, end - k0));
-      } else {
-        for (int64_t kk = k0; kk < end; ++kk) part = multiply_add(widen(p.a[kk * p.a_k]), widen(p.b[kk * p.b_k]), part);
-      }
-      sum = p.accumulate || k0 > 0 ? part + sum : part;
-    }
-    if (p.bias) sum += widen(p.bias[0]);
-    p.c[0] = p.relu ? relu_scalar<A>(sum) : sum;
-    return;
-  }
-  // Only the input gradient has masks and column sums; its B is a weight the other way round.
+  if (p.m == 1 && p.n == 1 && !p.packed_b) return gemm_number<T>(p);
+  // Only the input gradient has a mask and column sums, and its B is a weight as it lies, not transposed.
   if constexpr (sizeof(T) == sizeof(A)) {
     if (p.m <= kTransposedRows && p.a_k == 1 && p.b_k == 1 && p.b_n != 1 && !p.packed_b && !p.mask && !p.column_sum &&
         !p.unit_rows) {
@@ -520,8 +572,8 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
   const int64_t block_depth = few_rows && !p.unit_rows ? kFewRowsDepth : kBlockDepth;
   const Workspace<T> work(workspace, min_i64(p.n, block_cols), min_i64(p.k, block_depth));
-  // A row of A is contiguous, or nothing is (then the strip is gathered into rows); else its columns are, as those of df
-  // usually, for which alone the tile knows units.
+  // A is read by rows if its rows are contiguous, or if neither rows nor columns are (they are then gathered into
+  // rows); by columns if those are contiguous, as the columns of df usually are. Only the tile by columns knows units.
   const bool rows_of_a = !p.unit_rows && (p.a_k == 1 || p.a_m != 1);
   const bool contiguous_a = sizeof(T) == sizeof(A) && (rows_of_a ? p.a_k : p.a_m) == 1;
   const bool direct_b = !p.packed_b && rows_in_place<T>(p.m, p.b_k, p.b_n);
@@ -529,7 +581,7 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   for (int64_t n0 = 0; n0 < p.n; n0 += block_cols) {
     const int64_t n = min_i64(block_cols, p.n - n0);
     if (p.bias) {
-      for (int64_t j = 0; j < (n + NR - 1) / NR * NR; ++j) {
+      for (int64_t j = 0; j < round_up(n, NR); ++j) {
         work.bias[j] = j < n ? widen(p.bias[(n0 + j) * p.bias_stride]) : A(0);
       }
     }
@@ -547,61 +599,32 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
       if (!p.packed_b && direct_n < n) {
         pack_b<T>(b + direct_n * p.b_n, p.b_k, p.b_n, t.k, n - direct_n, work.b + direct_n * t.k);
       }
-      // Copying a strip of A pays when several panels read it again, and avoids the cache-set conflicts of rows that
-      // lie a power of two apart; a narrow product reads A where it lies. Columns are copied if they lie far apart:
-      // with 4096 x 256 x 256 the weight gradient ran at 80 % of the peak copying, at 87 % reading in place; with
-      // 2048 x 512 x 1024 at 79 and 75 %.
+      // Copying a strip of A pays if several panels read it, and avoids the cache-set conflicts of rows that lie a
+      // power of two apart; a product with few columns reads A in place. Columns are copied if they lie far apart: with
+      // 4096 x 256 x 256 the weight gradient ran at 80 % of the peak copying, at 87 % reading in place; with 2048 x 512
+      // x 1024 at 79 and 75 %.
       const bool copy_a = !contiguous_a || (n > 4 * NR && (rows_of_a || p.a_k > kDirectColumns));
       for (int64_t m0 = 0; m0 < p.m;) {
         int64_t rows = min_i64(kTileRows, p.m - m0);
-        const T* strip = p.a + m0 * p.a_m + k0 * p.a_k;
-        if (!copy_a) {
-          t.a = reinterpret_cast<const A*>(strip);
-          t.a_stride = rows_of_a ? p.a_m : p.a_k;
-        } else if (rows_of_a) {
-          pack_a<T>(strip, p.a_m, p.a_k, rows, t.k, work.a);
-          t.a = work.a;
-          t.a_stride = t.k;
-        } else {
-          pack_a_columns<T>(strip, p.a_m, p.a_k, rows, t.k, work.a);
-          t.a = work.a;
-          t.a_stride = kTileRows;
-        }
+        read_a<T>(p, p.a + m0 * p.a_m + k0 * p.a_k, rows, rows_of_a, copy_a, work.a, t);
         int64_t done = rows;
         for (int64_t j0 = 0; j0 < n; j0 += NR) {
           const int64_t cols = min_i64(NR, n - j0);
-          A* c = p.c + m0 * p.c_m + n0 + j0;
-          const bool overhangs = cols < NR;
-          if (p.packed_b) {
-            t.b = p.packed_b + (n0 + j0) * p.k + k0 * NR;
-            t.b_stride = NR;
-          } else if (j0 < direct_n) {
-            t.b = reinterpret_cast<const A*>(b + j0);
-            t.b_stride = p.b_k;
-          } else {
-            t.b = work.b + j0 * t.k;
-            t.b_stride = NR;
-          }
+          read_b<T>(p, k0, n0, j0, b, direct_n, work.b, t);
           t.bias = p.bias && last ? work.bias + j0 : nullptr;
           if constexpr (sizeof(T) == sizeof(A)) {
             t.mask = p.mask && last ? p.mask + m0 * p.mask_m + n0 + j0 : nullptr;
             t.mask_stride = p.mask_m;
             t.column_sum = p.column_sum && last ? p.column_sum + n0 + j0 : nullptr;
           }
+          A* c = p.c + m0 * p.c_m + n0 + j0;
+          const bool overhangs = cols < NR;
           t.c = overhangs ? work.edge : c;
           t.c_stride = overhangs ? NR : p.c_m;
-          if (overhangs && t.accumulate) {
-            for (int64_t i = 0; i < rows; ++i) {
-              for (int64_t j = 0; j < cols; ++j) work.edge[i * NR + j] = c[i * p.c_m + j];
-            }
-          }
-          const bool narrow_panel = cols <= kLanes<A>;
-          done = rows_of_a ? tile_rows<A, true>(t, rows, narrow_panel) : tile_rows<A, false>(t, rows, narrow_panel);
-          if (overhangs) {
-            for (int64_t i = 0; i < done; ++i) {
-              for (int64_t j = 0; j < cols; ++j) c[i * p.c_m + j] = work.edge[i * NR + j];
-            }
-          }
+          if (overhangs && t.accumulate) copy_edge(c, p.c_m, work.edge, NR, rows, cols);
+          const bool half_panel = cols <= kLanes<A>;
+          done = rows_of_a ? tile_rows<A, true>(t, rows, half_panel) : tile_rows<A, false>(t, rows, half_panel);
+          if (overhangs) copy_edge(work.edge, NR, c, p.c_m, done, cols);
         }
         m0 += done;
       }
@@ -610,9 +633,10 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
   }
 }
 
-// One column (a network with one output) would leave all lanes of a vector but one empty. As a row, C^T = B^T A^T, it
-// fills them, at the price of transposing A in registers; the sums are the same, to the bit. 256 x 1 x 256: from 6 to 13 %
-// of the peak. A column times one number needs no more than a loop: 1-1-1-1-1 with 65536 rows, forward 300 to 90 us.
+// C of one column (a network with one output), which would use one lane of each vector. Computed as the row
+// C^T = B^T A^T it uses all lanes, and A has to be transposed in registers; the sums have the same bits. 256 x 1 x 256
+// went from 6 to 13 % of the peak. A column times one number is a loop: forward of 1-1-1-1-1 with 65536 rows went from
+// 300 to 90 us.
 template <typename T>
 static void gemm_column(const Gemm<T, T>& p, void* workspace) {
   const int64_t m = p.m;
@@ -621,10 +645,21 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
     const T *a = p.a, omega = p.b[0];
     for (int64_t i = 0; i < m; ++i) c[i] = multiply_add(a[i], omega, T(0));  // as a sum: never -0
   } else {
-    Gemm<T, T> row{1, p.m, p.k, p.b, p.b_n, p.b_k, p.a, p.a_k, p.a_m, p.c, p.m};
+    Gemm<T, T> row{};
+    row.m = 1;
+    row.n = p.m;
+    row.k = p.k;
+    row.a = p.b;
+    row.a_m = p.b_n;
+    row.a_k = p.b_k;
+    row.b = p.a;
+    row.b_k = p.a_k;
+    row.b_n = p.a_m;
+    row.c = p.c;
+    row.c_m = p.m;
     gemm_accumulated<T>(row, workspace);
   }
-  // Loops of their own: in one with the product, the compiler would round product and sum as one.
+  // Separate loops: in one loop with the product, the compiler would fuse the multiplication with this addition.
   if (p.bias) {
     const T beta = p.bias[0];
     for (int64_t i = 0; i < m; ++i) c[i] += beta;
@@ -634,7 +669,7 @@ static void gemm_column(const Gemm<T, T>& p, void* workspace) {
   }
 }
 
-// C in the storage type. For halves: chunks of C are finished in float, then rounded once.
+// C in the storage type. In half precision, chunks of C are completed in float and rounded once.
 template <typename T>
 static void gemm(const Gemm<T, T>& p, void* workspace) {
   using A = accumulator_t<T>;
@@ -648,11 +683,23 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
       const int64_t n = min_i64(W::kBlockCols, p.n - n0);
       for (int64_t m0 = 0; m0 < p.m; m0 += W::kChunkRows) {
         const int64_t m = min_i64(W::kChunkRows, p.m - m0);
-        const T* bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
-        const A* packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
-        gemm_accumulated<T>({m, n, p.k, p.a + m0 * p.a_m, p.a_m, p.a_k, p.b + n0 * p.b_n, p.b_k, p.b_n, chunk, n, bias,
-                             p.bias_stride, p.relu, false, packed_b},
-                            workspace);
+        Gemm<T, A> part{};
+        part.m = m;
+        part.n = n;
+        part.k = p.k;
+        part.a = p.a + m0 * p.a_m;
+        part.a_m = p.a_m;
+        part.a_k = p.a_k;
+        part.b = p.b + n0 * p.b_n;
+        part.b_k = p.b_k;
+        part.b_n = p.b_n;
+        part.c = chunk;
+        part.c_m = n;
+        part.bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
+        part.bias_stride = p.bias_stride;
+        part.relu = p.relu;
+        part.packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
+        gemm_accumulated<T>(part, workspace);
         for (int64_t i = 0; i < m; ++i) {
           narrow_run(chunk + i * n, p.c + (m0 + i) * p.c_m + n0, n);
         }

@@ -1,10 +1,10 @@
-// Losses and their gradients, row by row: what turns the output block f of a network into df while it is in cache.
-// Values are summed in double: a batch of millions of rows loses no digit of the float result.
+// Losses and their gradients, row by row. They replace a block f of the network's output by df while it is in the
+// cache. Values are summed in double, so that a batch of millions of rows loses no digit of the float result.
 
 // Sums along a row are kept in kSums interleaved parts, so that the loops over them vectorise.
 constexpr int kSums = 16;
 
-// f(j, s) for each column j, s = j mod kSums.
+// Calls f(j, s) for each column j, with s = j mod kSums.
 template <typename F>
 MBP_INLINE void for_columns(int64_t cols, const F& f) {
   int64_t j = 0;
@@ -20,8 +20,8 @@ MBP_INLINE Number total_of(const Number (&sums)[kSums]) {
   return total;
 }
 
-// e^x for x <= 0, to 1 unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor series to r^7 (the rest
-// is below 2^-27), then times 2^n in two steps, since 2^n alone may be too small a number. NaN stays NaN.
+// e^x for x <= 0, to 1 unit in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2: e^r is its Taylor series up to r^7
+// (the rest is below 2^-27), multiplied by 2^n in two steps, since 2^n alone may underflow. NaN stays NaN.
 MBP_INLINE float exp_of(float x) {
   constexpr float kRound = 12582912.0f;         // 1.5 * 2^23: adding it leaves the integer part in the low bits
   const float clamped = x < -104.0f ? -104.0f : x;  // e^-104 is 0 in float
@@ -84,7 +84,7 @@ MBP_INLINE double bce_row(T* f, const T* target, int64_t target_col, int64_t col
   return total_of(sums);
 }
 
-// A loss of f against y, row by row; constant arguments, so that the usual cases vectorise.
+// A loss of f against y, row by row. The usual cases pass constants, so that they vectorise.
 template <typename T, typename Row>
 MBP_INLINE double rows_against_target(const Loss<T>& p, const Row& row) {
   const auto scale = accumulator_t<T>(p.scale);
@@ -111,7 +111,7 @@ static double bce_with_logits(const Loss<T>& p) {
   return rows_against_target(p, [](auto... a) __attribute__((always_inline)) { return bce_row<T>(a...); });
 }
 
-// f <- 0 softmax(f): NaN if there is a NaN, a +Inf, or nothing but -Inf in it.
+// f <- 0 softmax(f): NaN if f contains NaN or +Inf, or only -Inf; else 0.
 template <typename T>
 MBP_INLINE void nothing_of(T* f, int64_t cols) {
   using A = accumulator_t<T>;
@@ -126,8 +126,8 @@ MBP_INLINE void nothing_of(T* f, int64_t cols) {
 }
 
 // ell = sum over rows of -(1 - s) log p_c - s/D sum_j log p_j, with p = softmax(f), c the class and s the smoothing;
-// df = (p - (1 - s) onehot(c) - s/D) scale. Rows whose class is ignore_index count for nothing: df = 0 p, which is NaN
-// where p is.
+// df = (p - (1 - s) onehot(c) - s/D) scale. A row whose class is ignore_index adds nothing, and its df is 0 p, which is
+// NaN where p is.
 template <typename T>
 static double cross_entropy(const Loss<T>& p) {
   using A = accumulator_t<T>;
@@ -167,6 +167,20 @@ static double cross_entropy(const Loss<T>& p) {
     }
   }
   return sum;
+}
+
+// No default: the compiler warns about a loss that is missing, and the trap stops what it let through.
+template <typename T>
+static LossKernel<T> loss(LossKind kind) {
+  switch (kind) {
+    case LossKind::mse:
+      return mse<T>;
+    case LossKind::bce_with_logits:
+      return bce_with_logits<T>;
+    case LossKind::cross_entropy:
+      return cross_entropy<T>;
+  }
+  __builtin_trap();
 }
 
 template <typename T>

@@ -1,6 +1,6 @@
-// The cheap passes of the backward: ReLU mask with the bias gradient, and sums of sums in a fixed order.
+// The mask of the ReLU and the gradient of the bias, in one pass over memory.
 
-// One row. Always inlined with constant arguments where they are known, so that the compiler vectorises it.
+// One row. Always inlined, with constant arguments if they are known, so that the compiler vectorises it.
 template <typename T>
 MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T* out, accumulator_t<T>* sum,
                                   int64_t cols) {
@@ -30,9 +30,10 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T
 
 // df = I[h > 0] . dh, and d(beta) = column sums of df, in one pass over memory.
 //
-// Rows are summed kSumRows at a time or fewer, then in double, or their sums would err with the number of rows. Wide rows
-// are taken kStripe columns at a time; of narrow rows, a group as one wide row with a sum for each of its elements (else a
-// vector would be mostly empty, and each sum would wait for the one before), whose sums are then added up in pairs.
+// Sums of at most kSumRows rows are made in the accumulator type and added in double, so that the error does not grow
+// with the number of rows. Wide rows are processed kStripe columns at a time. Several narrow rows are processed as one
+// wide row with a sum for each of its elements, and these sums are then added in pairs: row by row, most lanes of a
+// vector would be empty, and each addition would wait for the previous one.
 template <typename T>
 static void relu_backward(const ReluBackward<T>& p) {
   using A = accumulator_t<T>;
@@ -55,7 +56,7 @@ static void relu_backward(const ReluBackward<T>& p) {
         if (group > 1 && wide_rows && i + group <= stop) {
           relu_backward_row<T>(grad, 1, h, out, sum, group * cols);
           i += group;
-          row = group - 1;  // the next one starts a wide row again
+          row = group - 1;  // the next row begins a wide row
         } else {
           relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, out, sum, cols);
           ++i;
@@ -70,41 +71,5 @@ static void relu_backward(const ReluBackward<T>& p) {
         for (int64_t j = 0; j < cols; ++j) p.column_sum[j0 + j] += double(sums[row * cols + j]);
       }
     }
-  }
-}
-
-template <typename T, typename Partial>
-static void reduce(const Reduce<T, Partial>& p, int64_t begin, int64_t end) {
-  // Short runs keep their sums in the first-level cache while the slices pass by, four at a time.
-  constexpr int64_t kRun = 512;
-  double sum[kRun];
-  for (int64_t i0 = begin; i0 < end; i0 += kRun) {
-    const int64_t n = min_i64(kRun, end - i0);
-    const Partial* slice = p.partial + i0;
-    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-    for (int64_t left = p.slices; left > 0;) {
-      if (left >= 4) {
-        const Partial *second = slice + p.stride, *third = second + p.stride, *fourth = third + p.stride;
-        for (int64_t i = 0; i < n; ++i) sum[i] += double((slice[i] + second[i]) + (third[i] + fourth[i]));
-        slice = fourth + p.stride;
-        left -= 4;
-      } else {
-        for (int64_t i = 0; i < n; ++i) sum[i] += double(slice[i]);
-        slice += p.stride;
-        left -= 1;
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) p.out[i0 + i] = narrow<T>(accumulator_t<T>(sum[i]));
-  }
-}
-
-template <typename A>
-static void add_up(const AddUp<A>& p, int64_t begin, int64_t end) {
-  if (p.last) {
-    for (int64_t i = begin; i < end; ++i) p.sum[i] = A(p.total[i] + double(p.sum[i]));
-  } else if (p.first) {
-    for (int64_t i = begin; i < end; ++i) p.total[i] = double(p.sum[i]);
-  } else {
-    for (int64_t i = begin; i < end; ++i) p.total[i] += double(p.sum[i]);
   }
 }

@@ -1,20 +1,36 @@
-// Closes an instruction-set file: its kernels, gathered in one table. MBP_LEVEL is the level's name.
+// The table of a level, which isa.cpp knows it by. MBP_LEVEL is its name.
 
+// Filled by name, since several fields have the same type: filled by position, a swap would compile.
 template <typename T>
 static constexpr Kernels<T> kernels_of() {
-  return {reads_in_place<T>,   packed_size<T>,           pack_b<T>,        gemm<T>,
-          gemm_accumulated<T>, workspace_bytes<T>,       relu_backward<T>, reduce<T, accumulator_t<T>>,
-          reduce<T, double>,   add_up<accumulator_t<T>>, mse<T>,           bce_with_logits<T>,
-          cross_entropy<T>,    store_scalar<T>,          layer_flow<T>,    moments<T>};
+  Kernels<T> kernels{};
+  kernels.reads_in_place = reads_in_place<T>;
+  kernels.packed_size = packed_size<T>;
+  kernels.pack = pack_b<T>;
+  kernels.gemm = gemm<T>;
+  kernels.gemm_accumulated = gemm_accumulated<T>;
+  kernels.workspace_bytes = workspace_bytes<T>;
+  kernels.relu_backward = relu_backward<T>;
+  kernels.reduce = reduce<T, accumulator_t<T>>;
+  kernels.reduce_double = reduce<T, double>;
+  kernels.add_up = add_up<accumulator_t<T>>;
+  kernels.loss = loss<T>;
+  kernels.store = store_scalar<T>;
+  kernels.layer_flow = layer_flow<T>;
+  kernels.moments = moments<T>;
+  return kernels;
+}
+static constexpr KernelTable table_of_level() {
+  KernelTable table{};
+  table.name = MBP_LEVEL;
+  table.tile_rows = kTileRows;
+  table.tile_cols = kTileCols<float>;
+  table.f64 = kernels_of<double>();
+  table.f32 = kernels_of<float>();
+  table.bf16 = kernels_of<bfloat16>();
+  table.f16 = kernels_of<float16>();
+  return table;
 }
 
 extern const KernelTable kTable;
-const KernelTable kTable = {
-    MBP_LEVEL,
-    kTileRows,
-    kTileCols<float>,
-    kernels_of<double>(),
-    kernels_of<float>(),
-    kernels_of<bfloat16>(),
-    kernels_of<float16>(),
-};
+constexpr KernelTable kTable = table_of_level();

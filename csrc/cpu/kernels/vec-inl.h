@@ -1,10 +1,12 @@
-// The one vector type of the kernels, and the conversions between storage and accumulator types.
-// Included once per instruction-set level, inside its target region and namespace: no include guard.
-// GCC and clang vector extensions are used in place of intrinsics: one source for SSE2, AVX2, AVX-512, NEON.
+// The vector type of the kernels, and conversions between storage and accumulator types.
+// Included once per instruction-set level, in its target region and namespace, so without an include guard.
+// The vector extensions of GCC and clang make one source serve SSE2, AVX2, AVX-512 and NEON.
 
 #define MBP_INLINE static inline __attribute__((always_inline))
 
-// `type` is a full register; `unaligned` is the same for loads and stores at any address; `doubles` as many numbers.
+MBP_INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `type` is a full register, `unaligned` the same at any address, `doubles` this many numbers in double.
 template <typename A>
 struct VecOf;
 template <>
@@ -34,7 +36,7 @@ template <typename A>
 MBP_INLINE void store(A* p, vec<A> v) {
   *reinterpret_cast<typename VecOf<A>::unaligned*>(p) = v;
 }
-// relu(NaN) = NaN and relu(-0) = -0, as torch.relu: only what is strictly negative becomes 0.
+// relu(NaN) = NaN and relu(-0) = -0, as in torch.relu: only a number below 0 becomes 0.
 template <typename A>
 MBP_INLINE vec<A> relu(vec<A> v) {
   return v < A(0) ? vec<A>{} : v;
@@ -44,8 +46,8 @@ MBP_INLINE A relu_scalar(A v) {
   return v < A(0) ? A(0) : v;
 }
 
-// a b + c, rounded as the compiler rounds `c += a * b` of vectors: once, where the level has the instruction. (In a loop
-// of scalars it may choose otherwise.)
+// a b + c, rounded as the compiler rounds `c += a * b` of vectors: once, if the level has the instruction. (In a loop
+// over scalars the compiler may decide otherwise.)
 #if MBP_VECTOR_BYTES >= 32 || defined(__FP_FAST_FMAF)
 MBP_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MBP_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -54,13 +56,14 @@ MBP_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
 MBP_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-// Two registers shuffled by constant indices: below 2 L, those from L on mean the second.
+// Shuffles two registers of L lanes by constant indices; an index of L or more refers to the second.
 #if defined(__clang__)
 #define MBP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define MBP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, typename VecOf<A>::mask{__VA_ARGS__})
 #endif
-// a0 b0 a1 b1 ... of the lower (upper) half of each 16 bytes: one instruction, unlike across the whole register.
+// a0 b0 a1 b1 ... of the lower (upper) half of each 16 bytes, which is one instruction; across the whole register it is
+// not.
 template <typename A>
 MBP_INLINE void interleave(vec<A> a, vec<A> b, vec<A>& low, vec<A>& high) {
   if constexpr (kLanes<A> == 16) {
@@ -110,8 +113,8 @@ MBP_INLINE void quarters(vec<A> a, vec<A> b, vec<A>& low, vec<A>& high) {
 }
 #undef MBP_SHUFFLE
 
-// In-register transpose of a square block of kLanes rows: within 16 bytes first (G x G elements at a time), then whole
-// pieces of 16 bytes change places between the registers.
+// Transposes a square block of kLanes rows in registers: first within 16 bytes (G x G elements at a time), then by
+// exchanging whole pieces of 16 bytes between registers.
 template <typename A>
 MBP_INLINE void transpose(vec<A> (&rows)[kLanes<A>]) {
   constexpr int L = kLanes<A>, G = 16 / int(sizeof(A)), Q = L / G;
@@ -163,8 +166,8 @@ MBP_INLINE double widen(double v) { return v; }
 MBP_INLINE float widen(float v) { return v; }
 MBP_INLINE float widen(bfloat16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 MBP_INLINE float widen(float16 v) {
-  // Moving the 15 value bits up by 13 leaves the exponent 112 too small; multiplying by 2^112 mends it and
-  // normalises subnormals for free. Inf and NaN (exponent all ones) get their exponent set by hand.
+  // Shifting the 15 value bits up by 13 leaves the exponent 112 too small; multiplying by 2^112 corrects it and also
+  // normalises subnormals. Inf and NaN (exponent all ones) get their exponent separately.
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16;
   const uint32_t shifted = uint32_t(v.bits & 0x7fffu) << 13;
   const uint32_t finite = float_to_bits(bits_to_float(shifted) * bits_to_float(239u << 23));
@@ -201,8 +204,8 @@ MBP_INLINE T narrow(accumulator_t<T> v) {
 }
 
 // --- runs of n numbers ------------------------------------------------------------------------------
-// Loops that the compiler vectorises; for float16, eight at a time by the conversion instructions (F16C), without which
-// a step of 32-64-64-64-64-16 in float16 spent 60 % of its time converting.
+// Loops that the compiler vectorises. float16 uses conversion instructions (F16C), eight numbers at a time: without
+// them, a step of 32-64-64-64-64-16 in float16 spent 60 % of its time in conversions.
 template <typename T>
 constexpr int kConverted = 0;  // numbers that `convert` takes at once
 #if MBP_VECTOR_BYTES >= 32
@@ -232,7 +235,7 @@ MBP_INLINE void narrow_run(const accumulator_t<T>* in, T* out, int64_t n) {
   }
   for (; j < n; ++j) out[j] = narrow<T>(in[j]);
 }
-// n < 2 W numbers as two runs that overlap, of W each, or half of it, or ...: a copy without a loop.
+// n < 2 W numbers without a loop: as two overlapping runs of W each, or of W / 2, and so on.
 template <int W, typename T>
 MBP_INLINE void widen_short(const T* in, accumulator_t<T>* out, int64_t n) {
   if (n >= W) {

@@ -1,12 +1,12 @@
-// Bias and ReLU, in place, behind a product that the library computed:  f <- a[f + beta].
+// Bias and ReLU, in place, after a product that the library has computed:  f <- a[f + beta].
 //
 // The matrix is one flat array of vectors of 16 bytes, with single numbers before the first aligned address and after
 // the last one, so that any width and any alignment runs at the speed of memory. A thread visits vectors a fixed
 // distance apart and keeps the column of each by addition: a 64-bit division for each would cost more than the rest.
 //
-// sm_80 and sm_90: 32 registers for halves, up to 40 for float32 and float64 (ptxas), no shared memory. A multiprocessor
-// holds 8 or 6 blocks of 256 threads, 100 or 75 % of its threads, each with 16 bytes under way: 24 KB, where 16 KB hide
-// a latency of 600 ns at 3.35 TB/s over 132 multiprocessors.
+// sm_80 and sm_90: 32 registers in half precision, up to 40 for float32 and float64 (ptxas), no shared memory. A
+// multiprocessor holds 8 or 6 blocks of 256 threads, 100 or 75 % of its threads, each with 16 bytes in flight: 24 KB,
+// where 16 KB hide a latency of 600 ns at 3.35 TB/s over 132 multiprocessors.
 #pragma once
 
 #include "device.cuh"
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kBiasReluThreads) bias_relu_kernel(const BiasR
   const int64_t before = misaligned == 0 ? 0 : (N - misaligned < size ? N - misaligned : size);
   const int64_t vectors = (size - before) / N;
 
-  // Whole vectors of the bias too, where each lies within one row.
+  // Whole vectors of the bias too, if each vector lies within one row.
   const bool whole = p.bias && before == 0 && p.cols % N == 0 && reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
   const int64_t step = threads * N % p.cols;
   int64_t col = (before + thread * N) % p.cols;

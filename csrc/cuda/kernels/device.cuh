@@ -1,7 +1,7 @@
-// What every kernel uses: numbers, vectors of them, shared memory, sums over a block. No torch here, nor in any kernel.
+// What all kernels use: numbers, vectors of them, shared memory, sums over a block. Kernels do not include torch.
 //
-// The same source is compiled by nvcc and, for tests without a GPU, by a C++ compiler behind
-// tests/csrc/cuda_emulation.h; MBP_EMULATED tells the few places that differ.
+// The same source is compiled by nvcc and, for tests without a GPU, by a C++ compiler after
+// tests/csrc/cuda_emulation.h, which defines MBP_EMULATED for the few places that differ.
 #pragma once
 
 #include <cmath>
@@ -112,8 +112,8 @@ __device__ __forceinline__ A block_sum(A value, A* shared) {
   return shared[t];
 }
 
-// Ends the launch with an error that the next synchronising call reports (cudaErrorAssert): what torch's own kernels
-// do with an index out of bounds. Not assert(), which NDEBUG would remove.
+// Ends the launch with an error that the next synchronising call reports (cudaErrorAssert), as torch's own kernels do
+// for an index out of bounds. Not assert(), which NDEBUG would remove.
 __device__ __forceinline__ void fail(const char* message) {
 #if defined(__CUDA_ARCH__)
   __assert_fail(message, __FILE__, __LINE__, "torch_manualbp");

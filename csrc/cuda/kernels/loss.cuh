@@ -1,4 +1,4 @@
-// Losses and their gradients: f becomes df in place, and each block leaves its part of the value in double, so that a
+// Losses and their gradients: f is replaced by df, and each block writes its part of the value in double, so that a
 // batch of millions of rows loses no digit of a float result. loss_total_kernel adds the parts in a fixed order.
 #pragma once
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ A warp_max(A value) {
 }
 
 // ell_i = -(1 - s) log p_c - s/D sum_j log p_j, with p = softmax(f_i), c the class and s the smoothing;
-// df_i = (p - (1 - s) onehot(c) - s/D) scale. Rows whose class is ignore_index count for nothing. One warp a row.
+// df_i = (p - (1 - s) onehot(c) - s/D) scale. Rows whose class is ignore_index add nothing. One warp per row.
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const Loss<T> p) {
   using A = accumulator_t<T>;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const Loss<
   if (threadIdx.x == 0) p.sums[blockIdx.x] = sum;
 }
 
-// Integers: the order in which blocks add does not matter.
+// A sum of integers, so the order in which the blocks add does not matter.
 static __global__ void __launch_bounds__(kLossThreads) count_classes_kernel(const CountClasses p) {
   int64_t count = 0;
   for (int64_t i = int64_t(blockIdx.x) * kLossThreads + threadIdx.x; i < p.rows;

@@ -1,8 +1,9 @@
-// The product of one warp on tensor cores: mma.sync.m16n8k16 for halves, with sums in float.
+// The product of one warp on tensor cores: mma.sync.m16n8k16 for half precision, with sums in float.
 //
-// Who holds what (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), g = lane / 4, t = lane % 4:
-//   A (16 x 16), 4 registers of two halves:   rows g, g + 8, g, g + 8;   columns 2t, 2t + 1, from register 2 on + 8
-//   B (16 x 8), 2 registers of two halves:    rows 2t, 2t + 1, in register 1 + 8;   column g
+// What each lane holds (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), g = lane / 4, t = lane
+// % 4:
+//   A (16 x 16), 4 registers of two numbers:  rows g, g + 8, g, g + 8;   columns 2t, 2t + 1, from register 2 on + 8
+//   B (16 x 8), 2 registers of two numbers:   rows 2t, 2t + 1, in register 1 + 8;   column g
 //   C (16 x 8), 4 floats:                     rows g, g, g + 8, g + 8;   columns 2t, 2t + 1, 2t, 2t + 1
 #pragma once
 

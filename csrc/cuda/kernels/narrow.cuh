@@ -1,10 +1,10 @@
 // A whole narrow network in one kernel: a tile of rows stays in shared memory while it goes through all layers, forward
-// or backward. Widths up to 128; float32 with FMAs, halves on tensor cores.
+// or backward. Widths up to 128; float32 with FMAs, half precision on tensor cores.
 //
 //   forward    f_k = beta_k + Omega_k h_k,  h_{k+1} = a[f_k]:        reads h_0, writes what is to be stored, no more
 //   backward   df_k = I[h_{k+1} > 0] . dh_{k+1},  dh_k = df_k Omega_k:   reads each h_k once, writes each df_k once
 //
-// The gradients of the weights, df_k^T h_k, are left to the library: a sum over the whole batch is another shape of work.
+// The library computes the gradients of the weights, df_k^T h_k: sums over the whole batch do not fit these tiles.
 //
 // A block keeps two matrices in shared memory, in rows of `ld` numbers: the tile (kRows, width) and the weight of the
 // layer (D_out, D_in), transposed on the way backward. A product is computed into registers, then replaces the tile.
@@ -12,9 +12,9 @@
 // `ld` is 16 bytes more than a multiple of 32, so that eight rows of 16 bytes lie in different banks.
 //
 // sm_80 and sm_90: 80 to 106 registers, none spilled (ptxas): two blocks of 256 threads a multiprocessor, 25 % of its
-// threads; in float32 three on sm_90 forward. Shared memory at width 64: 34 KiB float32, 27 KiB halves; at 128: 99 KiB and
-// 68 KiB, so that an A100 (164 KiB) holds one block in float32, two in halves; an H100 (228 KiB) two in both. Few threads
-// are enough for a product in registers: each has 32 (float32) or 64 independent sums.
+// threads; in float32 three on sm_90 forward. Shared memory at width 64: 34 KiB float32, 27 KiB half precision; at 128:
+// 99 KiB and 68 KiB, so that an A100 (164 KiB) holds one block in float32, two in half precision; an H100 (228 KiB) two
+// in both. Few threads are enough for a product in registers: each has 32 (float32) or 64 independent sums.
 #pragma once
 
 #include "mma.cuh"
@@ -36,8 +36,8 @@ __host__ __device__ constexpr int narrow_ld(int width) {
 template <typename T>
 struct NarrowProduct;
 
-// float32: 16 x 16 threads, each with 4 rows and every 16th column. Per 4 steps of k a thread reads 4 + 8 vectors for 128
-// FMAs.
+// float32: 16 x 16 threads, each with 4 rows and every 16th column. Per 4 steps of k a thread reads 4 + 8 vectors for
+// 128 FMAs.
 template <>
 struct NarrowProduct<float> {
   static constexpr int kRows = 64;
@@ -80,7 +80,7 @@ struct NarrowProduct<float> {
   }
 };
 
-// Halves: each of 8 warps multiplies 16 rows, in pieces of 8 columns.
+// Half precision: each of 8 warps multiplies 16 rows, in pieces of 8 columns.
 template <typename T>
 struct NarrowProduct {
   static constexpr int kRows = 128;
@@ -177,7 +177,7 @@ __device__ __forceinline__ void load_weight(T* weight, int ld, const T* omega, i
     for_each_vector<T>(d_out, d_in, whole,
                        [&](int r, int c, auto n) { store(weight + r * ld + c, load<n.value>(omega + r * d_in + c)); });
   } else if (whole) {
-    // Neighbouring threads take neighbouring rows of omega: they write side by side.
+    // Neighbouring threads read neighbouring rows of omega, so that they write side by side.
     constexpr int N = kVectorWidth<T>;
     for (int i = int(threadIdx.x); i < d_out * (d_in / N); i += kNarrowThreads) {
       const int r = i % d_out, c = i / d_out * N;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_forward_kernel(const
       __syncthreads();
       NarrowProduct<T> product;
       product.multiply(tile, weight, ld, padded(d_in), padded(d_out));
-      __syncthreads();  // nobody reads the tile any more
+      __syncthreads();  // every thread has read the tile
       const T* const beta = p.beta[k];
       product.for_each(padded(d_out), [&](int row, int col, float f) {
         if (beta && col < d_out) f += widen(beta[col]);
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_backward_kernel(cons
     __syncthreads();  // the last tile has been stored
     load_tile(tile, ld, p.grad_output + first * p.grad_row, p.grad_row, rows, net.widths[net.layers]);
     __syncthreads();
-    // Behind the last of each: they are walked backwards.
+    // Pointers to the end of each, since the layers are visited in descending order.
     const T* activation = p.hidden;
     for (int k = 1; k < net.layers; ++k) activation += net.rows * net.widths[k];
     T* df = p.df;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_backward_kernel(cons
       const bool last = k + 1 == net.layers;
       df -= net.rows * d_out;
       sums -= d_out;
-      // The tile is dh_{k+1}: masks it, so that it becomes df_k.
+      // The tile is dh_{k+1}; masked, it becomes df_k.
       const T* const h = (last ? p.output : activation) ? (last ? p.output : activation) + first * d_out : nullptr;
       if (h) {
         T* const out = df + first * d_out;
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_backward_kernel(cons
       if (!go_on) break;
       NarrowProduct<T> product;
       product.multiply(tile, weight, ld, padded(d_out), padded(d_in));
-      __syncthreads();  // nobody reads the tile any more
+      __syncthreads();  // every thread has read the tile
       product.for_each(padded(d_in),
                        [&](int row, int col, float g) { tile[row * ld + col] = col < d_in ? narrow<T>(g) : T{}; });
       __syncthreads();
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 2) narrow_backward_kernel(cons
   }
 }
 
-// The bias gradients of all layers. Blocks as those of reduce_kernel.
+// The bias gradients of all layers, with the blocks of reduce_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kReduceLanes* kReduceRows) narrow_biases_kernel(const NarrowBiases<T> p) {
   const int col = int(blockIdx.x) * kReduceLanes + int(threadIdx.x), cols = p.ends[p.layers - 1];

@@ -1,8 +1,8 @@
-// Parameter structs of the CUDA kernels: all that a kernel ever sees. Plain C++, for kernels, launches and entries.
-// Size letters as everywhere (csrc/README.md); strides are in elements; pointers are device memory.
+// The parameter structs of the CUDA kernels, which see nothing else. Plain C++, for kernels, launches and entries.
+// Sizes are named as in csrc/README.md; strides are in elements; pointers are device memory.
 #pragma once
 
-#include "../../cpu/kernels/params.h"  // the storage types and their accumulators
+#include "../../types.h"
 
 namespace manualbp::cuda {
 
@@ -45,7 +45,7 @@ struct Accumulate {
   T* out;  // nullptr: not the last term
 };
 
-// A loss of f (rows, cols): each block leaves its part of the value in `sums`, and f becomes df if asked for.
+// A loss of f (rows, cols): each block writes its part of the value to `sums` and, if `gradient`, replaces f by df.
 template <typename T>
 struct Loss {
   int64_t rows, cols;
@@ -80,7 +80,7 @@ struct LossTotal {
   T* out;
 };
 
-// The narrow kernels take a whole network, of at most so many layers and so wide.
+// The limits of the narrow kernels, which compute a whole network.
 constexpr int kNarrowLayers = 64, kNarrowWidth = 128;
 
 // Layer k maps widths[k] to widths[k + 1] features.

@@ -8,7 +8,7 @@
 //
 // sm_80 and sm_90: 48 to 60 registers where it reads vectors (ptxas), 256 threads and at most 8 KiB of shared memory a
 // block: a multiprocessor holds 4 or 5 blocks, 50 or 62 % of its threads. The launch makes at most 4 for each, and each
-// thread loads the 32 bytes of two rows before it waits: 64 KB under way (see bias_relu.cuh for what is needed).
+// thread loads the 32 bytes of two rows before it waits: 64 KB in flight (see bias_relu.cuh for what is needed).
 #pragma once
 
 #include "device.cuh"
@@ -16,8 +16,8 @@
 namespace manualbp::cuda {
 
 constexpr int kReluBackwardThreads = 256;
-// Rows that a thread loads before it stores the first: df may lie in dh, so the compiler moves no load over a store. Four
-// need up to 100 registers: half as many threads, and no more bytes under way.
+// The rows that a thread loads before it stores the first. The compiler cannot move a load across a store, since df may
+// be dh itself. Four rows need up to 100 registers: half as many threads, and no more bytes in flight.
 constexpr int kRowsAhead = 2;
 
 // N numbers at a time of each row. The block is (lanes across columns, rows), its height a power of two; blockIdx.x

@@ -1,0 +1,15 @@
+// All kernels, for the target region and namespace of one level. The order matters: each file uses those above it.
+
+#include "vec-inl.h"
+
+#include "gemm-inl.h"
+
+#include "relu_backward-inl.h"
+
+#include "reduce-inl.h"
+
+#include "loss-inl.h"
+
+#include "flow-inl.h"
+
+#include "table-inl.h"
