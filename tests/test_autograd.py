@@ -24,6 +24,7 @@ from helpers import (
     integer_net,
     integers,
     normal_net,
+    on_leaves,
     one_layer,
     oracle,
     plain_mlp,
@@ -38,17 +39,6 @@ MIXED_WIDTHS = ([2, 64, 1], [9, 1, 7, 2], [100, 17, 8], [17, 16, 9, 8, 7, 2])
 
 def ends_in_relu(function):
     return function in (one_layer, closed_mlp)
-
-
-def on_leaves(function, net):
-    """function(input, weights, biases) as a function of the tensors that are there, and these as leaves."""
-    layers, present = len(net.weights), [bias is not None for bias in net.biases]
-
-    def flat(input, *parameters):
-        biases = iter(parameters[layers:])
-        return function(input, parameters[:layers], [next(biases) if there else None for there in present])
-
-    return flat, net.recorded().leaves()
 
 
 def check_derivatives(function, net):
@@ -461,7 +451,7 @@ EXCHANGES = [_set_to_zero, _widen, _transpose, _put_into_a_buffer]
 NETWORKS = [one_layer, mbp.mlp, closed_mlp, recomputing_mlp]
 
 
-def _plain_twin(function):
+def _in_plain_torch(function):
     return lambda input, weights, biases: plain_mlp(input, weights, biases, final_relu=ends_in_relu(function))
 
 
@@ -475,7 +465,7 @@ def _square_net(function, leading, dtype):
 def test_backward_reads_the_parameters_that_forward_used(function, exchange, leading):
     net = _square_net(function, leading, torch.float32)
     gradients = []
-    for each in (function, _plain_twin(function)):
+    for each in (function, _in_plain_torch(function)):
         leaves = net.recorded()
         output = each(*leaves)
         before = [(parameter, parameter.data) for parameter in leaves.leaves()[1:]]
@@ -495,7 +485,7 @@ def test_backward_reads_the_input_as_torchs_linear_does(function, leading):
     # torch saves a matrix itself, whose memory `.data = …` exchanges, and a view of any other input.
     net = _square_net(function, leading, torch.float64)
     gradients = []
-    for each in (function, _plain_twin(function)):
+    for each in (function, _in_plain_torch(function)):
         leaves = net.recorded()
         leaves.input.requires_grad_(False)
         output = each(*leaves)
@@ -512,7 +502,7 @@ def test_backward_reads_the_input_as_torchs_linear_does(function, leading):
 def test_gradients_of_gradients_read_the_parameters_that_forward_used(function, exchange):
     net = smooth_net(4, [5, 5] if function is one_layer else [5, 5, 5], final_relu=True)
     gradients = []
-    for each in (function, _plain_twin(function)):
+    for each in (function, _in_plain_torch(function)):
         leaves = net.recorded()
         output = each(*leaves)
         for weight in leaves.weights:

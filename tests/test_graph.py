@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import torch_manualbp as mbp
-from helpers import assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
+from helpers import assert_close, assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
 from torch_manualbp import _function, _graph
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
@@ -52,10 +52,6 @@ def gradients(function, model, input):
     output = function(input)
     output.pow(2).sum().backward()
     return [output.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
-
-
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def ops_run(function, *args):

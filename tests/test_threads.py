@@ -25,7 +25,7 @@ from helpers import (
 SHAPES = {**LARGE, "one layer": (3000, [40, 50]), "small": (5, [9, 7, 3])}
 
 
-def step(shape, dtype, function=mbp.mlp):
+def forward_and_backward(shape, dtype, function=mbp.mlp):
     """One forward and backward pass on real numbers, the same at each call."""
     torch.manual_seed(0)
     batch, sizes = SHAPES[shape]
@@ -38,10 +38,10 @@ def step(shape, dtype, function=mbp.mlp):
 @pytest.mark.parametrize("function", [mbp.mlp, recomputing_mlp])
 def test_the_number_of_threads_changes_no_bit(function, shape, dtype):
     torch.set_num_threads(1)
-    alone = step(shape, dtype, function)
+    alone = forward_and_backward(shape, dtype, function)
     for threads in (2, 3, 4):
         torch.set_num_threads(threads)
-        assert_equal(step(shape, dtype, function), alone)
+        assert_equal(forward_and_backward(shape, dtype, function), alone)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
@@ -83,9 +83,9 @@ def test_more_threads_change_no_bit_of_any_call(batch, sizes, dtype, threads, se
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_second_run_changes_no_bit(shape, dtype):
     torch.set_num_threads(4)
-    first = step(shape, dtype)
+    first = forward_and_backward(shape, dtype)
     for _ in range(3):
-        assert_equal(step(shape, dtype), first)
+        assert_equal(forward_and_backward(shape, dtype), first)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
