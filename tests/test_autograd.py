@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_manualbp as mbp
 from helpers import (
-    BATCHES,
     WIDTHS,
     Net,
     assert_equal,
@@ -51,9 +50,10 @@ def check_derivatives(function, net):
 # --- derivatives ----------------------------------------------------------------------------------------------------
 
 
+# Batches without a row are among the leading dimensions below.
 @pytest.mark.parametrize("d_out", WIDTHS)
 @pytest.mark.parametrize("d_in", WIDTHS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [1, 5])
 def test_linear_relu_derivatives(batch, d_in, d_out):
     biases = "all" if (d_in + d_out) % 2 else "none"
     check_derivatives(one_layer, smooth_net(batch, [d_in, d_out], biases, final_relu=True))
@@ -61,7 +61,7 @@ def test_linear_relu_derivatives(batch, d_in, d_out):
 
 @pytest.mark.parametrize("layers", range(1, 6))
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", [1, 5])
 def test_mlp_derivatives(batch, width, layers):
     check_derivatives(mbp.mlp, smooth_net(batch, [width] * (layers + 1), "mixed"))
 

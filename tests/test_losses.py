@@ -321,16 +321,6 @@ def test_without_grad_the_loss_is_the_same_bit_for_bit():
     assert_equal(fused("mse")(net, target), unrecorded)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_number_of_threads_changes_no_bit(loss, dtype):
-    net, target = normal_net(3000, [33, 64, 7], dtype), make_target(loss, (3000,), 7, dtype)
-    alone = loss_and_gradients(fused(loss), net, target)
-    for threads in (2, 3, 4):
-        torch.set_num_threads(threads)
-        assert_equal(loss_and_gradients(fused(loss), net, target), alone)
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own forward AD
 @pytest.mark.parametrize("loss", LOSSES)
 def test_transforms_go_through_plain_torch(loss):
