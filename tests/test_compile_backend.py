@@ -450,6 +450,7 @@ def test_the_entry_point_names_the_backend():
     assert importlib.metadata.EntryPoint(name, value, "torch_dynamo_backends").load() is manualbp
 
 
+@pytest.mark.slow
 def test_torch_finds_the_backend_by_name_without_an_import_of_ours(tmp_path):
     metadata = tmp_path / "torch_manualbp-0.dist-info"
     metadata.mkdir()
@@ -471,6 +472,7 @@ torch.compile(model, backend="manualbp", options={{"verbose": True}})(torch.ones
     assert "4–6–3 mlp" in done.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_load_dynamo():
     program = "import sys, torch_manualbp; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

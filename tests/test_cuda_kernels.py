@@ -17,6 +17,8 @@ import pytest
 
 from emulation import CXX, ROOT, compiled
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_accumulate", "test_narrow", "test_launch")
 SANITIZERS = {
     "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),

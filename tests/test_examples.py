@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 import torch_manualbp as mbp
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

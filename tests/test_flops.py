@@ -74,6 +74,7 @@ def test_networks_without_units_or_rows_count_nothing():
     assert flops(mbp.mlp, *Net(torch.ones(6, 5), [torch.ones(0, 5)], [None])) == (0, {"manualbp.mlp"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "torch_manualbp"])
 def test_the_counter_may_be_imported_before_or_after(first):
     code = f"""

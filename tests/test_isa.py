@@ -25,6 +25,8 @@ from helpers import (
 )
 from torch_manualbp import _ops
 
+pytestmark = pytest.mark.slow
+
 LEVELS = ("default", "avx2", "avx512")
 
 

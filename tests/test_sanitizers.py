@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 LEVELS = ("default", "avx2", "avx512")
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}

@@ -382,6 +382,7 @@ def test_plot_survives_zeros_nan_and_infinity(tmp_path):
             t.plot().savefig(tmp_path / "trace.png")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_told(monkeypatch):
     code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -758,6 +759,7 @@ def test_a_module_with_a_call_of_its_own_is_refused():
             layers_of(nn.Sequential(layer))
 
 
+@pytest.mark.slow
 def test_what_was_replaced_before_this_library_came_is_refused_too():
     code = """
 from torch import nn
