@@ -364,6 +364,7 @@ def test_activations_may_be_recomputed():
     assert torch.Size([7 * (6 + 5)]) in saved
 
 
+@pytest.mark.slow  # Inductor compiles C++
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_the_rest_by_inductor():
     net, x = Net(lambda n, x: plain(n, x).softmax(-1) * 2), integers(7, 4)

@@ -29,7 +29,7 @@ from helpers import (
 )
 from torch_manualbp import _ops
 
-pytestmark = pytest.mark.usefixtures("emulated")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulated")]
 
 NETS = {"one": [5, 7], "narrow": [9, 33, 16, 4], "wide": [20, 130, 3], "thin": [1, 1, 2], "empty": [3, 0, 2]}
 FUNCTIONS = {"mlp": mbp.mlp, "closed": closed_mlp, "recompute": recomputing_mlp}

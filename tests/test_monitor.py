@@ -368,6 +368,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "fused", "MLP"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore")  # some of these are deprecated, or prototypes

@@ -33,6 +33,7 @@ def forward_and_backward(shape, dtype, function=mbp.mlp):
     return results(one_layer if shape == "one layer" else function, net, grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("function", [mbp.mlp, recomputing_mlp])

@@ -363,7 +363,9 @@ def test_to_dict_is_json_with_every_number():
     json.dumps(mbp.trace(network(net), net.input, {"any": net.input}, lambda o, t: o.sum()).to_dict())
 
 
-@pytest.mark.parametrize("sizes", [[1, 1, 1], [3, 5, 2], [3, 1], [4] * 40], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[1, 1, 1], [3, 5, 2], [3, 1], pytest.param([4] * 40, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 50])
 def test_plot_draws_both_passes(sizes, batch, tmp_path):
     t = mbp.trace(mbp.MLP(sizes), torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1]))
@@ -375,6 +377,7 @@ def test_plot_draws_both_passes(sizes, batch, tmp_path):
     assert "ackward pass" in titles
 
 
+@pytest.mark.slow
 def test_plot_survives_zeros_nan_and_infinity(tmp_path):
     for value in (0.0, NAN, INF):
         for sizes in ([2, 3, 1], [2] * 20):
