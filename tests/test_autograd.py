@@ -264,7 +264,7 @@ def test_expanded_grad_output_of_a_sum(case):
     assert_exact([truth.values[0], *(leaf.grad for leaf in leaves.leaves())], truth)
 
 
-def test_gradients_that_nobody_has_are_not_there():
+def test_a_tensor_that_was_not_used_has_no_gradient():
     net = normal_net(3, [4, 5, 2]).recorded()
     unused = torch.zeros(1, requires_grad=True)
     grads = torch.autograd.grad(mbp.mlp(*net).sum(), [net.input, unused], allow_unused=True)

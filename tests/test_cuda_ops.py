@@ -1,6 +1,7 @@
 """The CUDA entries behind the public functions, with emulated kernels: every pass, dtype and way to cut the work.
 
-`pytest --device=emulated -m cuda` runs the whole numerical suite this way (minutes); this is what every run checks.
+`pytest --device=emulated -m cuda` runs the whole numerical suite this way (minutes); this module is the part that every
+full run includes.
 """
 
 import itertools
@@ -86,7 +87,7 @@ def test_gradients_are_added_over_blocks_of_rows(dtype, narrow):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_added_over_blocks_of_rows_are_near(dtype, narrow):
+def test_half_precision_sums_over_blocks_of_rows_are_near(dtype, narrow):
     net, grad = normal_net(90, [9, 17, 5], dtype), torch.randn(90, 5).to(dtype)
     assert_near(results(recomputing_mlp, net, grad), oracle(net, grad, on=units(net)))
 

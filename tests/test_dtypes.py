@@ -1,4 +1,4 @@
-"""All dtypes: the size of the error against float64, and for the halves sums in float32 with one rounding on store."""
+"""All dtypes: errors against float64; in half precision, sums are made in float32 and rounded once, when stored."""
 
 import pytest
 import torch
