@@ -1,8 +1,8 @@
 """Every test starts from the same random seed, with one thread, and with our kernels for all dtypes.
 
 The modules marked `cuda` hold on every device: tensors that a test creates without naming a device are on the device
-under test. `--device=cuda -m cuda` runs them on a GPU; `--device=emulated -m cuda` runs them on the CPU through the CUDA
-entries, with the CUDA kernels emulated (emulation.py).
+under test. `--device=cuda -m cuda` runs them on a GPU; `--device=emulated -m cuda` runs them on the CPU, through the
+CUDA entries with emulated kernels (emulation.py).
 """
 
 import pytest
