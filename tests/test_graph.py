@@ -152,6 +152,7 @@ def test_functions_of_tensors():
         assert_equal(got, want)
 
 
+@pytest.mark.slow  # Inductor compiles C++
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 def test_inductor():
     model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
@@ -316,6 +317,7 @@ def test_export_with_any_batch_size_needs_no_library(model):
         assert_equal(program.module()(input), model(input))
 
 
+@pytest.mark.slow  # Inductor compiles C++
 @pytest.mark.skipif(not shutil.which("g++"), reason="packaging compiles C++")
 def test_package_compiled_ahead_of_time(tmp_path):
     model, input = mbp.MLP([4, 6, 3]).requires_grad_(False), torch.randn(5, 4)

@@ -598,6 +598,7 @@ def train_in_another_process(model, input, target):
         optimiser.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_shared_parameters_are_trained_by_another_process(start):
     if start not in multiprocessing.get_all_start_methods():
@@ -693,6 +694,7 @@ def test_an_exported_model_is_plain_aten_ops_and_can_be_saved(dynamic):
     torch.testing.assert_close(torch.export.load(file).module()(more), model(more))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what the exporter says about itself
 def test_onnx_has_the_plain_graph():
     onnx = pytest.importorskip("onnx")
