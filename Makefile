@@ -20,11 +20,14 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -
 LEVELS := $(basename $(notdir $(wildcard csrc/cpu/kernels/*.cpp)))  # of instruction sets
 BINARY := torch_manualbp/_C.abi3.so
 DRIVERS := kernels network
+# Tests use one thread each, so two processes halve the time. A file stays in one process: it may compile or train
+# something for all its tests. ARGS='-n 0' runs everything in one process, as a debugger needs.
+IN_TWO := -n 2 --dist loadfile
 # One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
+.PHONY: help demo test test-quick test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
         aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
@@ -42,7 +45,11 @@ demo: $(VENV)/.ready  ## set up, build, and train the example
 
 test: $(VENV)/.ready  ## set up, build, and run the whole test suite
 	@echo "==> testing"
-	@$(RUN) python -m pytest $(ARGS)
+	@$(RUN) python -m pytest $(IN_TWO) $(ARGS)
+
+test-quick: $(VENV)/.ready  ## the tests that are not marked slow, for the edit loop (a minute)
+	@echo "==> testing, quickly"
+	@$(RUN) python -m pytest $(IN_TWO) -m 'not slow' $(ARGS)
 
 test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a build with CUDA; a toolkit that fits it)
 	@echo "==> testing on the GPU"

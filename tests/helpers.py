@@ -12,6 +12,7 @@ rounds it. Two kinds of data make a sharp comparison with it possible:
 """
 
 import contextlib
+import copy
 import itertools
 import os
 import subprocess
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_manualbp as mbp
@@ -179,6 +180,62 @@ def plain_mlp(input, weights, biases=None, *, final_relu=False):
     return h
 
 
+def plain_network(sizes, bias=True, dtype=None):
+    """The nn.Sequential that MLP(sizes) stands for."""
+    layers = []
+    for d_in, d_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class PlainLinearReLU(nn.Linear):
+    """LinearReLU in plain torch."""
+
+    def forward(self, input):
+        return torch.relu(super().forward(input))
+
+
+def plain_twin(model):
+    """A LinearReLU, or a Sequential with some in it, in plain torch: equal parameters, copied, under the same names."""
+    model = copy.deepcopy(model)
+    if not isinstance(model, mbp.LinearReLU):
+        return nn.Sequential(*(plain_twin(child) if isinstance(child, mbp.LinearReLU) else child for child in model))
+    twin = PlainLinearReLU(model.in_features, model.out_features, model.bias is not None, dtype=model.weight.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def twins(sizes, bias=True, dtype=None, seed=0):
+    """An MLP and its plain twin, each made from the same seed."""
+    made = []
+    for network in (mbp.MLP, plain_network):
+        torch.manual_seed(seed)
+        made.append(network(sizes, bias=bias, dtype=dtype))
+    return made
+
+
+def training_step(model, input, target=None):
+    """The output, and the gradient of each parameter or None; the model keeps none. Dropout repeats itself."""
+    torch.manual_seed(7)
+    model.zero_grad()
+    output = model(input)
+    (output.pow(2).sum() if target is None else F.mse_loss(output, target)).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    return [output.detach(), *gradients]
+
+
+def on_leaves(function, net):
+    """function(input, weights, biases) as a function of a flat list of the tensors that exist, and these as leaves."""
+    layers, present = len(net.weights), [bias is not None for bias in net.biases]
+
+    def flat(input, *parameters):
+        biases = iter(parameters[layers:])
+        return function(input, parameters[:layers], [next(biases) if there else None for there in present])
+
+    return flat, net.recorded().leaves()
+
+
 def results(function, net, grad_output):
     """The output of function(*net), and the gradient of each leaf for this grad_output."""
     leaves = net.recorded()
@@ -249,6 +306,11 @@ def _check_units(f, on, rounding):
 def assert_equal(got, want):
     """Bit for bit, but for the sign of zero and the payload of NaN; same shape and dtype."""
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(got, want):
+    """Equal but for rounding in float64, None included."""
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 def assert_exact(got, truth):

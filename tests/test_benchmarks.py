@@ -13,6 +13,8 @@ import torch
 
 import torch_manualbp as mbp
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

@@ -367,6 +367,7 @@ def test_activations_may_be_recomputed():
     assert torch.Size([7 * (6 + 5)]) in saved
 
 
+@pytest.mark.slow  # Inductor compiles C++
 def test_the_rest_by_inductor():
     net, x = Net(lambda n, x: plain(n, x).softmax(-1) * 2), integers(7, 4)
     torch.testing.assert_close(run(compiled(net, rest="inductor"), net, x), run(net, net, x))
@@ -452,6 +453,7 @@ def test_the_entry_point_names_the_backend():
     assert importlib.metadata.EntryPoint(name, value, "torch_dynamo_backends").load() is manualbp
 
 
+@pytest.mark.slow
 def test_torch_finds_the_backend_by_name_without_an_import_of_ours(tmp_path):
     metadata = tmp_path / "torch_manualbp-0.dist-info"
     metadata.mkdir()
@@ -473,6 +475,7 @@ torch.compile(model, backend="manualbp", options={{"verbose": True}})(torch.ones
     assert "4–6–3 mlp" in done.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_load_dynamo():
     program = "import sys, torch_manualbp; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

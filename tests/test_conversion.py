@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import torch_manualbp as mbp
-from helpers import DTYPES, assert_equal, calls_of, integers
+from helpers import DTYPES, assert_close, assert_equal, calls_of, integers, training_step
 
 
 class Residual(nn.Module):
@@ -62,46 +62,30 @@ def small(kind=nn.Sequential):
     return kind(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
 
 
-def step(model, input):
-    """The output and all gradients of one training step, Dropout included."""
-    torch.manual_seed(7)
-    model.zero_grad()
-    output = model(input)
-    output.pow(2).sum().backward()
-    return [output.detach(), *(None if p.grad is None else p.grad.clone() for p in model.parameters())]
-
-
-def assert_close_steps(got, want):
-    for one, other in zip(got, want, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_a_fused_model_steps_as_before(training):
     model, input = Residual(torch.float64).train(training), torch.randn(5, 3, 6).double()
-    before = step(model, input)
+    before = training_step(model, input)
     assert mbp.fuse(model) is model
     calls = calls_of(model, input)
     assert calls == ["mlp"] * 5  # stem: Linear-ReLU, Dropout, Linear-ReLU; two blocks; head
-    assert_close_steps(step(model, input), before)
+    assert_close(training_step(model, input), before)
     assert mbp.unfuse(model) is model
     assert calls_of(model, input) == []
-    for one, other in zip(step(model, input), before, strict=True):
+    for one, other in zip(training_step(model, input), before, strict=True):
         assert_equal(one, other)
 
 
 def test_a_model_fused_to_recompute_steps_as_before():
     model, input = Residual(torch.float64), torch.randn(5, 3, 6).double()
-    before = step(model, input)
+    before = training_step(model, input)
     kept = {}
     for mode in ("store", "recompute", "store"):
         mbp.fuse(model, activations=mode)
         sizes = kept[mode] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()), lambda _: None):
             model(input)
-        assert_close_steps(step(model, input), before)
+        assert_close(training_step(model, input), before)
     assert sum(kept["recompute"]) < sum(kept["store"])
 
 
@@ -263,8 +247,8 @@ def test_integers_give_the_same_bits_fused(dtype):
         for parameter in model.parameters():
             parameter.copy_(integers(*parameter.shape, high=1))
     input = integers(7, 6, dtype=dtype)
-    before = step(model, input)
-    assert_equal(step(mbp.fuse(model), input), before)
+    before = training_step(model, input)
+    assert_equal(training_step(mbp.fuse(model), input), before)
 
 
 # --- which children form a run --------------------------------------------------------------------------------------
@@ -307,7 +291,7 @@ def test_runs_are_found_and_compute_the_same(case):
 
     before = run()
     mbp.fuse(model)
-    assert_close_steps(run(), before)
+    assert_close(run(), before)
     assert calls_of(model, input.detach()) == calls
 
 
@@ -539,12 +523,12 @@ def test_hooks_made_before_and_after_keep_running():
 def test_hooks_on_parameters_see_their_gradients():
     model, seen = small().double(), []
     input = integers(3, 4)
-    want = step(model, input)[1:]
+    want = training_step(model, input)[1:]
     model[0].weight.register_hook(lambda grad: seen.append(grad))
     model[2].bias.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
-    step(mbp.fuse(model), input)
+    training_step(mbp.fuse(model), input)
     assert len(seen) == 2
-    assert_close_steps(sorted(seen, key=torch.Tensor.numel), [want[3], want[0]])
+    assert_close(sorted(seen, key=torch.Tensor.numel), [want[3], want[0]])
 
 
 def test_a_layer_shared_by_two_sequentials():
@@ -553,8 +537,8 @@ def test_a_layer_shared_by_two_sequentials():
         OrderedDict(a=nn.Sequential(shared, nn.ReLU(), nn.Linear(4, 4)), b=nn.Sequential(nn.ReLU(), shared, nn.ReLU()))
     ).double()
     input = torch.randn(3, 4).double()
-    before = step(model, input)
-    assert_close_steps(step(mbp.fuse(model), input), before)
+    before = training_step(model, input)
+    assert_close(training_step(mbp.fuse(model), input), before)
     assert model.a[0] is model.b[1]
     assert calls_of(model, input) == ["mlp", "mlp"]
 
@@ -563,8 +547,8 @@ def test_one_sequential_used_twice():
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model = nn.Sequential(block, nn.Tanh(), block).double()
     input = torch.randn(3, 4).double()
-    before = step(model, input)
-    assert_close_steps(step(mbp.fuse(model), input), before)
+    before = training_step(model, input)
+    assert_close(training_step(mbp.fuse(model), input), before)
     assert model[0] is model[2]
 
 
@@ -573,9 +557,9 @@ def test_a_frozen_parameter_stays_frozen(frozen):
     model = small().double()
     model.get_parameter(frozen).requires_grad_(False)
     input = torch.randn(3, 4).double()
-    before = step(model, input)
-    got = step(mbp.fuse(model), input)
-    assert_close_steps(got, before)
+    before = training_step(model, input)
+    got = training_step(mbp.fuse(model), input)
+    assert_close(got, before)
     assert model.get_parameter(frozen).grad is None
 
 

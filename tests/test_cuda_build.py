@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_manualbp as mbp
 from emulation import OPS
 from torch_manualbp import _ops
-from torch_manualbp._function import _is_ordinary
+from torch_manualbp._route import _is_ordinary
 
 needs_build = pytest.mark.skipif(not _ops.has_cuda_kernels, reason="the CUDA kernels are not compiled in")
 
@@ -84,7 +84,7 @@ def instructions(gpu: str) -> dict[str, str]:
 @needs_build
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 def test_the_machine_code_is_what_it_should_be(gpu: str) -> None:
-    """Tensor cores for halves, 16 bytes at a time where a kernel reads vectors, no register in local memory."""
+    """Half precision uses tensor cores, vector loads take 16 bytes, and no register is spilled to local memory."""
     kernels = instructions(gpu)
     assert len(kernels) >= 40
     assert not [name for name, code in kernels.items() if re.search(r"\b(LDL|STL)\b", code)]

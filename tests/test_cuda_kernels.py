@@ -1,8 +1,8 @@
 """The CUDA kernels, run on the CPU by emulation: against a float64 oracle, for stray accesses, and for data races.
 
-Each program in tests/csrc tests one kernel, or how kernels are launched (its first lines say how). It is built twice: with AddressSanitizer and
-UBSan, where threads take turns in several orders, and with ThreadSanitizer, which reports conflicting accesses that no
-barrier orders. What such tests are worth is shown on kernels broken on purpose.
+Each program in tests/csrc tests one kernel, or how kernels are launched; its first lines say how. It is built twice:
+with AddressSanitizer and UBSan, running the threads one at a time in several orders, and with ThreadSanitizer, which
+reports conflicting accesses that no barrier orders. Kernels broken on purpose show that these tests find such errors.
 """
 
 import os
@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from emulation import CXX, ROOT, compiled
+
+pytestmark = pytest.mark.slow
 
 PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_accumulate", "test_narrow", "test_launch")
 SANITIZERS = {
@@ -35,7 +37,7 @@ def run(source: Path, sanitizer: str, optimise: str = "-O1", root: Path = ROOT) 
 
 
 def works(sanitizer: str) -> bool:
-    """Whether a program that does nothing can be built and run with it."""
+    """Whether a program that does nothing can be built with this sanitizer and then runs."""
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "nothing.cpp"
@@ -49,7 +51,7 @@ def works(sanitizer: str) -> bool:
     return built and subprocess.run([program], capture_output=True).returncode == 0
 
 
-# kernel file, program, sanitizer, what is there, what it is replaced with, what must be reported
+# kernel file, program, sanitizer, original text, replacement, what must be reported
 BROKEN = {
     "no barrier between the steps of a sum: wrong in some order of the threads": (
         "relu_backward.cuh", "test_relu_backward", "memory", "    __syncthreads();\n", "", "FAILED: relu_backward",
@@ -71,9 +73,10 @@ BROKEN = {
         "relu_backward.cuh", "test_relu_backward", "memory", "<= A(0)", "< A(0)", "FAILED: relu_backward",
     ),
     "no barrier before the tile is replaced: a data race": (
-        "narrow.cuh", "test_narrow", "races", "      __syncthreads();  // every thread has read the tile\n", "", "data race",
+        "narrow.cuh", "test_narrow", "races", "padded(d_in), padded(d_out));\n      __syncthreads();", "padded(d_in), padded(d_out));",
+        "data race",
     ),
-    "halves of a fragment in the wrong registers": (
+    "the two parts of a fragment in each other's registers": (
         "narrow.cuh", "test_narrow", "memory", "{pair(w), pair(w + 8)}", "{pair(w + 8), pair(w)}", "FAILED: narrow",
     ),
     "numbers of a product in the wrong lanes": (
@@ -86,7 +89,7 @@ BROKEN = {
     "padding that is not cleared": (
         "narrow.cuh", "test_narrow", "memory", "col < d_out ? narrow<T>(f) : T{}", "narrow<T>(f)", "FAILED: narrow",
     ),
-    "a barrier that half of the block skips": (
+    "a barrier that only half of the block reaches": (
         "device.cuh", "test_loss", "memory", "    __syncthreads();\n    if (t < half)", "    if (t < half) __syncthreads();\n    if (t < half)",
         "only a part of the block reached a barrier",
     ),
@@ -114,7 +117,7 @@ def run_broken(name: str, root: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[Result]]]:
-    """All programs, built and run side by side: (program, sanitizer) or ("broken", name) to what came of it."""
+    """Builds and runs all programs in parallel: (program, sanitizer) or ("broken", name) to its future result."""
     usable = [sanitizer for sanitizer in SANITIZERS if works(sanitizer)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {
@@ -130,7 +133,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
 
 
 def result_of(results: dict[tuple[str, str], Future[Result]], *key: str) -> Result:
-    """What came of a program; skips where its sanitizer does not work."""
+    """Waits for the result of a program; skips the test where its sanitizer does not work."""
     if key not in results:
         pytest.skip("the compiler or its sanitizer does not work here")
     return results[key].result()

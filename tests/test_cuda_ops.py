@@ -1,6 +1,7 @@
 """The CUDA entries behind the public functions, with emulated kernels: every pass, dtype and way to cut the work.
 
-`pytest --device=emulated -m cuda` runs the whole numerical suite this way (minutes); this is what every run checks.
+`pytest --device=emulated -m cuda` runs the whole numerical suite this way (minutes); this module is the part that every
+full run includes.
 """
 
 import itertools
@@ -29,15 +30,21 @@ from helpers import (
 )
 from torch_manualbp import _ops
 
-pytestmark = pytest.mark.usefixtures("emulated")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulated")]
 
 NETS = {"one": [5, 7], "narrow": [9, 33, 16, 4], "wide": [20, 130, 3], "thin": [1, 1, 2], "empty": [3, 0, 2]}
 FUNCTIONS = {"mlp": mbp.mlp, "closed": closed_mlp, "recompute": recomputing_mlp}
 
 
+# The narrow kernels never compute the networks "wide" and "empty", nor float64; one case asks them to, all the same.
+WAYS = [(dtype, "library") for dtype in DTYPES] + [(dtype, "narrow") for dtype in DTYPES if dtype != torch.float64]
+CASES = [(sizes, *way) for sizes in NETS for way in WAYS if way[1] == "library" or sizes not in ("wide", "empty")]
+CASES.append(("empty", torch.float32, "narrow"))
+
+
 @pytest.fixture(params=["library", "narrow"])
 def narrow(request, monkeypatch):
-    """Both ways to go through a network."""
+    """Whether the narrow kernels are asked for, and not those around the library's matrix products."""
     if request.param == "narrow":
         monkeypatch.setenv("MANUALBP_CUDA_NARROW", "1")
     return request.param == "narrow"
@@ -49,16 +56,15 @@ def small_blocks(monkeypatch):
     monkeypatch.setenv("MANUALBP_EMULATED_ROWS", "8")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [0, 1, 21])
-@pytest.mark.parametrize("sizes", NETS)
+@pytest.mark.parametrize(("sizes", "dtype", "narrow"), CASES, indirect=["narrow"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_integers_are_exact(function, sizes, batch, dtype, narrow):
     net, grad = integer_net(batch, NETS[sizes], dtype, "mixed"), integers(batch, NETS[sizes][-1], dtype=dtype)
     assert_exact(results(FUNCTIONS[function], net, grad), oracle(net, grad, final_relu=function == "closed"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "narrow"), WAYS, indirect=["narrow"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_real_numbers_are_near(function, dtype, narrow):
     net, grad = normal_net(90, [9, 40, 17, 5], dtype), torch.randn(90, 5).to(dtype)
@@ -69,7 +75,7 @@ def test_real_numbers_are_near(function, dtype, narrow):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("dtype", "narrow"), [way for way in WAYS if way[0].itemsize > 2], indirect=["narrow"])
 def test_gradients_are_added_over_blocks_of_rows(dtype, narrow):
     net, grad = integer_net(29, [5, 9, 8, 3], dtype), integers(29, 3, dtype=dtype)
     truth = oracle(net, grad)
@@ -81,7 +87,7 @@ def test_gradients_are_added_over_blocks_of_rows(dtype, narrow):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves_added_over_blocks_of_rows_are_near(dtype, narrow):
+def test_half_precision_sums_over_blocks_of_rows_are_near(dtype, narrow):
     net, grad = normal_net(90, [9, 17, 5], dtype), torch.randn(90, 5).to(dtype)
     assert_near(results(recomputing_mlp, net, grad), oracle(net, grad, on=units(net)))
 

@@ -230,6 +230,7 @@ CHECK = """
 """
 
 
+@pytest.mark.slow
 def test_a_device_that_we_have_never_heard_of():
     setup = pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(setup, "_setup_privateuseone_for_python_backend"):
@@ -244,6 +245,7 @@ def test_a_device_that_we_have_never_heard_of():
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_cuda_nothing_of_it_is_touched():
     program = """
         import torch, torch_manualbp as mbp

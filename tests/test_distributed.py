@@ -20,9 +20,10 @@ from torch import nn
 import torch_manualbp as mbp
 from helpers import recorded_calls
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"),
+]
 
 WORLD = 2
 SIZES = [6, 8, 10, 8, 4]

@@ -64,7 +64,7 @@ def test_recomputed_activations_are_counted_again():
 def test_a_step_of_a_model():
     model, sizes = mbp.MLP([5, 7, 3]), PRODUCT * (5 * 7 + 7 * 3)
     count, _ = flops(model, torch.ones(6, 5))
-    assert count == 3 * sizes - PRODUCT * 5 * 7  # nobody asks for the input's gradient
+    assert count == 3 * sizes - PRODUCT * 5 * 7  # the input needs no gradient
     assert flops(nn.Sequential(*model), torch.ones(6, 5))[0] == count
 
 
@@ -74,6 +74,7 @@ def test_networks_without_units_or_rows_count_nothing():
     assert flops(mbp.mlp, *Net(torch.ones(6, 5), [torch.ones(0, 5)], [None])) == (0, {"manualbp.mlp"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch.utils.flop_counter", "torch_manualbp"])
 def test_the_counter_may_be_imported_before_or_after(first):
     code = f"""

@@ -26,6 +26,8 @@ from helpers import (
     results,
 )
 
+pytestmark = pytest.mark.cuda
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +110,7 @@ def test_arguments_are_not_changed():
 # --- which calls reach the kernels ----------------------------------------------------------------------------------
 
 
+@pytest.mark.not_emulated("the emulated ops have other names")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_pass_is_one_call(dtype):
     net = normal_net(3, [4, 5, 2], dtype)
@@ -118,6 +121,7 @@ def test_each_pass_is_one_call(dtype):
     assert call == ["linear_relu", "linear_relu_backward"]
 
 
+@pytest.mark.not_emulated("the emulated ops have other names")
 def test_activations_are_kept_only_for_a_backward_pass():
     net = normal_net(3, [4, 5, 2])
     with recorded_calls() as calls:
@@ -206,12 +210,14 @@ MLP_ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.not_emulated("the emulated ops have other names")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", LINEAR_RELU_ERRORS)
 def test_linear_relu_errors_name_the_argument(case, grad):
     _check_error(mbp.linear_relu, LINEAR_RELU_ERRORS[case], grad)
 
 
+@pytest.mark.not_emulated("the emulated ops have other names")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", MLP_ERRORS)
 def test_mlp_errors_name_the_argument(case, grad):

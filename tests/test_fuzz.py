@@ -16,6 +16,8 @@ from fuzz.cases import Case, Layout
 from torch_manualbp import _ops
 from torch_manualbp._losses import LossSpec
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 8.0  # of a fuzzer here
 CI_SECONDS = 96.0  # of the differential fuzzer in `make fuzz`
 

@@ -371,6 +371,7 @@ def test_plot_shows_every_layer():
     flow_of(mbp.MLP([3, 2])).plot().canvas.draw()  # one layer without ReLU: nothing to show in two of the panels
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_plot():
     code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

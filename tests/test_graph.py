@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import torch_manualbp as mbp
-from helpers import assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
+from helpers import assert_close, assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
 from torch_manualbp import _graph, _route
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
@@ -52,10 +52,6 @@ def gradients(function, model, input):
     output = function(input)
     output.pow(2).sum().backward()
     return [output.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
-
-
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def ops_run(function, *args):
@@ -156,6 +152,7 @@ def test_functions_of_tensors():
         assert_equal(got, want)
 
 
+@pytest.mark.slow  # Inductor compiles C++
 def test_inductor():
     model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
     compiled = torch.compile(lambda input: F.softmax(model(input), -1), fullgraph=True)
@@ -319,6 +316,7 @@ def test_export_with_any_batch_size_needs_no_library(model):
         assert_equal(program.module()(input), model(input))
 
 
+@pytest.mark.slow  # Inductor compiles C++
 @pytest.mark.skipif(not shutil.which("g++"), reason="packaging compiles C++")
 def test_package_compiled_ahead_of_time(tmp_path):
     model, input = mbp.MLP([4, 6, 3]).requires_grad_(False), torch.randn(5, 4)

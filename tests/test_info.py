@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import torch_manualbp as mbp
@@ -49,6 +50,7 @@ def test_main_prints_a_line_per_fact(capsys):
     assert lines[0].split() == ["torch_manualbp:", mbp.__version__]
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_program_and_shows_the_forced_level():
     package = Path(mbp.__file__).parent.parent
     env = {**os.environ, "MANUALBP_ISA": "default", "PYTHONPATH": str(package)}

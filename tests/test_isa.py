@@ -27,6 +27,8 @@ from helpers import (
 )
 from torch_manualbp import _ops
 
+pytestmark = pytest.mark.slow
+
 
 def probe(path):
     """What a forced process runs: every check that depends on the level, then results on real numbers for `path`."""

@@ -16,6 +16,8 @@ from helpers import (
     results,
 )
 
+pytestmark = pytest.mark.cuda
+
 B, SIZES = 12, [10, 14, 6]
 
 

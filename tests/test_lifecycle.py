@@ -176,6 +176,7 @@ class Gradients(Dataset):
         return torch.cat([tensor.flatten() for tensor in row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_workers_of_a_data_loader_train_after_this_process_did(start):
@@ -190,6 +191,7 @@ def test_workers_of_a_data_loader_train_after_this_process_did(start):
     assert_equal(dataset[0], want[0])  # and this process goes on
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_long_step_is_raised_after_the_pass_and_all_goes_on():
     # An op is not interrupted inside. Of an autograd step that an interrupt ends, each gradient is whole or absent.
     code = """
@@ -231,6 +233,7 @@ print("fine")
     assert (done.stdout, done.stderr, done.returncode) == ("fine\n", "", 0)
 
 
+@pytest.mark.slow
 def test_a_process_may_end_with_graphs_and_threads_alive():
     code = """
 import threading, torch, torch_manualbp as mbp
@@ -272,6 +275,7 @@ def test_a_batch_that_no_memory_holds_is_the_error_of_torch_and_all_goes_on(acti
     assert_equal(autograd_step(model, *data), want)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 @pytest.mark.parametrize("way", ["store", "recompute", "loss", "loss_backward"])
 def test_memory_that_ends_anywhere_in_a_step_leaves_all_usable(way):
@@ -324,6 +328,7 @@ print(failures, done)
 # --- many steps -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_call_of_an_op_leaves_a_byte_behind():
     # What malloc says is in use, before and after many calls: the smallest leak is 32 bytes a call.
     # (Not of `isa`: torch 2.13 leaks the text that an op returns.)
@@ -381,6 +386,7 @@ for name, call in calls.items():
     assert {name: size for name, size in left.items() if abs(float(size)) > 8} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_steps():
     # The short form of benchmarks/memory_growth.py.
@@ -404,6 +410,7 @@ for way in memory_growth.WAYS:
 # --- nothing may be written -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imports_and_trains_where_nothing_may_be_written(tmp_path):
     # Read-only site-packages. Permissions do not bind root, so writing is refused to Python code as well.
     site = tmp_path / "site-packages"

@@ -14,30 +14,14 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
-from helpers import DTYPES, assert_equal, calls_of, integers, recorded_calls
+from helpers import DTYPES, assert_equal, calls_of, integers, plain_network, recorded_calls, twins
 from torch_manualbp import _route
 
 SIZES = ([3, 2], [4, 8, 1], [5, 7, 6, 2])
 
 
-def plain(sizes, bias=True, dtype=None):
-    """The nn.Sequential that MLP(sizes) stands for."""
-    layers = []
-    for d_in, d_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(d_in, d_out, bias=bias, dtype=dtype), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def twins(sizes, bias=True, dtype=None, seed=0):
-    """An MLP and its plain twin, from the same seed."""
-    torch.manual_seed(seed)
-    ours = mbp.MLP(sizes, bias=bias, dtype=dtype)
-    torch.manual_seed(seed)
-    return ours, plain(sizes, bias, dtype)
-
-
 def integer_twins(sizes, dtype=torch.float64):
-    """The same, with small integers for parameters, so that both compute the same bits."""
+    """Twins whose parameters are small integers, so that both compute the same bits."""
     ours, theirs = twins(sizes, dtype=dtype)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -141,11 +125,11 @@ def test_repr_keeps_what_a_subclass_says_of_itself():
 
 
 def test_state_dict_is_exchanged_both_ways():
-    ours, theirs = twins([4, 8, 3])[0], plain([4, 8, 3])
+    ours, theirs = twins([4, 8, 3])[0], plain_network([4, 8, 3])
     theirs.load_state_dict(ours.state_dict())
     input = torch.randn(5, 4)
     torch.testing.assert_close(ours(input), theirs(input))
-    other = plain([4, 8, 3])
+    other = plain_network([4, 8, 3])
     ours.load_state_dict(other.state_dict())
     torch.testing.assert_close(ours(input), other(input))
 
@@ -266,7 +250,7 @@ def test_state_survives_torch_save_with_weights_only():
     model, file = mbp.MLP([4, 8, 3]), io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    twin = plain([4, 8, 3])
+    twin = plain_network([4, 8, 3])
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert_equal(dict(twin.state_dict()), dict(model.state_dict()))
 
@@ -566,7 +550,7 @@ REPLACEMENTS = {
 @pytest.mark.parametrize("name", REPLACEMENTS)
 @pytest.mark.parametrize("make", [_fused, _as_mlp])
 def test_whoever_replaces_a_function_of_torch_is_followed(make, name, monkeypatch):
-    theirs, input, target = plain([4, 6, 5, 3], dtype=torch.float64), integers(7, 4), integers(7, 3)
+    theirs, input, target = plain_network([4, 6, 5, 3], dtype=torch.float64), integers(7, 4), integers(7, 3)
     ours = make(theirs)
     want = theirs(input)
     torch.testing.assert_close(ours(input), want)
@@ -607,7 +591,7 @@ class _Watching(TorchFunctionMode):
 
 @pytest.mark.parametrize("make", [_fused, _as_mlp])
 def test_a_function_mode_sees_the_layers_and_may_change_them(make):
-    theirs, input = plain([4, 6, 5, 3], dtype=torch.float64), integers(7, 4)
+    theirs, input = plain_network([4, 6, 5, 3], dtype=torch.float64), integers(7, 4)
     ours = make(theirs)
     ours(input)
     seen = []
@@ -639,7 +623,7 @@ def test_a_network_with_an_iteration_of_its_own_is_computed_by_it():
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 5)])
 def test_a_bias_that_broadcasts_is_left_to_torch(shape):
-    theirs = plain([4, 5, 3], dtype=torch.float64)
+    theirs = plain_network([4, 5, 3], dtype=torch.float64)
     theirs[0].bias = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     ours, input = _fused(theirs), integers(7, 4)
     for _ in range(2):
@@ -650,7 +634,7 @@ def test_a_bias_that_broadcasts_is_left_to_torch(shape):
 
 
 def test_frozen_layers_below_keep_no_activations():
-    theirs = plain([64] * 9 + [10])
+    theirs = plain_network([64] * 9 + [10])
     theirs.requires_grad_(False)
     theirs[-1].requires_grad_(True)
     kept = []
@@ -674,7 +658,7 @@ def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
     input = torch.randn(rows, sizes[0])
     for _ in range(2):
         assert calls_of(model, input) == ([] if by_torch else ["mlp"])
-    assert calls_of(mbp.fuse(plain([4, 8, 2])), torch.randn(1, 4)) == ["mlp"]  # two layers are worth a call
+    assert calls_of(mbp.fuse(plain_network([4, 8, 2])), torch.randn(1, 4)) == ["mlp"]  # two layers are worth a call
     half = model.to(torch.float16)
     assert calls_of(half, input.to(torch.float16)) == ["mlp"]
 

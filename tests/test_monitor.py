@@ -18,17 +18,14 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manualbp as mbp
+from helpers import plain_network
 
 SIZES = [6, 16, 16, 3]
 
 
-def plain(sizes=SIZES):
-    return nn.Sequential(*mbp.MLP(sizes))
-
-
 MODELS = {
-    "plain": plain,
-    "fused": lambda: mbp.fuse(plain()),
+    "plain": lambda: plain_network(SIZES),
+    "fused": lambda: mbp.fuse(plain_network(SIZES)),
     "MLP": lambda: mbp.MLP(SIZES),
     "recompute": lambda: mbp.MLP(SIZES, activations="recompute"),
 }
@@ -186,7 +183,7 @@ def test_what_happens_between_forward_and_backward_does_not_matter(name, change)
 
 def test_the_first_layer_the_biases_and_the_input_may_be_written_before_the_backward_pass():
     """As autograd allows: their values are not needed any more."""
-    model = plain()
+    model = plain_network(SIZES)
     model[0].requires_grad_(False)
     (x, y), before = data(), copy.deepcopy(model)
     x_before = x.clone()
@@ -215,7 +212,7 @@ def test_weights_that_functional_call_lends_are_measured(name):
 
 
 def test_other_hooks_do_not_hide_the_output():
-    model, (x, y) = plain(), data()
+    model, (x, y) = plain_network(SIZES), data()
     model.register_forward_hook(lambda module, args, output: 2 * output)
     with mbp.GradientFlowMonitor(model) as monitor:
         (model(x) / 2 - y).square().mean().backward()
@@ -371,6 +368,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "fused", "MLP"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore")  # some of these are deprecated, or prototypes
@@ -393,7 +391,7 @@ def test_transforms_run_while_it_watches(name, transform):
 
 
 def test_a_graph_that_is_captured_holds_nothing_of_the_monitor():
-    model, (x, _) = plain(), data()
+    model, (x, _) = plain_network(SIZES), data()
 
     def step(x):
         return torch.autograd.grad(model(x).sum(), list(model.parameters()))
@@ -487,7 +485,7 @@ def test_every_and_rows():
 
 
 def test_a_model_may_be_fused_and_unfused_meanwhile():
-    model = nn.Sequential(*mbp.MLP(SIZES))
+    model = plain_network(SIZES)
     hooks = len(model._forward_hooks)
     with mbp.GradientFlowMonitor(model, every=1) as monitor:
         for change in (mbp.fuse, mbp.unfuse, mbp.fuse, mbp.unfuse):
@@ -680,7 +678,7 @@ def test_a_part_of_a_larger_model():
         def __init__(self):
             super().__init__()
             self.embedding = nn.Embedding(10, 6)
-            self.head = mbp.fuse(plain())
+            self.head = mbp.fuse(plain_network(SIZES))
 
         def forward(self, tokens):
             return self.head(input=self.embedding(tokens))
@@ -793,7 +791,7 @@ def test_plot_shows_every_layer_over_the_steps(layers):
 
 
 def test_plot_of_a_network_that_grew_and_shrank():
-    model, (x, y) = plain(), data()
+    model, (x, y) = plain_network(SIZES), data()
     with mbp.GradientFlowMonitor(model, every=1) as monitor:
         autograd(model, x, y)
         append_layers(model)

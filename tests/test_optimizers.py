@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import torch_manualbp as mbp
+from helpers import twins
 
 STEPS = 5
 
@@ -69,10 +69,10 @@ def by_hand(model, input, target):
     return model.loss_backward(input, target)
 
 
-def twins(bias=True):
-    """Our network, and the plain one with the same start, and data."""
-    ours = mbp.MLP([5, 9, 8, 3], bias=bias, dtype=torch.float64)
-    return ours, nn.Sequential(*copy.deepcopy(ours)), torch.randn(20, 5).double(), torch.randn(20, 3).double()
+def networks_and_data(bias=True):
+    """Our network, the plain one with the same start, an input and a target."""
+    data = torch.randn(20, 5).double(), torch.randn(20, 3).double()
+    return *twins([5, 9, 8, 3], bias, torch.float64), *data
 
 
 def train(model, gradients, optimiser, input, target, set_to_none=True):
@@ -95,7 +95,7 @@ def assert_same_parameters(ours, theirs, start):
 def test_training_gives_the_parameters_of_the_plain_network(name, form, gradients):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
-    ours, theirs, input, target = twins(bias=name != "Muon")  # which takes matrices only
+    ours, theirs, input, target = networks_and_data(bias=name != "Muon")  # which takes matrices only
     start = copy.deepcopy(list(ours.parameters()))
     for model, way in ((ours, gradients), (theirs, autograd)):
         optimiser = getattr(torch.optim, name)(model.parameters(), **OPTIMISERS[name], **FORMS[form])
@@ -106,7 +106,7 @@ def test_training_gives_the_parameters_of_the_plain_network(name, form, gradient
 @pytest.mark.parametrize("gradients", [autograd, fused_loss, by_hand])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_that_are_zeroed_in_place(form, gradients):
-    ours, theirs, input, target = twins()
+    ours, theirs, input, target = networks_and_data()
     start = copy.deepcopy(list(ours.parameters()))
     for model, way in ((ours, gradients), (theirs, autograd)):
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, **FORMS[form])
@@ -116,7 +116,7 @@ def test_gradients_that_are_zeroed_in_place(form, gradients):
 
 @pytest.mark.parametrize("gradients", [autograd, fused_loss, by_hand])
 def test_options_per_layer_a_schedule_and_clipped_gradients(gradients):
-    ours, theirs, input, target = twins()
+    ours, theirs, input, target = networks_and_data()
     start = copy.deepcopy(list(ours.parameters()))
     for model, way in ((ours, gradients), (theirs, autograd)):
         groups = [
@@ -136,7 +136,7 @@ def test_options_per_layer_a_schedule_and_clipped_gradients(gradients):
 
 
 def test_an_optimiser_that_steps_during_backward():
-    ours, theirs, input, target = twins()
+    ours, theirs, input, target = networks_and_data()
     start = copy.deepcopy(list(ours.parameters()))
     for model, way in ((ours, by_hand), (theirs, autograd)):
         for parameter in model.parameters():
@@ -154,7 +154,7 @@ def test_an_optimiser_that_steps_during_backward():
 
 
 def test_a_saved_optimiser_goes_on_with_the_plain_network():
-    ours, theirs, input, target = twins()
+    ours, theirs, input, target = networks_and_data()
     start = copy.deepcopy(list(ours.parameters()))
     first, second = (torch.optim.Adam(model.parameters(), lr=1e-2) for model in (ours, theirs))
     train(ours, by_hand, first, input, target)
@@ -166,7 +166,7 @@ def test_a_saved_optimiser_goes_on_with_the_plain_network():
 
 
 def test_averaged_weights():
-    ours, theirs, input, target = twins()
+    ours, theirs, input, target = networks_and_data()
     averages = []
     for model, way in ((ours, by_hand), (theirs, autograd)):
         optimiser, average = torch.optim.SGD(model.parameters(), lr=0.1), AveragedModel(model)

@@ -88,6 +88,7 @@ def test_binary_is_small() -> None:
     assert _ops.BINARY.stat().st_size < 2e6  # the wheel has it compressed
 
 
+@pytest.mark.slow
 def test_import_takes_nothing_beyond_torch_and_the_standard_library() -> None:
     code = "import sys, torch; before = set(sys.modules); import torch_manualbp; print(*set(sys.modules) - before)"
     command = [sys.executable, "-W", "error", "-c", code]
@@ -123,6 +124,7 @@ def test_foreign_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None
         _ops._load(foreign)
 
 
+@pytest.mark.slow
 def test_cuda_binary_is_loaded_only_where_torch_has_cuda(tmp_path: Path) -> None:
     package = tmp_path / "torch_manualbp"
     shutil.copytree(_ops.BINARY.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -142,6 +144,7 @@ def test_cuda_binary_registers_every_op_that_trains() -> None:
     assert all(has_kernel(f"manualbp::{name}", "CUDA") for name in ops)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a toolkit may fit this torch")
 @pytest.mark.parametrize(
     ("force", "message"),
@@ -171,6 +174,7 @@ def test_backend_asks_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPa
     assert backend.get_requires_for_build_sdist() == []  # a source archive is made without
 
 
+@pytest.mark.slow
 def test_a_source_archive_holds_all_that_is_needed_to_build_and_test(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"

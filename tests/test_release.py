@@ -19,6 +19,8 @@ import pytest
 import torch_manualbp
 from helpers import run_python
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("check_dist", ROOT / "_build" / "check_dist.py")
 check_dist = importlib.util.module_from_spec(_spec)

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 import torch_manualbp as mbp
 from helpers import (
     Net,
+    assert_close,
     assert_equal,
     assert_exact,
     calls_of,
@@ -57,11 +58,7 @@ def case(request):
     return function, plain, smooth_net(5, sizes, final_relu=True)
 
 
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
-
-
-# --- route --------------------------------------------------------------------------------------------------
+# --- route ----------------------------------------------------------------------------------------------------------
 
 
 def test_kernels_apply_to_ordinary_cpu_tensors():

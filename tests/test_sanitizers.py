@@ -13,6 +13,8 @@ import pytest
 
 from helpers import LEVELS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 

@@ -8,6 +8,8 @@ import torch
 import torch_manualbp as mbp
 from helpers import DTYPES, Net, assert_equal, closed_mlp, integer_net, integers, one_layer, oracle, results
 
+pytestmark = pytest.mark.cuda
+
 NAN, INF = float("nan"), float("inf")
 WHERE = ("input", "weights", "biases", "grad_output")
 

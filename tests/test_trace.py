@@ -362,7 +362,9 @@ def test_to_dict_is_json_with_every_number():
     json.dumps(mbp.trace(network(net), net.input, {"any": net.input}, lambda o, t: o.sum()).to_dict())
 
 
-@pytest.mark.parametrize("sizes", [[1, 1, 1], [3, 5, 2], [3, 1], [4] * 40], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[1, 1, 1], [3, 5, 2], [3, 1], pytest.param([4] * 40, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("batch", [1, 50])
 def test_plot_draws_both_passes(sizes, batch, tmp_path):
     t = mbp.trace(mbp.MLP(sizes), torch.randn(batch, sizes[0]), torch.randn(batch, sizes[-1]))
@@ -374,6 +376,7 @@ def test_plot_draws_both_passes(sizes, batch, tmp_path):
     assert "ackward pass" in titles
 
 
+@pytest.mark.slow
 def test_plot_survives_zeros_nan_and_infinity(tmp_path):
     for value in (0.0, NAN, INF):
         for sizes in ([2, 3, 1], [2] * 20):
@@ -381,6 +384,7 @@ def test_plot_survives_zeros_nan_and_infinity(tmp_path):
             t.plot().savefig(tmp_path / "trace.png")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_told(monkeypatch):
     code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

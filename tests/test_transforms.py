@@ -1,6 +1,6 @@
 """Transforms of our functions and modules: every mode of gradcheck, torch.func, ensembles; and PyTorch's own samples.
 
-test_function.py compares each function under each transform with plain torch; here are whole models, the Functions
+test_route.py compares each function under each transform with plain torch; here are whole models, the Functions
 applied directly, derivatives checked by finite differences in every mode, and inputs that PyTorch's tests use.
 """
 
@@ -15,16 +15,23 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import torch_manualbp as mbp
-from helpers import DTYPES, closed_mlp, integer_net, one_layer, plain_mlp, recomputing_mlp, smooth_net
+from helpers import (
+    DTYPES,
+    assert_close,
+    closed_mlp,
+    integer_net,
+    on_leaves,
+    one_layer,
+    plain_mlp,
+    plain_twin,
+    recomputing_mlp,
+    smooth_net,
+)
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
 # Decompositions that torch loads at the first use of forward-mode AD are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
-
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 # --- finite differences, in every mode that gradcheck knows ---------------------------------------------------------
@@ -37,24 +44,12 @@ FUNCTIONS = {
 }
 
 
-def flat_case(name, leading, biases):
-    """The function on a flat list of tensors, and these as leaves."""
-    function, sizes = FUNCTIONS[name]
-    net = smooth_net(leading, sizes, biases, final_relu=True)
-    layers, present = len(net.weights), [bias is not None for bias in net.biases]
-
-    def flat(input, *parameters):
-        given = iter(parameters[layers:])
-        return function(input, parameters[:layers], [next(given) if there else None for there in present])
-
-    return flat, net.recorded().leaves()
-
-
 @pytest.mark.parametrize("biases", ["all", "none", "mixed"])
 @pytest.mark.parametrize("leading", [2, (), (2, 1, 2), 0], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_in_every_mode(name, leading, biases):
-    flat, leaves = flat_case(name, leading, biases)
+    function, sizes = FUNCTIONS[name]
+    flat, leaves = on_leaves(function, smooth_net(leading, sizes, biases, final_relu=True))
     assert gradcheck(
         flat,
         leaves,
@@ -67,7 +62,8 @@ def test_gradcheck_in_every_mode(name, leading, biases):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradgradcheck_in_every_mode(name):
-    flat, leaves = flat_case(name, 2, "all")
+    function, sizes = FUNCTIONS[name]
+    flat, leaves = on_leaves(function, smooth_net(2, sizes, final_relu=True))
     assert gradgradcheck(flat, leaves, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
@@ -79,21 +75,6 @@ MODELS = {
     "MLP recompute": lambda: mbp.MLP([4, 6, 3], activations="recompute"),
     "fused": lambda: mbp.fuse(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 3), nn.ReLU())),
 }
-
-
-def plain_twin(model):
-    """The same parameters under the same names, computed by plain torch."""
-    if isinstance(model, mbp.LinearReLU):
-
-        class Twin(nn.Linear):
-            def forward(self, input):
-                return torch.relu(super().forward(input))
-
-        twin = Twin(4, 3)
-    else:
-        twin = nn.Sequential(*copy.deepcopy(model))
-    twin.load_state_dict(model.state_dict())
-    return twin.double()
 
 
 @pytest.fixture(params=MODELS)

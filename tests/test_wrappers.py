@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 from torch.utils.data import DataLoader, Dataset
 
 import torch_manualbp as mbp
-from helpers import assert_equal, calls_of
+from helpers import assert_close, assert_equal, calls_of, plain_twin, training_step
 
 SIZES = [5, 9, 8, 3]
 
@@ -42,41 +42,15 @@ def ours_layers():
 MODELS = {"MLP": ours_mlp, "fuse": ours_fused, "LinearReLU": ours_layers}
 
 
-def plain(model):
-    """The same network with the same parameters, not shared, without us."""
-    layers = []
-    for child in copy.deepcopy(list(model)):
-        if isinstance(child, mbp.LinearReLU):
-            linear = nn.Linear(child.in_features, child.out_features)
-            linear.load_state_dict(child.state_dict())
-            layers += [linear, nn.ReLU()]
-        else:
-            layers.append(child)
-    return nn.Sequential(*layers)
-
-
 @pytest.fixture(params=MODELS)
 def twins(request):
     """Our network in float64, and its plain twin."""
     model = MODELS[request.param]()
-    return model.double(), plain(model).double()
+    return model.double(), plain_twin(model).double()
 
 
 def data(dtype=torch.float64, batch=7):
     return torch.randn(batch, SIZES[0]).to(dtype), torch.randn(batch, SIZES[-1]).to(dtype)
-
-
-def step(model, input, target=None):
-    """Output and gradients of one step; leaves no gradients behind."""
-    output = model(input)
-    (output.sum() if target is None else F.mse_loss(output, target)).backward()
-    grads = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
-    return [output.detach(), *grads]
-
-
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
 # --- mixed precision ------------------------------------------------------------------------------------------------
@@ -87,7 +61,7 @@ def assert_close(got, want):
 def test_autocast_steps_like_the_plain_network(make, dtype):
     model = make()
     steps = []
-    for net in (model, plain(model)):
+    for net in (model, plain_twin(model)):
         torch.manual_seed(1)
         input, target = data(torch.float32)
         with torch.autocast("cpu", dtype):
@@ -104,7 +78,7 @@ def test_autocast_steps_like_the_plain_network(make, dtype):
 def test_losses_of_a_model_under_autocast(way):
     model = ours_mlp()
     input, target = data(torch.float32)
-    twin = plain(model)
+    twin = plain_twin(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = getattr(model, way)(input, target)
         want = F.mse_loss(twin(input), target)
@@ -122,8 +96,8 @@ def test_kernels_where_autocast_is_switched_off_inside(twins):
     input, target = data()
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         assert calls_of(model, input)
-        got = step(model, input, target)
-    assert_close(got, step(twin, input, target))
+        got = training_step(model, input, target)
+    assert_close(got, training_step(twin, input, target))
 
 
 def test_backward_inside_autocast_of_a_graph_made_outside(twins):
@@ -141,7 +115,7 @@ def test_backward_inside_autocast_of_a_graph_made_outside(twins):
 @pytest.mark.parametrize("loss", ["of the output", "fused"])
 def test_grad_scaler_scales_unscales_and_skips_steps_that_overflow(loss):
     model = ours_mlp()
-    twin = plain(model)
+    twin = plain_twin(model)
     before = copy.deepcopy(list(model.parameters()))
     input, target = data(torch.float32)
     for net in (model, twin):
@@ -175,7 +149,7 @@ def test_default_dtype(make):
     input = torch.randn(7, SIZES[0])
     assert model(input).dtype == torch.float64
     assert calls_of(model, input)
-    assert_close(step(model, input), step(plain(model), input))
+    assert_close(training_step(model, input), training_step(plain_twin(model), input))
 
 
 # --- where and when parameters are made -----------------------------------------------------------------------------
@@ -189,7 +163,7 @@ def test_deferred_initialisation():
     model.to_empty(device="cpu")
     model.load_state_dict(want.state_dict())
     input, target = data(torch.float32)
-    assert_equal(step(model, input, target), step(want, input, target))
+    assert_equal(training_step(model, input, target), training_step(want, input, target))
     model.to_empty(device="cpu")
     torch.manual_seed(3)
     for child in model:
@@ -228,7 +202,7 @@ def test_parameters_as_one_vector(twins):
     nn.utils.vector_to_parameters(vector.detach() / 2, model.parameters())
     nn.utils.vector_to_parameters(vector.detach() / 2, twin.parameters())
     input, target = data()
-    assert_close(step(model, input, target), step(twin, input, target))
+    assert_close(training_step(model, input, target), training_step(twin, input, target))
 
 
 # --- weights that are computed --------------------------------------------------------------------------------------
@@ -263,7 +237,7 @@ def test_reparametrised_weights_and_their_removal(twins, wrap, where):
     twin.load_state_dict(dict(zip(twin.state_dict(), model.state_dict().values(), strict=True)))
     input, target = data()
     for _ in range(2):  # spectral_norm iterates at each step
-        assert_close(step(model, input, target), step(twin, input, target))
+        assert_close(training_step(model, input, target), training_step(twin, input, target))
     layer = [child for child in model if isinstance(child, nn.Linear)][where]
     if parametrize.is_parametrized(layer):
         model.eval()
@@ -290,11 +264,13 @@ def test_pruned_layers_and_permanent_pruning(twins, cut):
         torch.manual_seed(2)
         cut(net[0])
     input, target = data()
-    assert_close(step(model, input, target), step(twin, input, target))
+    assert_close(training_step(model, input, target), training_step(twin, input, target))
     for net in (model, twin):
         name = "bias" if hasattr(net[0], "bias_mask") else "weight"
         prune.remove(net[0], name)
-    assert_close(sorted_by_shape(step(model, input, target)), sorted_by_shape(step(twin, input, target)))
+    assert_close(
+        sorted_by_shape(training_step(model, input, target)), sorted_by_shape(training_step(twin, input, target))
+    )
     if type(model) is not nn.Sequential:
         assert calls_of(model, input) == ["mlp"]
 
@@ -435,7 +411,7 @@ def test_selective_checkpoint(twins, policy):
 def test_saved_tensors_on_the_cpu_in_a_file_and_changed_in_place(twins, tmp_path):
     model, twin = twins
     input, target = data()
-    want = step(twin, input, target)
+    want = training_step(twin, input, target)
 
     def pack(tensor):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.pt"
@@ -443,9 +419,9 @@ def test_saved_tensors_on_the_cpu_in_a_file_and_changed_in_place(twins, tmp_path
         return path
 
     with torch.autograd.graph.save_on_cpu():
-        assert_close(step(model, input, target), want)
+        assert_close(training_step(model, input, target), want)
     with torch.autograd.graph.saved_tensors_hooks(pack, torch.load):
-        assert_close(step(model, input, target), want)
+        assert_close(training_step(model, input, target), want)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         scratch = input.clone()
         output = model(scratch)
@@ -488,7 +464,7 @@ def test_hooks_with_all_their_options(twins):
             module.register_forward_hook(lambda *_, log=log: log.append(("always", None)), always_call=True)
             module.register_full_backward_pre_hook(lambda _, grads, log=log: log.append(("backward pre", grads[0])))
             module.register_full_backward_hook(lambda _, grads, outs, log=log: log.append(("backward", outs[0])))
-        step(net, input, target)
+        training_step(net, input, target)
         logs.append(log)
     assert [name for name, _ in logs[0]] == [name for name, _ in logs[1]]
     assert len(logs[0]) == 12
@@ -514,7 +490,7 @@ def test_hooks_on_several_gradients_at_once(twins):
     model, _ = twins
     seen = []
     with torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), lambda grads: seen.append(len(grads))):
-        step(model, *data())
+        training_step(model, *data())
         if isinstance(model, mbp.MLP):
             model.loss_backward(*data())
     assert seen == [len(list(model.parameters()))] * (2 if isinstance(model, mbp.MLP) else 1)
@@ -579,7 +555,7 @@ def test_a_model_is_fused_at_any_point_on_its_way_to_int8(fuse_before, aware):
 @pytest.mark.parametrize("when", ["before", "after", "both"])
 def test_dynamic_quantization(make, when):
     model, input = make(), data(torch.float32)[0]
-    twin = plain(model)
+    twin = plain_twin(model)
     before, ao = calls_of(model, input), torch.ao.quantization
     if when != "after":
         mbp.fuse(model)
@@ -622,14 +598,15 @@ def train_in_another_process(model, input, target):
         optimiser.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_shared_parameters_are_trained_by_another_process(start):
     if start not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} here")
     model = nn.ModuleList([ours_mlp(), ours_fused()]).double()
-    twins = [plain(part) for part in model]
+    twins = [plain_twin(part) for part in model]
     input, target = data()
-    step(model[0], input, target)  # in this process first
+    training_step(model[0], input, target)  # in this process first
     model.share_memory()
     for part, twin in zip(model, twins, strict=True):
         assert all(parameter.is_shared() for parameter in part.parameters())
@@ -697,8 +674,8 @@ def test_a_scripted_model_is_the_plain_network_and_can_be_saved():
     torch.jit.save(scripted, file)
     file.seek(0)
     for graph in (scripted, torch.jit.load(file)):
-        got = step(graph, input)
-        assert_close(got, step(model, input))
+        got = training_step(graph, input)
+        assert_close(got, training_step(model, input))
 
 
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
@@ -717,6 +694,7 @@ def test_an_exported_model_is_plain_aten_ops_and_can_be_saved(dynamic):
     torch.testing.assert_close(torch.export.load(file).module()(more), model(more))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what the exporter says about itself
 def test_onnx_has_the_plain_graph():
     onnx = pytest.importorskip("onnx")
