@@ -191,7 +191,8 @@ $(foreach kind,asan tsan aarch64 nehalem coverage,$(eval $(call drivers,$(kind))
 
 # The kernels of CUDA, each in a program that emulates it.
 EMULATED := $(patsubst tests/csrc/%.cpp,%,$(wildcard tests/csrc/test_*.cpp))
-GCOVR := --root . --filter csrc/ --merge-lines --gcov-executable $(or $(GCOV),gcov)
+GCOVR := --root . --filter csrc/ --merge-lines --exclude-lines-by-pattern '.*__builtin_trap.*' \
+  --gcov-executable $(or $(GCOV),gcov)
 $(EMULATED:%=build/coverage/%): build/coverage/%: build/coverage/tests/csrc/%.o
 	@$(CXX) --coverage $< -o $@ -pthread
 

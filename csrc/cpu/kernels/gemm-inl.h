@@ -69,10 +69,13 @@ MBP_INLINE void store_tile(const vec<A> (&acc)[MR][NV], A* to, int64_t stride) {
   }
 }
 
+// g++ cannot see that `parts` of `tile` is read only from a unit's second part on, and that what pack_transposed loads
+// beyond the k numbers in `columns` is never stored.
 #if !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of `parts`: read only from a unit's second part on
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+
 template <typename A, int MR, int NV, bool kRowsOfA>
 static void tile(const Tile<A>& t) {
   constexpr int L = kLanes<A>;
@@ -170,9 +173,6 @@ static void tile(const Tile<A>& t) {
     for (int j = 0; j < NV; ++j) store<A>(t.c + i * t.c_stride + j * L, acc[i][j]);
   }
 }
-#if !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 // The rows that full tiles leave over go to smaller and smaller tiles: 11 = 8 + 2 + 1.
 template <typename A, int MR, bool kRowsOfA>
@@ -245,6 +245,10 @@ MBP_INLINE void pack_transposed(const T* b, int64_t b_n, int64_t k, int64_t lane
     out += step * NR;
   }
 }
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // The same, not inlined: for the edges of B, which are not worth specialised code.
 template <typename T>
