@@ -41,6 +41,7 @@ def test_linear_relu_and_its_gradients_equal_plain_torch(d_in, d_out, dtype):
             assert_exact(results(one_layer, net, grad), oracle(net, grad, final_relu=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layers", range(1, 6))
 @pytest.mark.parametrize("width", WIDTHS)

@@ -104,6 +104,7 @@ def test_any_leading_dimensions(model, leading):
     assert_equal(gradients(compiled, model, input), gradients(model, model, input))
 
 
+@pytest.mark.slow
 def test_each_subset_of_parameters_may_be_frozen():
     model, input = mbp.MLP([4, 5, 3]), torch.randn(5, 4)
     for subset in itertools.product([False, True], repeat=4):
@@ -197,6 +198,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_inside_compile(name, backend):

@@ -69,6 +69,7 @@ EQUAL_ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["store", "recompute", "loss", "fuse"])
 @pytest.mark.parametrize("case", EQUAL_ROWS)
 def test_a_sum_over_equal_rows_errs_by_less_than_a_millionth(case, way):

@@ -68,6 +68,7 @@ def calls(draw):
     return net, needs, tensor(*leading, sizes[-1]), draw(st.sampled_from((mbp.mlp, closed_mlp, recomputing_mlp)))
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(calls())
 def test_any_call_equals_autograd(call):

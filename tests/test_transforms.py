@@ -210,6 +210,7 @@ def test_a_shared_layer_gets_its_gradient_once_in_a_graph_of_gradients():
     assert gradgradcheck(loss, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPLIED)
 @pytest.mark.parametrize("transform", [None, "grad", "vmap"])
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo does, to capture it
@@ -261,6 +262,7 @@ def samples(op_infos, name, dtype, requires_grad=False):
 NAMES = ["nn.functional.linear", "nn.functional.relu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_of_pytorch_give_what_pytorch_gives(op_infos, name, dtype):
@@ -268,6 +270,7 @@ def test_samples_of_pytorch_give_what_pytorch_gives(op_infos, name, dtype):
         torch.testing.assert_close(mbp.linear_relu(*args), F.relu(F.linear(*args)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_of_pytorch_have_derivatives_of_every_kind(op_infos, name):
     for args in samples(op_infos, name, torch.float64, requires_grad=True):
