@@ -171,7 +171,7 @@ void test_large() {
 
 int main() {
   using namespace manualbp::cuda;
-  using manualbp::bfloat16, manualbp::float16;
+  using manualbp::bfloat16, manualbp::float16, manualbp::LossKind;
   return run_tests<float, double, float16, bfloat16>(
       [](auto zero, bool thorough) { test_all<decltype(zero)>(thorough); },
       [] {
