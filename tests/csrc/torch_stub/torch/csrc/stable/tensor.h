@@ -1,5 +1,5 @@
-// What csrc/cpu/{tensor,layer,network}.h need of torch, without torch: tensors that are malloc'ed memory, and a
-// parallel_for on std::thread, whose synchronisation the thread sanitizer sees (it does not see OpenMP's).
+// What csrc/tensor.h and csrc/cpu/{tensor,layer,network}.h need of torch, without torch: tensors that are malloc'ed
+// memory, and a parallel_for on std::thread, whose synchronisation the thread sanitizer sees (it does not see OpenMP's).
 #pragma once
 
 #include <algorithm>
