@@ -87,6 +87,24 @@ def test_linear_relu_module_steps_like_its_parts():
     assert_same_step(ours, theirs, integers(2, 4, 5))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parametrized_weight_is_computed_once_in_a_call(dtype, autocast):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight
+
+    layer, counting = mbp.LinearReLU(4, 3, dtype=dtype), Counting()
+    nn.utils.parametrize.register_parametrization(layer, "weight", counting)
+    counting.calls = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(torch.randn(2, 4, dtype=dtype))
+    assert counting.calls == 1
+
+
 # --- MLP: an nn.Sequential ------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from torch_manualbp._route import (
     PLAIN,
     PLAIN_OR_NONE,
     TORCH,
+    are_plain,
     broadcasts,
     count_function_modes,
     global_hooks_exist,
@@ -65,12 +66,13 @@ class LinearReLU(nn.Linear):
         """relu(input weightᵀ + bias)."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.relu(F.linear(input, self.weight, self.bias))
-        way = route(input, (self.weight, self.bias))
-        if way is not TORCH and not broadcasts(self.weight, self.bias):
-            return _compute.linear_relu(way, input, self.weight, self.bias)
-        if isinstance(input, Tensor):
+        way = route(input)
+        if way is TORCH and isinstance(input, Tensor):
             return nn.ReLU.forward(_RELU, super().forward(input))  # the forwards of these classes may be replacements
-        return linear_relu(input, self.weight, self.bias)  # raises a TypeError, or records a Proxy of torch.fx
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them, and may update its state
+        if way is TORCH or input.dtype is torch.bfloat16 or not are_plain((weight, bias)) or broadcasts(weight, bias):
+            return linear_relu(input, weight, bias)
+        return _compute.linear_relu(way, input, weight, bias)
 
 
 _RELU = nn.ReLU()
@@ -326,12 +328,14 @@ class FusedForward(nn.Sequential):
         if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, own["_modules"]):
             for module in own["_modules"].values():
                 output = module(output)
-        elif (planned := self._planned(input)) is None:
-            output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         else:
-            way, steps, weights, biases = planned
-            for step in steps:
-                output = step(way, output, weights, biases, self) if isinstance(step, _Run) else step(output)
+            planned = self._planned(input)
+            if planned is None:
+                output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+            else:
+                way, steps, weights, biases = planned
+                for step in steps:
+                    output = step(way, output, weights, biases, self) if isinstance(step, _Run) else step(output)
         if "_manualbp_watchers" in own:
             for watcher in own["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
