@@ -68,6 +68,7 @@ def test_mlp_derivatives(batch, width, layers):
     check_derivatives(mbp.mlp, smooth_net(batch, [width] * (layers + 1), "mixed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", ["all", "none", "mixed"])
 @pytest.mark.parametrize("sizes", MIXED_WIDTHS, ids=str)
 @pytest.mark.parametrize("function", [mbp.mlp, closed_mlp, recomputing_mlp])
@@ -81,6 +82,7 @@ def test_derivatives_of_layers_without_units(function, sizes):
     check_derivatives(function, smooth_net(3, sizes, final_relu=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leading", [(), (3,), (1, 1), (2, 3), (2, 0, 3), (2, 1, 2, 2)], ids=str)
 @pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp, recomputing_mlp])
 def test_derivatives_of_any_leading_dimensions(function, leading):

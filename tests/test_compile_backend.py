@@ -121,6 +121,7 @@ STYLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", ["eager", "aot_eager"])
 @pytest.mark.parametrize("style", STYLES)
 def test_every_style_is_fused(style, rest, capsys):
@@ -289,6 +290,7 @@ def test_shapes_and_dtypes_that_are_not_ours_run_as_before(capsys):
 # --- a model's life -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("rest", ["eager", "aot_eager"])
 def test_batch_sizes(rest, dynamic):
@@ -391,6 +393,7 @@ def test_an_unknown_value_of_our_option_is_an_error():
         manualbp(torch.fx.GraphModule({}, torch.fx.Graph()), [], options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -409,6 +412,7 @@ def test_modes_and_options_of_inductor_are_accepted_as_by_the_backends_of_torch(
     assert_equal(run(torch.compile(net, backend=manualbp, fullgraph=True, **given), net, x), run(net, net, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager", "eager"])
 @pytest.mark.parametrize("given", [{"mode": "max-autotune"}, {"options": {"epilogue-fusion": False}}, {}], ids=str)
 def test_the_backend_of_the_rest_gets_mode_and_options(backend, given, monkeypatch):

@@ -38,6 +38,7 @@ def test_error_against_float64_is_within_rounding(function, shape, dtype):
     assert_near(results(function, net, grad), oracle(net, grad, final_relu=final_relu, on=units(net, final_relu)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE)
 def test_large_networks_on_integers_are_exact(shape, dtype):

@@ -102,6 +102,7 @@ def test_thirty_layers(width, gain, diagnosis):
         assert (word in r.diagnosis) == (word in diagnosis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_he_initialisation_is_healthy_whatever_the_seed(seed):
     torch.manual_seed(seed)
@@ -114,6 +115,7 @@ def test_pytorch_initialisation_vanishes_in_thirty_layers_only():
     assert flow_of(mbp.MLP([784, 512, 512, 10]), loss="mse").diagnosis == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.5, 1, 2])
 @pytest.mark.parametrize("width", [256, 512])
 def test_theory_predicts_the_growth_of_each_layer(width, gain):

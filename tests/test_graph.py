@@ -88,6 +88,7 @@ def test_forward_and_backward_are_one_call_each(model):
     assert ops_run(gradients, compiled, model, input) == [op] * runs + [f"{op}_backward"] * runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
 def test_no_recompilation_per_batch_size(model, dynamic):
     counter = CompileCounterWithBackend("aot_eager")
@@ -98,6 +99,7 @@ def test_no_recompilation_per_batch_size(model, dynamic):
     assert counter.frame_count == (1 if dynamic else 2)  # torch tries the first batch size as a constant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (2, 0, 3)], ids=str)
 def test_any_leading_dimensions(model, leading):
     compiled, input = torch.compile(model, backend="aot_eager", fullgraph=True), integers(*leading, 4)
@@ -117,6 +119,7 @@ def test_each_subset_of_parameters_may_be_frozen():
             assert [p.grad is not None for p in model.parameters()] == list(subset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_nothing_is_recorded(model, mode):
     compiled, input = torch.compile(model, backend="aot_eager", fullgraph=True), integers(5, 4)
@@ -126,6 +129,7 @@ def test_without_grad_nothing_is_recorded(model, mode):
     assert_equal(gradients(compiled, model, input), gradients(model, model, input))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
 def test_losses_of_a_model(loss):
     model, input = mbp.MLP([4, 6, 3]).double(), torch.randn(5, 4).double()
@@ -252,6 +256,7 @@ def test_double_backward_is_right_or_refused():
         penalty(torch.compile(model, backend="aot_eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_autocast_is_left_to_torch(where):
     model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)

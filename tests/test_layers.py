@@ -158,6 +158,7 @@ def test_a_module_with_a_call_of_its_own_is_refused():
             layers_of(nn.Sequential(layer))
 
 
+@pytest.mark.slow
 def test_what_was_replaced_before_the_import_is_refused_too():
     code = """
 from torch import nn

@@ -68,6 +68,7 @@ def test_input(batch, layout, dtype):
     check(net._replace(input=MATRICES[layout](batch, SIZES[0], dtype)), grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", MATRICES)
 @pytest.mark.parametrize("batch", [1, 12, 200])
@@ -77,6 +78,7 @@ def test_weights(batch, layout, dtype):
     check(net._replace(weights=weights), grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", MATRICES)
 @pytest.mark.parametrize("function", [mbp.mlp, one_layer])

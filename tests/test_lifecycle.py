@@ -56,6 +56,7 @@ def batches(count, rows=BATCH):
 # --- Python threads ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_eight_threads_train_one_module_at_once(step, threads):

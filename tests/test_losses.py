@@ -89,6 +89,7 @@ def test_loss_and_gradients_equal_torch(batch, sizes, loss, reduction):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*LARGE, "small"])
 def test_squared_error_of_integers_is_exact(shape, dtype):
@@ -322,6 +323,7 @@ def test_without_grad_the_loss_is_the_same_bit_for_bit():
     assert_equal(fused("mse")(net, target), unrecorded)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own forward AD
 @pytest.mark.parametrize("loss", LOSSES)
 def test_transforms_go_through_plain_torch(loss):

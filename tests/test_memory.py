@@ -112,6 +112,7 @@ def test_the_eager_peak_is_exact_where_layers_follow_one_another_without_a_relu(
     assert mbp.memory(model, 3000).eager.peak == pytest.approx(peak_of_step(model, "eager", 3000), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_the_eager_peak_is_exact_where_layers_are_frozen(frozen, closed):
@@ -160,6 +161,7 @@ def test_how_gradients_are_summed_does_not_depend_on_the_number_of_threads(case)
 
 # Pieces of workspace up to 64 KiB are counted and not seen: there are at most three of them at a time, of which one holds
 # the sums of the gradients of the biases.
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize(
     ("case", "dtype"),
@@ -175,6 +177,7 @@ def test_our_peaks_are_exact_but_for_small_pieces(case, dtype, mode):
 
 
 # Where few parameters learn, a fourth piece is so small: the sums of their gradients.
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize(
     ("case", "frozen"),
@@ -208,6 +211,7 @@ print(t.mbp.memory(t.mbp.MLP(sizes, dtype=torch.float16), batch).loss.peak)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_ops.isa() == "default", reason="the other tests measured the only level of this machine")
 @pytest.mark.parametrize("level", ["default", "avx2"])
 def test_our_peaks_are_as_exact_at_other_levels(level):
@@ -237,6 +241,7 @@ def test_bfloat16_that_is_left_to_torch_is_counted_as_the_plain_network(left_to_
     assert (plan.store == plan.eager) == left_to_torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_process_grows_by_what_was_counted(mode):
     """The highest resident size, as benchmarks/peak_memory.py measures it, on its network."""

@@ -90,6 +90,7 @@ def assert_same_parameters(ours, theirs, start):
         assert not torch.equal(one, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [autograd, fused_loss, by_hand])
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_training_gives_the_parameters_of_the_plain_network(name, form, gradients):

@@ -73,6 +73,7 @@ def test_type_information_is_shipped() -> None:
     assert _ops.BINARY.with_name("py.typed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
 def test_binary_uses_only_the_stable_interface_of_torch(binary: Path) -> None:
     # at::, c10::, torch:: as C++ symbols: functions, methods, virtual tables, type information

@@ -68,6 +68,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_loss(shape, dtype, loss):
         assert_equal(loss_and_gradients(), alone)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.integers(1, 2000),
@@ -85,6 +86,7 @@ def test_more_threads_change_no_bit_of_any_call(batch, sizes, dtype, threads, se
     assert_equal(results(closed_mlp, net, grad), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_second_run_changes_no_bit(shape, dtype):

@@ -285,6 +285,7 @@ def test_samples_of_pytorch_have_derivatives_of_every_kind(op_infos, name):
         assert gradgradcheck(mbp.linear_relu, args, check_fwd_over_rev=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_of_pytorch_in_batches(op_infos, name):
     for args in samples(op_infos, name, torch.float64):

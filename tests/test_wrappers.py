@@ -537,6 +537,7 @@ needs_int8 = pytest.mark.skipif(torch.backends.quantized.engine == "none", reaso
 ignore_quantization = pytest.mark.filterwarnings("ignore")  # what torch.ao.quantization says about itself
 
 
+@pytest.mark.slow
 @needs_int8
 @ignore_quantization
 @pytest.mark.parametrize("aware", [False, True], ids=["after training", "aware"])
@@ -678,6 +679,7 @@ def test_a_scripted_model_is_the_plain_network_and_can_be_saved():
         assert_close(got, training_step(model, input))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_exported_model_is_plain_aten_ops_and_can_be_saved(dynamic):
