@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
@@ -63,7 +64,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         parameters: weights and biases; a missing bias is None.
         store: whether hidden activations are kept for the backward pass.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return GRAPH if _joins_graph(input, parameters) else TORCH
     if not (
         type(input) in PLAIN
@@ -72,7 +73,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         and input.layout is torch.strided
         and not input.is_nested
         and not input.is_quantized
-        and are_plain(parameters)
+        and (not parameters or are_plain(parameters))
     ):
         return TORCH
     return TORCH if input.dtype is torch.bfloat16 and store and torch_is_faster(input, parameters) else KERNELS

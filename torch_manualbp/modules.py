@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from torch_manualbp import _compute, _distributed
@@ -323,7 +324,7 @@ class FusedForward(nn.Sequential):
                 input = module(input)
             return input
         own = self.__dict__
-        plan = None if torch.compiler.is_dynamo_compiling() else own.get("_manualbp_plan")
+        plan = None if is_dynamo_compiling() else own.get("_manualbp_plan")
         output = input
         if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, own["_modules"]):
             for module in own["_modules"].values():
@@ -378,7 +379,8 @@ class FusedForward(nn.Sequential):
             self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
             if (parameters := plan.parameters(modules)) is None:  # another thread is changing them
                 return None
-        return KERNELS, plan.steps, *parameters
+        weights, biases = parameters
+        return KERNELS, plan.steps, weights, biases
 
 
 class MLP(FusedForward):
