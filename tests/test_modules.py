@@ -681,6 +681,47 @@ def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
     assert calls_of(half, input.to(torch.float16)) == ["mlp"]
 
 
+def test_small_layers_that_are_left_to_torch_compute_what_the_modules_compute(monkeypatch):
+    monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    theirs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Tanh(), nn.Linear(8, 3), nn.ReLU())
+    ours, input = mbp.fuse(copy.deepcopy(theirs)), torch.randn(5, 4)
+    ours(input)  # makes the plan
+
+    def autocast(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input)
+
+    def gradients(model):
+        model.zero_grad()
+        model(input).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def replaced(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", lambda self, input: 2 * F.linear(input, self.weight, self.bias))
+            return model(input)
+
+    def counted(model):
+        class Counting(TorchFunctionMode):
+            calls = 0
+
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                self.calls += function in (F.linear, F.relu, torch.relu)
+                return function(*args, **(kwargs or {}))
+
+        with Counting() as mode:
+            model(input)
+        return mode.calls
+
+    assert_equal(gradients(ours), gradients(theirs))
+    assert calls_of(ours, input) == []
+    for call in (autocast, replaced):
+        assert_equal(call(ours), call(theirs))
+    assert counted(ours) == counted(theirs)
+    for transform in (torch.func.vmap, torch.func.jacrev):
+        assert_equal(transform(ours)(input), transform(theirs)(input))
+
+
 def test_a_small_layer_that_is_left_to_torch_is_watched_all_the_same(monkeypatch):
     monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
     model, input = mbp.fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.0))), torch.randn(3, 4)

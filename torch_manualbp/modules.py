@@ -28,8 +28,9 @@ from torch_manualbp._route import (
     TORCH,
     are_plain,
     broadcasts,
-    count_function_modes,
     global_hooks_exist,
+    is_tracing,
+    layers_are_torchs,
     route,
     route_run,
     rows_left_to_torch,
@@ -117,11 +118,11 @@ class _Run:
         if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
             return self._one_by_one(input)
         store = network._manualbp_activations == "store"
-        if self.size == 1 or input.dtype is torch.bfloat16:
+        if way is not TORCH and (self.size == 1 or input.dtype is torch.bfloat16):
             way = route_run(way, input, weights, self.relu, store)
-            if self.size == 1 and way is TORCH:
-                output = F.linear(input, weights[0], biases[0])
-                return torch.relu(output) if self.relu else output
+        if way is TORCH and self.size == 1:
+            output = F.linear(input, weights[0], biases[0])
+            return torch.relu(output) if self.relu else output
         try:
             return _compute.layers(way, input, weights, biases, self.relu, store)
         except RuntimeError as error:  # for example because a bias broadcasts
@@ -216,18 +217,17 @@ class _Plan:
             for child, kind in zip(children, kinds, strict=True)
         ]
 
-    def is_left_to_torch(self, input: Any, modules: dict[str, Any]) -> bool:
-        """Whether our ops would be no faster on an input of this size, at any step."""
-        if len(modules) != len(self.children) or type(input) not in PLAIN:
-            return False
-        for module, (child, kind, _, _) in zip(modules.values(), self.children):  # noqa: B905
-            if module is not child or type(module) is not kind:
-                return False
-        if self.left_to_torch == _INFINITE:
-            return True
-        if count_function_modes():  # a mode would see the attributes that are read below
-            return False
-        return input.numel() < self.left_to_torch and input.dtype in _FULL
+    def is_left_to_torch(self, input: Any) -> bool:
+        """Whether our ops would be no faster at any step on an input of this size, and torch's may be called directly.
+
+        Transforms and autocast see torch's functions as they see its modules. (Only torch.jit.trace records modules.)
+        """
+        return (
+            type(input) in PLAIN
+            and layers_are_torchs()
+            and not is_tracing()
+            and (self.left_to_torch == _INFINITE or (input.numel() < self.left_to_torch and input.dtype in _FULL))
+        )
 
     def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
         """The weights and biases of all runs; None if the plan is no longer valid."""
@@ -323,20 +323,15 @@ class FusedForward(nn.Sequential):
             for module in self:
                 input = module(input)
             return input
-        own = self.__dict__
-        plan = None if is_dynamo_compiling() else own.get("_manualbp_plan")
+        planned = self._planned(input)
         output = input
-        if plan is not None and plan.left_to_torch and plan.is_left_to_torch(input, own["_modules"]):
-            for module in own["_modules"].values():
-                output = module(output)
+        if planned is None:
+            output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         else:
-            planned = self._planned(input)
-            if planned is None:
-                output = cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-            else:
-                way, steps, weights, biases = planned
-                for step in steps:
-                    output = step(way, output, weights, biases, self) if isinstance(step, _Run) else step(output)
+            way, steps, weights, biases = planned
+            for step in steps:
+                output = step(way, output, weights, biases, self) if isinstance(step, _Run) else step(output)
+        own = self.__dict__
         if "_manualbp_watchers" in own:
             for watcher in own["_manualbp_watchers"]:
                 watcher.after_forward(input, output)
@@ -362,25 +357,33 @@ class FusedForward(nn.Sequential):
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
 
-    def _planned(self, input: Any) -> tuple[str, list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
-        """The answer of `route`, the steps, and the weights and biases of all runs. None: call the children in turn.
+    def _planned(
+        self, input: Any, may_leave: bool = True
+    ) -> tuple[str, list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
+        """Who computes the runs, the steps, and the weights and biases of all runs. None: call the children in turn.
 
-        While Dynamo traces, nothing is kept: the plan becomes part of the graph.
+        While Dynamo traces, nothing is kept: the plan becomes part of the graph. Small inputs are left to torch if
+        `may_leave`.
         """
-        if (way := route(input)) is TORCH:
+        own = self.__dict__
+        plan: _Plan | None = None if is_dynamo_compiling() else own.get("_manualbp_plan")
+        if plan is not None and plan.left_to_torch and may_leave and plan.is_left_to_torch(input):
+            way = TORCH
+        elif (way := route(input)) is TORCH:
             return None
         if way is GRAPH:
             return None if global_hooks_exist() else (GRAPH, *_steps_of(list(self)))
-        modules = self.__dict__["_modules"]
-        plan: _Plan | None = self.__dict__.get("_manualbp_plan")
+        modules = own["_modules"]
         if plan is None or plan.stamp != _hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
                 return None
-            self.__dict__["_manualbp_plan"] = plan = _Plan(modules)
+            if way is TORCH and (way := route(input)) is TORCH:  # the plan that left it to torch is outdated
+                return None
+            own["_manualbp_plan"] = plan = _Plan(modules)
             if (parameters := plan.parameters(modules)) is None:  # another thread is changing them
                 return None
         weights, biases = parameters
-        return KERNELS, plan.steps, weights, biases
+        return way, plan.steps, weights, biases
 
 
 class MLP(FusedForward):
@@ -553,7 +556,7 @@ class MLP(FusedForward):
 
     def _whole(self, input: Any) -> _Parameters | None:
         """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
-        planned = None if self._is_observed() else self._planned(input)
+        planned = None if self._is_observed() else self._planned(input, may_leave=False)
         if planned is None or planned[0] is not KERNELS:
             return None
         if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
