@@ -41,23 +41,24 @@ PLAIN_OR_NONE: frozenset[type] = PLAIN | {type(None)}
 def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
     """Who computes linear layers with ReLUs between them: `KERNELS`, `GRAPH` or `TORCH`.
 
-    `TORCH`, if one of these holds, which are asked in this order:
+    The answer is `TORCH` for one of these reasons, which are checked in this order:
 
-    1. torch.compile captures the call for a program of torch.export, which must run without this library; or with a
-       bfloat16 input on a CPU that has instructions for bfloat16 (reason 7, but a number of rows would be a condition
-       on the batch, and so a recompilation). Dynamo guards everything that this function reads.
-    2. The input is a subclass of Tensor: it may give any op another meaning.
+    1. torch.compile captures the call for torch.export, whose programs must run without this library; or it captures
+       one with a bfloat16 input on a CPU with instructions for bfloat16. (This is reason 7 without its number of rows:
+       Dynamo guards all that this function reads, and a condition on the batch size would cause recompilations.)
+    2. The input is an instance of a subclass of Tensor, which may give any op another meaning.
     3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
-       A mode even sees attributes that are read, so that this is asked before anything about the input.
-    4. A transform must see through the computation: torch.func, forward-mode AD, make_fx, torch.jit.trace; or autocast
-       chooses dtypes op by op.
-    5. There are no kernels for the input's device, or it is sparse, nested or quantized.
-    6. A parameter is a subclass or sparse.
-    7. Plain torch is faster (`torch_is_faster`), unless activations are not to be stored.
+       Such a mode sees even the attributes that are read, so that this is checked before anything else of the input.
+    4. A transform must see through the computation (torch.func, forward-mode AD, make_fx, torch.jit.trace), or autocast
+       chooses a dtype for each op.
+    5. There are no kernels for the device of the input, or the input is sparse, nested or quantized.
+    6. A parameter is an instance of a subclass, or sparse.
+    7. Plain torch is faster (`torch_is_faster`). This does not count if activations must not be stored.
 
-    Otherwise torch.compile captures `GRAPH`, and an eager call is for our `KERNELS`.
+    Without such a reason, a call that torch.compile captures is for the `GRAPH`, and an eager call for our `KERNELS`.
 
-    A fused Sequential asks once, about its input; its plan knows the parameters, and each run asks for reason 7 alone.
+    A fused Sequential asks once, about its input. Its plan has checked the parameters, and each run checks reason 7
+    (`route_run`).
 
     Args:
         input: of the first layer, or whatever the caller was given.
