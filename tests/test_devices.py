@@ -231,7 +231,7 @@ CHECK = """
 
 
 @pytest.mark.slow
-def test_a_device_that_we_have_never_heard_of():
+def test_a_device_that_is_unknown_to_the_library():
     setup = pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(setup, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot have a device that is written in Python")
