@@ -11,7 +11,7 @@ SECONDS ?= 120
 FIGURES ?= build
 
 PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
-# With the environment's programs on the path: the build looks for ninja there.
+# The build looks for ninja on the path, so include the environment's programs.
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 INSTALL := $(RUN) $(PIP) --no-build-isolation --editable '.[demo,test]'
 REBUILD := $(RUN) python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log >&2; exit 1; }
@@ -20,10 +20,10 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -
 LEVELS := $(basename $(notdir $(wildcard csrc/cpu/kernels/*.cpp)))  # of instruction sets
 BINARY := torch_manualbp/_C.abi3.so
 DRIVERS := kernels network
-# Tests use one thread each, so two processes halve the time. A file stays in one process: it may compile or train
-# something for all its tests. ARGS='-n 0' runs everything in one process, as a debugger needs.
+# Tests use one thread each, so two processes halve the time. All tests of a file run in one process, because they may
+# share something compiled or trained. ARGS='-n 0' runs everything in one process, as a debugger requires.
 IN_TWO := -n 2 --dist loadfile
-# One stamp per TORCH and TORCH_FLAGS, so that asking for another torch installs it.
+# There is a stamp per TORCH and TORCH_FLAGS, so that changing them installs another torch.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
@@ -106,8 +106,8 @@ aarch64: $(DRIVERS:%=build/aarch64/%)  ## kernels and passes on an emulated Arm 
 nehalem: $(DRIVERS:%=build/nehalem/%)  ## the same on an x86-64 without AVX: the baseline must be chosen (qemu-user)
 	@$(call on_the_baseline,qemu-x86_64 -cpu Nehalem)
 
-# Kernels count in programs of their own, at each level and not optimised, so that lines stay apart. The suite runs with
-# entries that count and kernels that do not, in a package of its own: setup.py would put the binary into the checkout.
+# Kernels are counted in separate programs, at each level and unoptimised, so that lines remain distinct. The suite runs
+# with counted entries and uncounted kernels, in a separate package, so that the checkout's binary is unchanged.
 coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach: two tables (a quarter of an hour)
 	@rm -rf build/coverage
 	@mkdir -p build/coverage/package/torch_manualbp build/coverage/fast
@@ -125,7 +125,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	@$(call on_every_level,build/coverage/network 2)
 	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
 	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS) \
-	  --deselect tests/test_packaging.py::test_binary_is_small  # what counts is larger
+	  --deselect tests/test_packaging.py::test_binary_is_small  # counting enlarges it
 	@$(RUN) coverage combine -q
 	@$(RUN) coverage report
 	@$(RUN) gcovr $(GCOVR) build/coverage
@@ -133,7 +133,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	  $(RUN) gcovr $(GCOVR) build/coverage/csrc/cpu/kernels/$$level.gcda | grep -- -inl.h; done
 
 wheel: $(VENV)/.ready  ## build dist/torch_manualbp-*-cp310-abi3-*.whl
-	@rm -rf build/lib* build/bdist*  # setuptools would pack modules that no longer exist
+	@rm -rf build/lib* build/bdist*  # setuptools would include deleted modules
 	@mkdir -p dist && rm -f dist/*.whl
 	@$(RUN) python -m pip wheel -qq . --no-deps --no-build-isolation --wheel-dir dist
 	@ls -l dist/*.whl
@@ -164,18 +164,18 @@ clean:  ## remove all that was made here
 	@rm -rf build dist *.egg-info torch_manualbp/_C*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The kernels know nothing of torch, and network.h little (tests/csrc/torch_stub): the sanitizers run them in programs of
-# their own. 77: not a level of this machine.
+# The kernels do not depend on torch, and network.h needs little of it (tests/csrc/torch_stub), so sanitizers run them
+# in separate programs. Exit status 77: this machine does not support the level.
 on_every_level = for level in $(LEVELS); do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
-# Chosen, not forced.
+# Here the level must be chosen automatically, not forced.
 on_the_baseline = for run in "kernels 40" "network 1"; do \
   said=$$(MANUALBP_ISA= $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "default: $${run\#* } passed" ] || exit 1; done
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
 COUNTED := -O0 -w --coverage -fprofile-update=atomic
 build/asan/%: DRIVER_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 build/tsan/%: DRIVER_FLAGS := -fsanitize=thread
-# Static, so that the emulator needs no libraries; the kernels optimised as setup.py does (g++ 12 for Arm crashes on the
-# drivers at -O3).
+# The programs are static, so that the emulator needs no libraries. Only kernels are optimised as in setup.py, because
+# g++ 12 for Arm crashes on the drivers at -O3.
 build/aarch64/% build/nehalem/%: DRIVER_FLAGS := -static
 build/aarch64/csrc/% build/nehalem/csrc/%: DRIVER_FLAGS := -static -O3
 build/aarch64/%: CXX := aarch64-linux-gnu-g++
@@ -189,14 +189,14 @@ $(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.c
 endef
 $(foreach kind,asan tsan aarch64 nehalem coverage,$(eval $(call drivers,$(kind))))
 
-# The kernels of CUDA, each in a program that emulates it.
+# Each CUDA kernel runs in a program that emulates it.
 EMULATED := $(patsubst tests/csrc/%.cpp,%,$(wildcard tests/csrc/test_*.cpp))
 GCOVR := --root . --filter csrc/ --merge-lines --exclude-lines-by-pattern '.*__builtin_trap.*' \
   --gcov-executable $(or $(GCOV),gcov)
 $(EMULATED:%=build/coverage/%): build/coverage/%: build/coverage/tests/csrc/%.o
 	@$(CXX) --coverage $< -o $@ -pthread
 
-# venv puts pip there last, so that an interrupted set-up starts again.
+# venv installs pip last, so an interrupted set-up is repeated.
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "make: Python >= 3.10 is needed, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)" >&2; \
@@ -207,8 +207,8 @@ $(VENV)/bin/pip:
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-# setuptools and a pip that knows editable builds: some environments come with older ones. ninja compiles the files in
-# parallel, but the build does without it.
+# Some environments have a setuptools or pip too old for editable builds. ninja compiles files in parallel, but is
+# optional.
 $(TORCH_STAMP): | $(VENV)/bin/pip
 	@echo "==> installing $(TORCH)"
 	@$(PIP) $(TORCH_FLAGS) '$(TORCH)'
@@ -217,7 +217,7 @@ $(TORCH_STAMP): | $(VENV)/bin/pip
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
-# Where nothing but csrc changed, only what depends on the changed files is compiled.
+# If only csrc changed, compile only what depends on the changed files.
 $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.py $(SOURCES) \
                 $(if $(wildcard $(BINARY)),,FORCE)
 	@echo 'int main() { if (int i = 0; i == 0) return i; }' | $${CXX:-c++} -std=c++17 -fsyntax-only -x c++ - || { \
@@ -228,8 +228,8 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 	@$(if $(filter-out csrc/%,$?),$(INSTALL),$(REBUILD))
 	@touch $@
 
-# The packages of an extra: the pinned linters; the peers of the benchmarks; what builds the site, counts lines, checks a
-# wheel, and a release.
+# Installs the packages of an extra: the pinned linters, the peers of the benchmarks, and the tools for the site,
+# coverage, wheels and releases.
 EXTRAS := lint bench docs coverage audit release
 $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"

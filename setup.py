@@ -1,7 +1,7 @@
-"""Builds torch_manualbp/_C.abi3.so and, where it can, _C_cuda.abi3.so: stable-ABI C++, no Python headers, no GPU.
+"""Builds torch_manualbp/_C.abi3.so and, if possible, _C_cuda.abi3.so: stable-ABI C++ without Python headers or a GPU.
 
-CUDA kernels are compiled where a toolkit fits the installed torch. FORCE_CUDA=1 makes a misfit an error, FORCE_CUDA=0
-leaves them out; TORCH_CUDA_ARCH_LIST says for which GPUs. Everything else about the package is in pyproject.toml.
+CUDA kernels are compiled if a toolkit matches the installed torch. FORCE_CUDA=1 makes a mismatch an error, FORCE_CUDA=0
+leaves the kernels out; TORCH_CUDA_ARCH_LIST selects the GPUs. All other package configuration is in pyproject.toml.
 """
 
 import os
@@ -21,7 +21,7 @@ MACROS = [
 ]
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
-    f"-fmacro-prefix-map={Path(__file__).resolve().parent}=.",  # __FILE__: the same binary, wherever it is built
+    f"-fmacro-prefix-map={Path(__file__).resolve().parent}=.",  # __FILE__ must not depend on where the binary is built
 ]
 
 
@@ -31,7 +31,7 @@ def why_not_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    # torch takes the parent of the folder of nvcc for the toolkit, which may hold a mere link or wrapper: ask nvcc.
+    # torch takes the parent folder of nvcc for the toolkit, but nvcc may be a link or wrapper there, so ask nvcc.
     on_path = shutil.which("nvcc")
     if on_path and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
         plan = subprocess.run(
@@ -53,7 +53,7 @@ def why_not_cuda() -> str | None:
 
 
 def cuda_wanted() -> bool:
-    """Whether to compile the CUDA kernels, from what is installed and FORCE_CUDA."""
+    """Whether to compile the CUDA kernels, given FORCE_CUDA and the installed software."""
     force = os.environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
         sys.exit(f"FORCE_CUDA must be 0 or 1, got {force!r}")
@@ -68,17 +68,17 @@ def cuda_wanted() -> bool:
 
 
 def cuda_extension() -> Any:
-    """The CUDA kernels and their entries: a shared object of its own, since a CPU-only torch could not load it."""
+    """The CUDA kernels and their entries, in a separate shared object, because a CPU-only torch cannot load them."""
     from torch.utils.cpp_extension import CUDAExtension
 
-    # A GPU runs what was compiled for its generation or, through PTX, an older one; the tensor-core code needs 8.0.
+    # A GPU runs code for its generation or, through PTX, an older one; the tensor-core code needs 8.0.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     folder = Path("csrc", "cuda")
     return CUDAExtension(
         "torch_manualbp._C_cuda",
         [str(path) for pattern in ("*.cpp", "*.cu") for path in sorted(folder.glob(pattern))],
         depends=["setup.py", *(str(path) for path in sorted(Path("csrc").rglob("*.[hc]*h")))],
-        define_macros=[*MACROS, ("USE_CUDA", None)],  # USE_CUDA: torch's headers then declare streams and guards
+        define_macros=[*MACROS, ("USE_CUDA", None)],  # with USE_CUDA, torch's headers declare streams and guards
         extra_compile_args={
             "cxx": CXX_FLAGS,
             "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", "--ptxas-options=-v,-warn-spills"],
@@ -96,16 +96,16 @@ def binary() -> dict[str, Any]:
     with_cuda = cuda_wanted()  # before torch looks for the toolkit
     from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
 
-    # torch compiles with $CXX or c++; setuptools would link with whatever compiler this Python was built by.
+    # torch compiles with $CXX or c++; setuptools would link with the compiler that built this Python.
     os.environ.setdefault("CXX", "c++")
 
     class Build(BuildExtension):
         def get_ext_filename(self, fullname: str) -> str:
-            """One name everywhere: the binary never calls Python, so any build of Python may load it."""
+            """Returns one name for all platforms: the binary never calls Python, so any Python can load it."""
             return str(Path(*fullname.split("."))) + ".abi3.so"
 
         def run(self) -> None:
-            """A copy in the checkout too: there, Python imports the package from the current folder."""
+            """Also copies the binary to the checkout, from which Python imports the package when run there."""
             super().run()
             if not self.inplace:
                 self.copy_extensions_to_source()
@@ -118,7 +118,7 @@ def binary() -> dict[str, Any]:
         extra_compile_args=CXX_FLAGS,
         py_limited_api=True,  # do not link libtorch_python
     )
-    # One wheel for CPython >= 3.10. There is no such tag for free-threaded Python: it gets a wheel of its own.
+    # One wheel serves CPython >= 3.10. Free-threaded Python has no abi3 tag and needs a separate wheel.
     free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
     return {
         "ext_modules": [extension, *([cuda_extension()] if with_cuda else [])],
@@ -127,5 +127,5 @@ def binary() -> dict[str, Any]:
     }
 
 
-# A source archive is made without torch: MANIFEST.in says what goes into it.
+# A source archive is made without torch; MANIFEST.in lists its contents.
 setup(**({} if "sdist" in sys.argv else binary()))

@@ -1,11 +1,11 @@
-"""One wheel under many versions of CPython and torch: installs it, runs numerical tests, writes a table.
+"""Installs one wheel under many versions of CPython and torch, runs numerical tests, and writes a table.
 
     make matrix                                                    (downloads several GB for each torch)
     make matrix ARGS="--pythons python3.12 --torch 2.13 newest"
 
-Interpreters are looked up on the path; what cannot be found or installed is in the table too, with the reason. One
-environment exists at a time, in build/matrix, beside what was downloaded for one torch: 12 GB. Left to others: to build
-the wheel (`make wheel`) and to run the whole test suite (`make test`).
+Interpreters are looked up on the path; combinations that cannot be found or installed are listed with the reason. Only
+one environment exists at a time, in build/matrix, with the downloads for one torch: 12 GB. It neither builds the wheel
+(`make wheel`) nor runs the whole test suite (`make test`).
 """
 
 import argparse
@@ -26,18 +26,18 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "matrix"
 OLDEST = (2, 10)  # TORCH_TARGET_VERSION in setup.py
 PYTHONS = ["python3.10", "python3.11", "python3.12", "python3.13"]
-# What depends on the versions of torch and Python: results, torch.func, compile, export, state_dict, error classes.
+# Results, torch.func, compile, export, state_dict and error classes depend on the versions of torch and Python.
 NAMES = "compile_backend function functional graph info layouts losses modules ops properties special_values transforms"
 TESTS = [ROOT / "tests" / f"test_{name}.py" for name in NAMES.split()]
 NEEDED = ["expecttest", "hypothesis", "pytest"]
 
 
 class StepError(Exception):
-    """A command did not succeed; says why in one line."""
+    """A command failed; the message gives the reason in one line."""
 
 
 class Cell(NamedTuple):
-    """What came out under one Python and one torch."""
+    """The result for one Python and one torch."""
 
     python: str
     torch: str
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
 
 
 def run(*command: object, log: Path | None = None) -> str:
-    """What a command prints; StepError, with the line that says why, if it does not succeed."""
+    """Returns the output of a command; raises StepError with the line that gives the reason if it fails."""
     done = subprocess.run([str(part) for part in command], cwd=FOLDER, text=True, capture_output=True)
     if log:
         log.write_text(done.stdout + done.stderr)
@@ -58,12 +58,12 @@ def run(*command: object, log: Path | None = None) -> str:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"."""
+    """(2, 13, 0) for "2.13.0+cpu"."""
     return tuple(map(int, version.partition("+")[0].split(".")))
 
 
 def choose(available: list[str], wanted: list[str]) -> list[str]:
-    """The newest release of each wanted series ("2.13"), the "oldest" that the wheel admits, the "newest" of all."""
+    """The newest release of each wanted series ("2.13"), the "oldest" that the wheel supports, the "newest" of all."""
     releases = sorted({version.partition("+")[0] for version in available}, key=release)
     admitted = [version for version in releases if release(version) >= OLDEST]
     chosen = set()
@@ -86,7 +86,7 @@ def binaries(wheel: Path) -> dict[str, bytes]:
 
 
 def install(python: str, torch: str, wheel: Path, flags: list[str], extra: list[str]) -> Path:
-    """A new environment with torch, then the wheel as a user installs it; its Python."""
+    """Creates an environment, installs torch, then the wheel as a user does; returns the environment's Python."""
     shutil.rmtree(FOLDER / "env", ignore_errors=True)
     run(python, "-m", "venv", FOLDER / "env")
     program = FOLDER / "env" / "bin" / "python"
@@ -97,15 +97,15 @@ def install(python: str, torch: str, wheel: Path, flags: list[str], extra: list[
 
 
 def test(program: Path, wheel: Path, label: str) -> tuple[str, bool]:
-    """Runs `info` and the tests on the installed wheel; their counts, and whether all is well."""
+    """Runs `info` and the tests on the installed wheel; returns the counts, and whether all passed."""
     site = Path(run(program, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
     for name, content in binaries(wheel).items():
         if (site / name).read_bytes() != content:
             raise StepError(f"the installed {name} is not the one of the wheel")
     run(program, "-W", "error", "-m", "torch_manualbp.info", log=FOLDER / f"{label}-info.txt")
     report = FOLDER / f"{label}.xml"
-    report.unlink(missing_ok=True)  # that of an earlier run
-    # pytest's own program: `python -m pytest` would import the package of the checkout.
+    report.unlink(missing_ok=True)  # from an earlier run
+    # Use pytest's own program, since `python -m pytest` would import the package from the checkout.
     pytest = [program.with_name("pytest"), "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     try:
         run(*pytest, "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS, log=FOLDER / f"{label}.txt")
@@ -126,7 +126,7 @@ def digest(content: bytes) -> str:
 
 
 def table(wheel: Path, cells: list[Cell]) -> str:
-    """Everything that was tried, as Markdown."""
+    """A Markdown table of everything that was tried."""
     files = {wheel.name: wheel.read_bytes(), **binaries(wheel)}
     return "\n".join([
         f"{datetime.date.today()}, {platform.machine()}, {' '.join(platform.libc_ver())}. One wheel, one binary:",
@@ -160,8 +160,8 @@ def main() -> None:
         except (OSError, StepError) as why:
             cells.append(Cell(python, "", f"not run: {why}"))
     before = None
-    for torch, python, version in sorted(plan, key=lambda item: release(item[0])):  # stable: Pythons as they were given
-        if torch != before:  # what one torch needs is downloaded once for all Pythons
+    for torch, python, version in sorted(plan, key=lambda item: release(item[0])):  # stable: keeps the order of Pythons
+        if torch != before:  # downloads for one torch are shared by all Pythons
             shutil.rmtree(FOLDER / "cache", ignore_errors=True)
             before = torch
         print(f"==> CPython {version}, torch {torch}: ", end="", flush=True)
@@ -175,7 +175,7 @@ def main() -> None:
             except StepError as why:
                 cells.append(Cell(version, torch, f"broken: {why}"))
         print(cells[-1].result, flush=True)
-        args.output.write_text(table(wheel, cells))  # after each, so that an interruption loses none
+        args.output.write_text(table(wheel, cells))  # after each cell, so that an interruption loses none
     for name in ("env", "cache"):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     sys.stdout.write(f"\n{table(wheel, cells)}")

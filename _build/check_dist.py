@@ -1,7 +1,7 @@
-"""Do a source archive and a wheel hold what they should: what git has, and no more? `python _build/check_dist.py dist`.
+"""Checks that a source archive and a wheel contain what git tracks and no more: `python _build/check_dist.py dist`.
 
-Run in the checkout that they were built from, by `.ci/release-check`. Left to others: metadata (`twine check`), and
-whether the wheel works.
+`.ci/release-check` runs it in the checkout that they were built from. It checks neither the metadata (`twine check`)
+nor whether the wheel works.
 """
 
 import re
@@ -18,13 +18,13 @@ METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE
 
 
 def differences(archive: Path, found: set[str], wanted: set[str], optional: Iterable[str] = ()) -> Iterator[str]:
-    """One line per file that is missing or too much."""
+    """Yields one line per missing or unexpected file."""
     yield from (f"{archive.name} lacks {name}" for name in sorted(wanted - found))
     yield from (f"{archive.name} should not hold {name}" for name in sorted(found - wanted - set(optional)))
 
 
 def sdist_problems(archive: Path, tracked: set[str]) -> Iterator[str]:
-    """All that git has, so that it can be built, tested and linted; beside it only what setuptools writes."""
+    """It must contain all tracked files, so that it can be built, tested and linted, and what setuptools writes."""
     with tarfile.open(archive) as tar:
         names = {name for member in tar if member.isfile() for name in [member.name.partition("/")[2]]}
     written = {name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("torch_manualbp.egg-info/")}
@@ -32,7 +32,7 @@ def sdist_problems(archive: Path, tracked: set[str]) -> Iterator[str]:
 
 
 def wheel_problems(archive: Path, tracked: set[str], version: str) -> Iterator[str]:
-    """The package as git has it, the binary, the metadata with the licence; nothing else, and little of it."""
+    """It must contain only the tracked package, the binary, and the metadata with the licence, and be small."""
     with zipfile.ZipFile(archive) as wheel:
         names = set(wheel.namelist())
     package = {name for name in tracked if name.startswith("torch_manualbp/")}
@@ -45,7 +45,7 @@ def wheel_problems(archive: Path, tracked: set[str], version: str) -> Iterator[s
 
 
 def problems(dist: Path, tracked: set[str], version: str) -> Iterator[str]:
-    """One line per fault of the archives in the folder `dist`."""
+    """Yields one line per problem of the archives in the folder `dist`."""
     sdists, wheels = sorted(dist.glob("*.tar.gz")), sorted(dist.glob("*.whl"))
     if [sdist.name for sdist in sdists] != [f"torch_manualbp-{version}.tar.gz"]:
         yield f"{dist} should hold torch_manualbp-{version}.tar.gz and no other, found {[sdist.name for sdist in sdists]}"
@@ -58,7 +58,7 @@ def problems(dist: Path, tracked: set[str], version: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints what is wrong, and exits with 1 if anything is."""
+    """Prints the problems, and exits with 1 if there are any."""
     tracked = set(subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines())
     found = re.search(r'^__version__ = "(.+)"$', Path("torch_manualbp", "__init__.py").read_text(), re.MULTILINE)
     if not tracked or not found:

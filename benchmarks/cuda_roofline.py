@@ -1,11 +1,11 @@
-"""What could a training step take on an H100? An ESTIMATE from bytes and operations: nothing here was measured.
+"""How fast could a training step be on an H100? An ESTIMATE from bytes and operations: nothing here was measured.
 
     python benchmarks/cuda_roofline.py --dtype bfloat16 --batch 65536
 
-Each kernel takes at least as long as its bytes at the speed of memory and its operations at the peak rate, whichever is
-longer, and a launch; the step takes the sum. Caches are left out: each kernel is charged for all that it reads and
-writes, and the weights once. So the numbers compare ways to compute, and bound what may be hoped for; a kernel reaches
-perhaps 80 % of them, a small product much less.
+Each kernel takes one launch plus the longer of two times: its bytes at memory bandwidth and its operations at the peak
+rate. The time of a step is the sum. Caches are ignored: each kernel is charged for everything it reads and writes, and
+for the weights once. The numbers thus compare implementations and are lower bounds; a kernel reaches perhaps 80 % of
+these rates, a small matrix product much less.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-# NVIDIA's data sheet of the H100 SXM, dense rates.
+# From NVIDIA's data sheet for the H100 SXM (dense rates).
 BYTES_PER_SECOND = 3.35e12
 FLOPS = {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12}  # FMA units; tensor cores
 LAUNCH_SECONDS = 2e-6
@@ -23,7 +23,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: its name, the layer, and what it must move and compute."""
+    """One launch: its name, its layer, and how much it must move and compute."""
 
     name: str
     layer: int
@@ -31,34 +31,34 @@ class Kernel:
     flops: float = 0.0
 
     def seconds(self, dtype: str) -> float:
-        """The time that no implementation of it can undercut, and the launch."""
+        """A lower bound for any implementation, including the launch."""
         return max(self.bytes / BYTES_PER_SECOND, self.flops / FLOPS[dtype]) + LAUNCH_SECONDS
 
 
 def product(name: str, layer: int, rows: int, d_in: int, d_out: int, size: int) -> Kernel:
-    """A product of two of the three matrices of a layer, into the third."""
+    """The product of two of a layer's three matrices, written to the third."""
     return Kernel(name, layer, size * (rows * (d_in + d_out) + d_in * d_out), 2.0 * rows * d_in * d_out)
 
 
 def step_by_layers(sizes: list[int], rows: int, size: int, *, ours: bool) -> list[Kernel]:
-    """Library products and a pass or two between them: ours, or PyTorch's eager mode. mse, no input gradient."""
+    """Library products with one or two kernels between them (ours or eager's); MSE, no input gradient."""
     kernels = []
     layers = list(enumerate(pairwise(sizes)))
     for k, (d_in, d_out) in layers:
         kernels.append(product("forward product", k, rows, d_in, d_out, size))
-        if k + 1 < len(layers):  # both read and write f once: ours adds the bias too, eager's product has added it
+        if k + 1 < len(layers):  # both read and write f once; ours adds the bias, which eager's product includes
             kernels.append(Kernel("bias_relu" if ours else "relu", k, 2 * size * rows * d_out))
     last = rows * sizes[-1]
     if ours:
         kernels += [Kernel("loss", len(layers) - 1, 3 * size * last), Kernel("loss_total", len(layers) - 1, 0)]
-    else:  # the value reads f and y; its gradient reads them again and writes df
+    else:  # the value reads f and y; its gradient rereads them and writes df
         kernels += [Kernel("loss", len(layers) - 1, 2 * size * last), Kernel("its gradient", 0, 3 * size * last)]
     for k, (d_in, d_out) in reversed(layers):
         masked = k + 1 < len(layers)
         if ours:
             reads = (2 if masked else 1) * size * rows * d_out
             kernels.append(Kernel("relu_backward", k, reads + (size * rows * d_out if masked else 0)))
-            if rows > 256:  # about: several slices of rows, whose sums a second kernel adds
+            if rows > 256:  # approximately: several slices of rows, whose sums a second kernel adds
                 kernels.append(Kernel("reduce", k, 0))
         else:
             if masked:
@@ -71,7 +71,7 @@ def step_by_layers(sizes: list[int], rows: int, size: int, *, ours: bool) -> lis
 
 
 def step_narrow(sizes: list[int], rows: int, size: int) -> list[Kernel]:
-    """The narrow kernels: all layers forward in one, all layers backward in one, weight gradients by the library."""
+    """The narrow kernels run all layers forward in one launch and backward in another; the library does the rest."""
     layers = list(enumerate(pairwise(sizes)))
     parameters = sum(d_in * d_out for _, (d_in, d_out) in layers)
     flops = 2.0 * rows * parameters

@@ -1,20 +1,20 @@
-// The limit of the benchmark: how many floating-point operations per second one thread of this machine can do when it
-// does nothing but fused multiply-adds in registers (float32, two operations each).
+// The upper limit for the benchmark: the floating-point operations per second of one thread that executes only fused
+// multiply-adds in registers (float32, two operations each).
 //
-// Compiled at run time by training_step.py, which calls it from as many threads as the benchmark uses. One function per
-// instruction set, so that ordinary compiler flags suffice.
+// training_step.py compiles this file at run time and calls it from as many threads as the benchmark uses. Each
+// instruction set has its own function, so that ordinary compiler flags suffice.
 
 #include <chrono>
 
 namespace {
 
-// volatile: the compiler must know neither the operands nor that all chains are alike, or it computes one and copies it.
+// volatile hides the operands and that all chains are equal; else the compiler would compute one chain and copy it.
 volatile float factor = 0.999f, addend = 0.001f, initial = 0.0f;
 volatile float sink;
 
-// 12 independent chains: a fused multiply-add takes 4 cycles and two start per cycle, so 8 in flight are the least that
-// keeps both units busy, and 12 accumulators + 2 operands fit in the 16 registers of AVX2. x -> 0.999 x + 0.001 tends
-// to 1: neither infinite nor denormal.
+// There are 12 independent chains: a fused multiply-add takes 4 cycles and two start per cycle, so at least 8 must be
+// in flight to keep both units busy, and 12 accumulators + 2 operands fit in the 16 registers of AVX2.
+// x -> 0.999 x + 0.001 tends to 1, so values become neither infinite nor denormal.
 #define DEFINE_CHAINS(name, target, bytes)                                    \
   target float name(long iterations) {                                        \
     typedef float vec __attribute__((vector_size(bytes)));                    \
@@ -37,7 +37,7 @@ DEFINE_CHAINS(chains_avx2, __attribute__((target("avx2,fma"))), 32)
 DEFINE_CHAINS(chains_avx512, __attribute__((target("avx512f"))), 64)
 #endif
 
-// The instruction sets that csrc/cpu/kernels has levels for.
+// The instruction sets for which csrc/cpu/kernels has kernels.
 const struct Level {
   const char* name;
   float (*chains)(long);
@@ -67,10 +67,10 @@ double gflops(float (*chains)(long), long lanes, double seconds) {
 
 }  // namespace
 
-// The name of level 0, 1, ...; nullptr behind the last one.
+// The name of a level, counted from 0; nullptr after the last one.
 extern "C" const char* fma_peak_level(int level) { return level < kLevelCount ? kLevels[level].name : nullptr; }
 
-// GFLOP/s of the calling thread over `seconds`, at a level; 0 if the CPU does not have it.
+// GFLOP/s of the calling thread at a level, measured for `seconds`; 0 if the CPU does not support it.
 extern "C" double fma_peak_gflops(int level, double seconds) {
   const Level& l = kLevels[level];
   return l.supported() ? gflops(l.chains, l.lanes, seconds) : 0;

@@ -1,10 +1,11 @@
-"""How long does `import torch_manualbp` take beyond `import torch`? Fresh processes, in turn; medians.
+"""How long does `import torch_manualbp` take beyond `import torch`? Medians over fresh, alternating processes.
 
     python benchmarks/import_time.py
     python benchmarks/import_time.py --rounds 40
 
-Two answers: the difference between processes that import the one or the other, and, less noisy, what the second import
-takes in a process that has torch already. `python -X importtime -c "import torch_manualbp"` says where it goes.
+There are two answers: the difference between processes that import one or the other, and, less noisily, the time of the
+second import in a process that has already imported torch. For a breakdown, run
+`python -X importtime -c "import torch_manualbp"`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ WAYS = {
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round. One round more is run first: it compiles to bytecode, as pip does."""
+    """Milliseconds of each way in each round. An extra first round compiles to bytecode, as pip does."""
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for _ in range(rounds + 1):

@@ -1,8 +1,8 @@
-"""The JAX peer of training_step.py, in a process of its own: XLA's threads and torch's must not fight in one.
+"""The JAX peer of training_step.py, in its own process so that XLA's threads do not compete with torch's.
 
 It reads a network's arrays from the .npz file named by its argument, compiles a training step with `jax.jit`, and then
-answers the lines of its standard input, one each: a number n runs n steps and answers their seconds; a file name saves
-the gradients of the last step there and answers the name. Between requests it sleeps in a read.
+prints one line for each line of its standard input. A number n runs n steps and prints the seconds they took; a file
+name saves the gradients of the last step there and prints the name. Between requests it blocks in a read.
 """
 
 import sys
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def mean_squared_error(parameters: list[tuple[Any, Any]], x: Any, target: Any) -> Any:
-    """The loss of a ReLU network: parameters are (weight (D_out, D_in), bias (D_out,)) of each layer."""
+    """The loss of a ReLU network; `parameters` holds (weight (D_out, D_in), bias (D_out,)) for each layer."""
     h = x
     for k, (weight, bias) in enumerate(parameters):
         f = h @ weight.T + bias
@@ -24,7 +24,7 @@ def mean_squared_error(parameters: list[tuple[Any, Any]], x: Any, target: Any) -
 
 
 def main() -> None:
-    """Compiles, then serves."""
+    """Compiles the step, then answers requests."""
     arrays = np.load(sys.argv[1])
     layers = range((len(arrays.files) - 2) // 2)
     parameters = [(jnp.asarray(arrays[f"weight{k}"]), jnp.asarray(arrays[f"bias{k}"])) for k in layers]

@@ -1,10 +1,10 @@
-"""Does memory grow over many training steps? 100,000 small ones of each way to train, and what is resident beside them.
+"""Does memory grow over many training steps? Resident memory over 100,000 small steps of each way to train.
 
     python benchmarks/memory_growth.py                                 (2 minutes; Linux)
     python benchmarks/memory_growth.py --steps 5000 --figure build/memory_growth.png
 
-A process per way, so that none reuses what another has freed. A leak of 64 bytes a step is 6 MiB at the end. Left to
-others: how much one step takes (peak_memory.py).
+Each way runs in its own process, so that none reuses memory that another has freed. A leak of 64 bytes a step adds up
+to 6 MiB. The memory that one step needs is measured by peak_memory.py.
 """
 
 import argparse
@@ -27,22 +27,22 @@ POINTS = 100
 
 
 def autograd_step(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """Loss and backward outside the network."""
+    """The loss is computed outside the network."""
     F.mse_loss(model(x), target).backward()  # type: ignore[no-untyped-call]
 
 
 def loss_step(model: mbp.MLP, x: Tensor, target: Tensor) -> None:
-    """The loss inside the network."""
+    """The loss is computed inside the network."""
     model.loss(x, target).backward()  # type: ignore[no-untyped-call]
 
 
 def loss_backward_step(model: mbp.MLP, x: Tensor, target: Tensor) -> None:
-    """No autograd graph."""
+    """There is no autograd graph."""
     model.loss_backward(x, target)
 
 
 def refused_step(model: mbp.MLP, x: Tensor, target: Tensor) -> None:
-    """A step that ends in an error, after another that does not."""
+    """A step that succeeds, followed by one that raises."""
     model.loss_backward(x, target)
     try:
         model.loss_backward(x, target[:, :1])
@@ -62,12 +62,12 @@ WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now."""
+    """The resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def growth(way: str, steps: int) -> list[int]:
-    """Bytes resident after each hundredth of the steps, less those after the first."""
+    """Resident bytes after each hundredth of the steps, minus those after the first."""
     torch.manual_seed(0)
     make, step = WAYS[way]
     model = make()
@@ -84,7 +84,7 @@ def growth(way: str, steps: int) -> list[int]:
 
 
 def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
-    """MiB against steps."""
+    """Plots MiB against steps."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -106,7 +106,7 @@ def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
 
 
 def main() -> None:
-    """Prints the growth of each way, and draws it."""
+    """Prints and plots the growth of each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--figure", type=Path, default=FIGURE, help="default: docs/figures/memory_growth.png")

@@ -1,13 +1,13 @@
-"""What does `GradientFlowMonitor` cost? Training steps with it and without it, of the networks of workloads.json.
+"""What does `GradientFlowMonitor` cost? Times training steps of the networks in workloads.json with and without it.
 
     python benchmarks/monitor_cost.py --every 20
 
-A step is what a training loop does: forget the gradients, forward, loss, backward, one step of SGD. The same loop runs
-in blocks of 2 × `every` steps, in turn with the monitor, with a monitor that never measures (what its hook costs), and
-without one; each round gives a ratio, and the median of the rounds is reported. The networks are trained in three ways:
-plain nn.Sequential, `MLP`, and `MLP.loss_backward`.
+A step is one iteration of a training loop: reset the gradients, forward, loss, backward, one step of SGD. The loop runs
+in blocks of 2 × `every` steps that alternate between no monitor, a monitor that never measures (the cost of its hook)
+and one that does. Each round gives a ratio, and the median over the rounds is reported. The networks are trained in
+three ways: plain nn.Sequential, `MLP`, and `MLP.loss_backward`.
 
-Left to others: whether training computes the same numbers with it (tests/test_monitor.py).
+tests/test_monitor.py checks that training computes the same numbers with the monitor.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Loop = Callable[[int], None]
 
 
 def loop(model: nn.Sequential, backward: Callable[[], object]) -> Loop:
-    """A training loop of so many steps."""
+    """A training loop that takes the number of steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def run(steps: int) -> None:
@@ -43,7 +43,7 @@ def loop(model: nn.Sequential, backward: Callable[[], object]) -> Loop:
 
 
 def ways_to_train(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> dict[str, tuple[nn.Sequential, Loop]]:
-    """Each with a model of its own."""
+    """The model and the loop of each way to train; each has its own model."""
     plain, fused, direct = model, as_mlp(model), as_mlp(model)
     return {
         "nn.Sequential": (plain, loop(plain, lambda: F.mse_loss(plain(x), y).backward())),  # type: ignore[no-untyped-call]
@@ -53,14 +53,14 @@ def ways_to_train(model: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> dic
 
 
 def cost(model: nn.Sequential, run: Loop, every: int, rounds: int) -> tuple[float, float, float]:
-    """Seconds of a step without a monitor, and the shares that it adds: with measurements, and its hook alone."""
+    """Seconds of a step without a monitor, and the fraction that it adds with measurements and by its hook alone."""
     steps = 2 * every
     run(steps)
     samples: dict[int, list[float]] = {0: [], NEVER: [], every: []}
     for _ in range(rounds):
         for period, seconds in samples.items():
             with mbp.GradientFlowMonitor(model, every=period) if period else contextlib.nullcontext():
-                run(1)  # the first step is measured: begin behind it
+                run(1)  # the monitor measures the first step, so start after it
                 start = time.perf_counter()
                 run(steps)
                 seconds.append((time.perf_counter() - start) / steps)
@@ -73,7 +73,7 @@ def cost(model: nn.Sequential, run: Loop, every: int, rounds: int) -> tuple[floa
 
 
 def main() -> None:
-    """Measures, and prints a table."""
+    """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=31)

@@ -1,16 +1,16 @@
-"""How far are outputs and gradients from float64, as networks grow deeper and wider and batches longer? Beside eager.
+"""How far are outputs and gradients from float64, here and in eager, as depth, width and batch size grow?
 
     python benchmarks/numerical_error.py --figure build/numerical_error.png        (two minutes)
     python benchmarks/numerical_error.py --quick
 
-An error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` is float64 autograd on
-the same numbers (for float64: of one layer, against integers of Python, which are exact). Each cell is the median over
-random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, in eager too: that is part
-of the error of the gradients, and grows with the number of units. Sums are made in parts of 64 terms, those over the
-batch in slices and blocks besides, which errs less than one sum; halves are summed in float32 and rounded where a
-tensor is stored. docs/numerics.md has the numbers.
+The error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` comes from float64
+autograd on the same numbers (for float64: from exact Python integers, for one layer). Each cell is the median over
+random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, also in eager; this is part
+of the gradients' error and grows with the number of units. The kernels sum in parts of 64 terms, and sums over the
+batch also in slices and blocks, which is more accurate than one running sum. Half precision is summed in float32 and
+rounded when a tensor is stored. docs/numerics.md has the results.
 
-Left to others: which elements may differ by how much (tests/helpers.py, tests/fuzz).
+tests/helpers.py and tests/fuzz bound the errors of single elements.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Step = Callable[[nn.Sequential, Tensor, Tensor], tuple[Tensor | None, list[Tenso
 
 
 def eager(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The plain composition."""
+    """The output and gradients of the plain nn.Sequential."""
     output = nn.Sequential(*model)(x)
     return output.detach(), list(torch.autograd.grad(F.mse_loss(output, target), list(model.parameters())))
 
@@ -46,17 +46,17 @@ def ours(activations: str) -> Step:
 
 
 def one_pass(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[None, list[Tensor]]:
-    """`MLP.loss`: its output is never seen."""
+    """`MLP.loss`, which does not return the output."""
     assert isinstance(model, mbp.MLP)
     return None, list(torch.autograd.grad(model.loss(x, target), list(model.parameters())))
 
 
 PEERS: dict[str, Step] = {"eager": eager, "MLP, store": ours("store"), "recompute": ours("recompute"), "loss": one_pass}
-Found = dict[str, float | None]  # the error of each peer; None where it has no such result
+Found = dict[str, float | None]  # the error of each peer; None if it has no such result
 
 
 class Sweep(NamedTuple):
-    """Networks that differ in one number, and what all of them share; `network` gives widths and batch."""
+    """Networks that differ in one number, and a description of the rest; `network` returns widths and batch size."""
 
     axis: str
     shared: str
@@ -65,7 +65,7 @@ class Sweep(NamedTuple):
 
 
 def sweeps(quick: bool) -> list[Sweep]:
-    """Depth, width and batch."""
+    """The sweeps over depth, width and batch size."""
     depths, widths, batches = ([2, 10], [16, 256], [1, 256]) if quick else (
         [1, 2, 5, 10, 20, 50], [4, 16, 64, 256, 1024, 2048], [1, 16, 256, 4096, 65536]
     )  # fmt: skip
@@ -107,7 +107,7 @@ def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> tupl
 
 
 def float64_errors(terms: int, draws: int) -> tuple[Found, Found]:
-    """Of sums of so many products in float64, against exact integers: a layer's output, and its weight gradient."""
+    """The errors of a float64 layer's output and weight gradient, sums of `terms` products, against exact integers."""
     layers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "eager": F.linear,
         "MLP, store": lambda x, weight: mbp.mlp(x, [weight]),
@@ -116,7 +116,7 @@ def float64_errors(terms: int, draws: int) -> tuple[Found, Found]:
     found: list[dict[str, list[float]]] = [{peer: [] for peer in PEERS} for _ in range(2)]
     for seed in range(draws):
         torch.manual_seed(seed)
-        # Integers of 30 bits: their products need 60, more than float64 keeps.
+        # The products of 30-bit integers need 60 bits, more than float64 has.
         a, b = (torch.randint(-(2**30), 2**30, (4, terms)).double() for _ in range(2))
         want = [
             [sum(int(x) * int(y) for x, y in zip(row, other, strict=True)) for other in b.tolist()]
@@ -125,7 +125,7 @@ def float64_errors(terms: int, draws: int) -> tuple[Found, Found]:
         size = sum(value**2 for row in want for value in row)
         for peer, layer in layers.items():
             weight = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
-            (grad,) = torch.autograd.grad(layer(b.t(), weight), weight, a.t())  # a bᵀ too: the terms are the batch
+            (grad,) = torch.autograd.grad(layer(b.t(), weight), weight, a.t())  # also a bᵀ, summed over the batch
             for of_peer, got in zip(found, (layer(a, b), grad), strict=True):
                 pairs = [pair for rows in zip(got.tolist(), want, strict=True) for pair in zip(*rows, strict=True)]
                 of_peer[peer].append(float((sum((int(one) - value) ** 2 for one, value in pairs) / size) ** 0.5))
@@ -138,7 +138,7 @@ def medians(values: dict[str, list[float]]) -> Found:
 
 
 def print_table(title: str, rows: Iterable[tuple[str, tuple[Found, Found]]]) -> None:
-    """Two rows, output and gradients, for each network; `rows` may compute them as they are printed."""
+    """Prints a row for the output and one for the gradients of each network; `rows` may compute them lazily."""
     print(f"\n**{title}**\n\n| network | error of | {' | '.join(PEERS)} |\n|---|---|{'---|' * len(PEERS)}")
     for label, found in rows:
         for what, of_peer in zip(("output", "gradients"), found, strict=True):
@@ -147,7 +147,7 @@ def print_table(title: str, rows: Iterable[tuple[str, tuple[Found, Found]]]) -> 
 
 
 def draw(path: Path, quick: bool, measured: dict[tuple[str, int], tuple[Found, Found]]) -> None:
-    """A panel for each of depth, width and batch: eager and ours, output and gradients."""
+    """Draws a panel for each sweep: output and gradients, eager and ours."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -171,7 +171,7 @@ def draw(path: Path, quick: bool, measured: dict[tuple[str, int], tuple[Found, F
 
 
 def main() -> None:
-    """Prints the tables, and draws the first."""
+    """Prints the tables and draws the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="random networks per row; default: 5, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points: a look, not a result")

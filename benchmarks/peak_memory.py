@@ -1,9 +1,9 @@
-"""How much memory does a training step take, beside its input, target and parameters, as the batch grows?
+"""How much memory does a training step need beyond its input, target and parameters, as the batch grows?
 
     python benchmarks/peak_memory.py --figure build/peak_memory.png
 
-Each point is a fresh process (Linux): the highest resident size of a step of the tcnn64 network, less that before it.
-A loss outside the network needs the output and its gradient, 128 bytes a row; `MLP.loss` does without.
+Each point is measured in a fresh process (Linux), as the increase of the peak resident size during one step of the
+tcnn64 network. A loss outside the network needs the output and its gradient, 128 bytes a row; `MLP.loss` needs neither.
 """
 
 import argparse
@@ -23,12 +23,12 @@ BATCHES = [1_000, 10_000, 30_000, 100_000, 300_000, 1_000_000]
 
 
 def autograd_step(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """Loss and backward outside the network, as everybody writes it."""
+    """The usual training step, with the loss outside the network."""
     F.mse_loss(model(x), target).backward()  # type: ignore[no-untyped-call]
 
 
 def loss_step(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """The loss inside the network: one pass."""
+    """The loss is computed inside the network, in one pass."""
     assert isinstance(model, mbp.MLP)
     model.loss(x, target).backward()  # type: ignore[no-untyped-call]
 
@@ -42,24 +42,24 @@ MODES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Ten
 
 
 def highest_resident_bytes() -> int:
-    """VmHWM of this process."""
+    """The peak resident size (VmHWM) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def measure(mode: str, batch: int) -> int:
-    """Bytes that one step adds to what was resident at most before it."""
+    """The bytes by which one step raises the peak resident size."""
     make, step = MODES[mode]
     model = make()
     x, target = torch.randn(batch, SIZES[0]), torch.randn(batch, SIZES[-1])
-    step(model, x[:100].clone(), target[:100].clone())  # threads and the autograd engine start here
+    step(model, x[:100].clone(), target[:100].clone())  # starts the threads and the autograd engine
     before = highest_resident_bytes()
     step(model, x, target)
     return highest_resident_bytes() - before
 
 
 def plot(table: dict[str, list[int]], batches: list[int], path: Path) -> None:
-    """Bytes against rows, both logarithmic."""
+    """Plots MiB against rows, both on logarithmic axes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -78,7 +78,7 @@ def plot(table: dict[str, list[int]], batches: list[int], path: Path) -> None:
 
 
 def main() -> None:
-    """Prints a table in MiB, and draws it if asked to."""
+    """Prints a table in MiB and optionally plots it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--figure", type=Path, help="where to save the plot")

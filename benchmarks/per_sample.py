@@ -1,13 +1,13 @@
-"""How fast are per-sample gradients? This library beside torch.func, Opacus, and an ordinary training step.
+"""How fast are per-sample gradients? Compares this library with torch.func, Opacus and an ordinary training step.
 
     python benchmarks/per_sample.py --json build/per_sample.json
 
-The peers, rounds and checks are built from training_step.py: all peers take turns in one process, and the median of the
-rounds' ratios is reported. The loss is mean squared error; no optimiser. Every peer's result is checked first: the mean
-of per-sample gradients, and the clipped sum with nothing to clip, are the gradient of the batch; norms must be those of
-the per-sample gradients. Opacus is left out if it is not installed (pip install opacus).
+Peers, rounds and checks work as in training_step.py: all peers alternate in one process, and the median of the rounds'
+ratios is reported. The loss is mean squared error, and there is no optimiser. Every peer's result is checked first: the
+mean of the per-sample gradients, and the clipped sum with an infinite bound, must equal the gradient of the batch, and
+the norms must be those of the per-sample gradients. Opacus is left out if it is not installed (pip install opacus).
 
-Left to others: memory of the norms, which tests/test_per_sample.py bounds.
+tests/test_per_sample.py bounds the memory that the norms need.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MNIST, RL256 = [784, 512, 512, 10], [17, 256, 256, 1]
 
 
 def means_of(run: Callable[[], Mapping[str, Tensor]]) -> Step:
-    """A step that computes per-sample gradients; their mean over the batch is what is checked."""
+    """A step that computes per-sample gradients; their mean over the batch is checked."""
     return Step(run, lambda: [gradient.mean(0) for gradient in run().values()])
 
 
@@ -42,7 +42,7 @@ def ours(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 
 def by_vmap(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """``torch.func.vmap(torch.func.grad(loss))``, as PyTorch's tutorial has it."""
+    """``torch.func.vmap(torch.func.grad(loss))``, as in PyTorch's tutorial."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def by_vmap(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 
 def opacus(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """Opacus: a wrapped model whose backward pass leaves ``.grad_sample``."""
+    """Opacus wraps the model; its backward pass stores ``.grad_sample``."""
     from opacus.grad_sample import GradSampleModule
 
     wrapped = GradSampleModule(model)
@@ -94,7 +94,7 @@ def clipped(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 
 def eager_gradients(model: nn.Sequential, x: Tensor, target: Tensor) -> list[Tensor]:
-    """Of an ordinary step."""
+    """The gradients of an ordinary step."""
     step = eager(model, x, target)
     step.run()
     return step.gradients()
@@ -118,12 +118,12 @@ TABLES: list[tuple[Workload, dict[str, Builder], str]] = [
 
 
 def ratio(timing: Timing, reference: Timing) -> float:
-    """The median over the rounds of this peer's time / the reference's."""
+    """This peer's time / the reference's, the median over the rounds."""
     return statistics.median(own / other for own, other in zip(timing.seconds, reference.seconds, strict=True))
 
 
 def main() -> None:
-    """Measures, and prints a table per workload."""
+    """Measures and prints a table per workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rows", type=int, help="rows of every batch (default: 512, and 4096 for the norms)")

@@ -1,13 +1,13 @@
-"""How the time of a training step grows with threads, with the batch, and with depth: this library beside eager.
+"""How does the time of a training step scale with threads, batch size and depth? Compares this library with eager.
 
     python benchmarks/scaling.py --json build/scaling.json
     python benchmarks/scaling.py --quick --figure build/scaling.png
 
-The peers, the rounds and the checks of the gradients are those of training_step.py: at each point all peers, and all
-numbers of threads, take turns. Speeds are medians of the rounds' ratios. A time in the figure is eager's median time,
-divided by the peer's speed relative to eager.
+The peers, the rounds and the checks of the gradients are those of training_step.py: at each point, all peers and all
+thread counts alternate. Speeds are medians of the rounds' ratios. A time in the figure is eager's median time divided
+by the peer's speed relative to eager.
 
-Left to others: the comparison with compilers (training_step.py), memory (peak_memory.py).
+training_step.py compares with compilers, and peak_memory.py measures memory.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Curves = dict[str, dict[str, list[float]]]  # peer: "seconds" of a step and "spe
 
 
 def curves(workloads: list[Workload], rounds: int) -> Curves:
-    """Each peer on each of the workloads."""
+    """Measures each peer on each workload."""
     points = [measure(workload, list(PEERS), rounds) for workload in workloads]
     return {
         peer: {
@@ -41,7 +41,7 @@ def curves(workloads: list[Workload], rounds: int) -> Curves:
 
 
 def with_threads(build: Builder, count: int) -> Builder:
-    """The same peer, with so many threads whatever the others use."""
+    """The same peer with `count` threads, independent of what other peers set."""
 
     def builder(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
         step = build(model, x, target)
@@ -56,7 +56,7 @@ def with_threads(build: Builder, count: int) -> Builder:
 
 
 def by_threads(workload: Workload, counts: list[int], rounds: int) -> dict[str, list[float]]:
-    """The speed of each peer with so many threads, relative to itself with the first of the counts."""
+    """The speed of each peer at each thread count, relative to itself at the first count."""
     names = {(peer, n): peer if n == counts[0] else f"{peer}, {n} threads" for peer in PEERS for n in counts}
     builders = {name: with_threads(BUILDERS[peer], n) for (peer, n), name in names.items()}
     usual = torch.get_num_threads()
@@ -71,7 +71,7 @@ def by_threads(workload: Workload, counts: list[int], rounds: int) -> dict[str, 
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Three panels."""
+    """Draws three panels: threads, batch size and depth."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -115,7 +115,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints the JSON or writes it, and draws it."""
+    """Measures, prints or writes the JSON, and draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points and rounds: a look, not a result")

@@ -1,17 +1,17 @@
-"""What does a small call cost? Plain PyTorch beside this library, in a tight loop and among other work, cold.
+"""What does a small call cost? Compares plain PyTorch with this library, in a tight loop and cold, after other work.
 
     python benchmarks/small_calls.py --json calls.json --markdown calls.md
     python benchmarks/small_calls.py --quick --groups lone call --modes cold
     PYTHONPATH=. python benchmarks/small_calls.py --against ../old      # two checkouts, in processes that alternate
 
-A tight loop repeats one call and nothing else, so that caches and branch predictors know it by heart. Programs do not:
-a cold call is timed alone, after a step of an environment in Python, a distribution, some numpy, and half a mebibyte of
-memory that is written. A step of a rollout brings such work with it, and is timed whole.
+A tight loop repeats a single call, so caches and branch predictors are warm. In real programs they are not, so a cold
+call is timed individually, after a step of an environment in Python, a distribution, some numpy, and writing half a
+mebibyte of memory. A rollout step includes such work and is timed as a whole.
 
-The peers take turns as in training_step.py: speeds are relative to plain PyTorch, the median of the rounds' ratios, and
-in brackets the middle half of them. Before a case is timed, the results of all peers are compared with those of plain.
+The peers alternate as in training_step.py. Speeds are relative to plain PyTorch: the median of the rounds' ratios, with
+their middle half in brackets. Before a case is timed, the results of all peers are compared with those of plain.
 
-Left to others: large batches, compilers and the machine's limit (training_step.py).
+training_step.py covers large batches, compilers and the limit of the machine.
 """
 
 import argparse
@@ -58,28 +58,28 @@ from training_step import (
 )
 
 PLAIN = "plain"
-SAMPLE_SECONDS = 0.005  # of calls in a tight loop: short, so that what else the machine does disturbs few of the rounds
-COLD_CALLS = 25  # of a sample
-BUFFER_BYTES = 512 * 1024  # written between cold calls: more than a first-level cache holds, much of a second-level one
-PASSES = 4  # processes of each checkout with --against: small calls depend on where a process has its memory
+SAMPLE_SECONDS = 0.005  # per sample of a tight loop: short, so that other load disturbs only a few rounds
+COLD_CALLS = 25  # per sample
+BUFFER_BYTES = 512 * 1024  # written between cold calls: exceeds a first-level cache, fills much of a second-level one
+PASSES = 4  # processes per checkout with --against: small calls depend on a process's memory layout
 
-# -------------------------------------------------------------------------------------------------- around the calls
+# ----------------------------------------------------------------------------------------------------- the other work
 
 
 class CartPole:
-    """The cart and its pole (Barto, Sutton and Anderson, 1983), in plain Python as many environments are."""
+    """The cart-pole task (Barto, Sutton and Anderson, 1983) in plain Python, like many environments."""
 
     def __init__(self) -> None:
         self.random = random.Random(8)
         self.reset()
 
     def reset(self) -> None:
-        """Somewhere near upright."""
+        """Starts an episode near the upright position."""
         self.state = [self.random.uniform(-0.05, 0.05) for _ in range(4)]
         self.steps = 0
 
     def step(self, action: int) -> tuple[list[float], float, bool]:
-        """Pushes left or right for 0.02 s: the new state, the reward, and whether the episode is over."""
+        """Pushes left or right for 0.02 s; returns the new state, the reward, and whether the episode is over."""
         position, velocity, angle, rate = self.state
         cosine, sine = math.cos(angle), math.sin(angle)
         push = ((10.0 if action else -10.0) + 0.05 * rate * rate * sine) / 1.1
@@ -98,7 +98,7 @@ class CartPole:
 
 
 class OtherWork:
-    """What a program may do between two calls of a network."""
+    """Typical work of a program between two calls of a network."""
 
     def __init__(self) -> None:
         self.cart_pole = CartPole()
@@ -107,7 +107,7 @@ class OtherWork:
         self.buffer = np.zeros(BUFFER_BYTES // 8)
 
     def __call__(self) -> None:
-        """Once."""
+        """Does this work once."""
         distribution = Categorical(logits=self.logits)
         action = distribution.sample()  # type: ignore[no-untyped-call]
         distribution.log_prob(action)  # type: ignore[no-untyped-call]
@@ -120,18 +120,18 @@ OTHER_WORK = OtherWork()
 
 
 def tight(step: Step, repetitions: int) -> float:
-    """Seconds of a call, the mean of calls that follow each other, after some that do not count."""
+    """Seconds per call: the mean of consecutive calls, after a warm-up."""
     for _ in range(repetitions // 4):
         step.run()
     return sample(step, repetitions)
 
 
 def nothing() -> None:
-    """For calls that bring their other work with them."""
+    """No other work, for calls that include it."""
 
 
 def cold(other_work: Callable[[], None], step: Step, repetitions: int) -> float:
-    """Seconds of a call, the median of calls with other work before each."""
+    """Seconds per call: the median of calls that each follow other work."""
     seconds = []
     for _ in range(repetitions):
         other_work()
@@ -145,14 +145,14 @@ def cold(other_work: Callable[[], None], step: Step, repetitions: int) -> float:
 
 
 def relu(_: int) -> nn.Module:
-    """For `network`."""
+    """A ReLU of any width, for `network`."""
     return nn.ReLU()
 
 
 def network(
     sizes: Sequence[int], between: Sequence[Callable[[int], nn.Module]] = (relu,), closed: bool = False
 ) -> nn.Sequential:
-    """Linear layers, and between them (if `closed`, after the last, too) what is made for their width."""
+    """Linear layers, each followed by the modules that `between` makes for its width, the last only if `closed`."""
     layers: list[nn.Module] = []
     for d_in, d_out in pairwise(sizes):
         layers += [nn.Linear(d_in, d_out), *(make(d_out) for make in between)]
@@ -160,7 +160,7 @@ def network(
 
 
 class ActorCritic(nn.Module):
-    """Two networks with a head each, as the policies of stable-baselines3 have them."""
+    """Two networks, each with a head, like the policies of stable-baselines3."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -168,12 +168,12 @@ class ActorCritic(nn.Module):
         self.action_head, self.value_head = nn.Linear(sizes[-1], 2), nn.Linear(sizes[-1], 1)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of the two actions, and the value."""
+        """Returns the logits of the two actions and the value."""
         return self.action_head(self.policy(state)), self.value_head(self.value(state))
 
 
 def rollout(model: nn.Module, x: Tensor, _: Tensor) -> Step:
-    """A step in which PPO gathers experience: both networks, an action, the environment, and what is kept of it."""
+    """A rollout step of PPO: both networks, an action, a step of the environment, and recording the experience."""
     cart_pole = CartPole()
     kept, steps = np.zeros((2048, 8), np.float32), 0
 
@@ -196,12 +196,12 @@ def rollout(model: nn.Module, x: Tensor, _: Tensor) -> Step:
 
 
 def forward(model: nn.Module, x: Tensor, _: Tensor) -> Step:
-    """The call of the network alone; what it recorded for a backward pass is dropped."""
+    """Only the call of the network; its autograd graph is dropped."""
     return Step(lambda: model(x), lambda: [model(x)])
 
 
 def gradient_penalty(model: nn.Module, x: Tensor, _: Tensor) -> Step:
-    """The penalty (‖∂f/∂x‖ - 1)² on a critic, and its gradients."""
+    """The gradients of the penalty (‖∂f/∂x‖ - 1)² on a critic."""
     x = x.clone().requires_grad_()
 
     def loss() -> Tensor:
@@ -211,7 +211,7 @@ def gradient_penalty(model: nn.Module, x: Tensor, _: Tensor) -> Step:
 
     step = autograd_step(loss, list(model.parameters()))
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    return Step(step.run, lambda: [weight.grad for weight in weights if weight.grad is not None])  # biases have no part
+    return Step(step.run, lambda: [weight.grad for weight in weights if weight.grad is not None])  # not the biases
 
 
 def autocast(model: nn.Module, x: Tensor, target: Tensor) -> Step:
@@ -225,20 +225,20 @@ def autocast(model: nn.Module, x: Tensor, target: Tensor) -> Step:
 
 
 def linear_relu(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """A training step of a `LinearReLU` in place of [Linear, ReLU]."""
+    """A training step of a `LinearReLU` that replaces [Linear, ReLU]."""
     layer = mbp.LinearReLU(x.shape[1], target.shape[1])
     layer.load_state_dict(model[0].state_dict())
     return autograd_step(lambda: F.mse_loss(layer(x), target), list(layer.parameters()))
 
 
 def fuse(build: Callable[..., Step]) -> dict[str, Builder]:
-    """A program as it is, and the same after `mbp.fuse`."""
+    """A program, unchanged and after `mbp.fuse`."""
     return {PLAIN: build, "fuse": lambda model, x, target: build(mbp.fuse(model), x, target)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an input, and what is done with them."""
+    """A network, an input, and the operation to time."""
 
     group: str
     name: str
@@ -250,10 +250,10 @@ class Case:
     graph: bool = True  # whether operations are recorded for a backward pass
     modes: Sequence[str] = ("tight", "cold")
     other_work: Callable[[], None] = OTHER_WORK  # before each cold call
-    tolerance: float = 1e-3  # ‖got - want‖ / ‖want‖: a ReLU that rounding switches adds less, a mistake more
+    tolerance: float = 1e-3  # of ‖got - want‖ / ‖want‖: above a ReLU switched by rounding, below a mistake
 
     def steps(self) -> dict[str, Step]:
-        """Each peer's, with a copy of the network of its own; checked."""
+        """The checked step of each peer, on its own copy of the network."""
         torch.manual_seed(8)  # the first seed with which gradients pass through the toy network, one unit wide
         model: Any = self.make(self.sizes).train(self.training)
         x, target = torch.randn(self.rows, self.sizes[0]), torch.randn(self.rows, self.sizes[-1])
@@ -261,7 +261,7 @@ class Case:
         results: dict[str, Tensor] = {}
         for peer, build in self.peers.items():
             steps[peer] = build(copy.deepcopy(model), x, target)
-            torch.manual_seed(8)  # the same units are dropped
+            torch.manual_seed(8)  # so that all peers drop the same units
             steps[peer].run()
             results[peer] = torch.cat([result.detach().flatten() for result in steps[peer].gradients()])
             error = float((results[peer] - results[PLAIN]).norm() / results[PLAIN].norm())
@@ -274,7 +274,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """All of them, group by group."""
+    """Yields all cases, group by group."""
     nets = {workload.name: workload.sizes for workload in load_workloads()}
     critic = [64, 256, 256, 1]
 
@@ -326,11 +326,11 @@ MODES = ["tight", "cold"]
 # ------------------------------------------------------------------------------------------------------- measurement
 
 LABELS = ("group", "network", "rows", "peer", "mode")
-Entry = dict[str, Any]  # the labels, and what was measured
+Entry = dict[str, Any]  # the labels and the measurements
 
 
 def entry(labels: Sequence[Any], reference: Sequence[float], own: Sequence[float], speedups: Sequence[float]) -> Entry:
-    """From the seconds per call of a reference and of a peer, and from the peer's speeds, a value per round."""
+    """Makes an entry of the seconds per call of a reference and of a peer and the peer's speed, one per round."""
     low, median, high = np.quantile(speedups, [0.25, 0.5, 0.75]).tolist()
     return {
         **dict(zip(LABELS, labels, strict=True)),
@@ -344,7 +344,7 @@ def entry(labels: Sequence[Any], reference: Sequence[float], own: Sequence[float
 
 @dataclass(frozen=True)
 class Measurement:
-    """A case in a mode."""
+    """A case measured in one mode."""
 
     case: Case
     mode: str
@@ -357,13 +357,13 @@ class Measurement:
             one_round(self.steps, self.timings, tight if self.mode == "tight" else partial(cold, self.case.other_work))
 
     def entries(self) -> list[Entry]:
-        """What was measured; plain is the reference."""
+        """The results, relative to plain."""
         labels, reference = (self.case.group, self.case.name, self.case.rows), self.timings[PLAIN].seconds
         return [entry((*labels, p, self.mode), reference, t.seconds, t.speedups) for p, t in self.timings.items()]
 
 
 def prepare(case: Case, modes: Sequence[str]) -> Iterator[Measurement]:
-    """The case in those of the modes that it has, with checked peers."""
+    """Yields the case in each of the modes that apply to it, with checked peers."""
     with torch.set_grad_enabled(case.graph):
         steps = case.steps()
         repetitions = {peer: repetitions_for(step, SAMPLE_SECONDS) for peer, step in steps.items()}
@@ -374,7 +374,7 @@ def prepare(case: Case, modes: Sequence[str]) -> Iterator[Measurement]:
 
 
 def measure(cases: Sequence[Case], modes: Sequence[str], rounds: int) -> list[Entry]:
-    """Each round goes through all cases: a machine that is slow for some seconds spoils few of the rounds of each."""
+    """Each round goes through all cases, so a slow period of a few seconds affects only a few rounds of each case."""
     measurements = [measurement for case in cases for measurement in prepare(case, modes)]
     gc.collect()
     gc.disable()
@@ -386,10 +386,10 @@ def measure(cases: Sequence[Case], modes: Sequence[str], rounds: int) -> list[En
 
 
 def compare(old: Path, new: Path, options: Sequence[str]) -> list[Entry]:
-    """The same with another checkout as the reference, in processes that alternate.
+    """Measures with another checkout as the reference, in alternating processes.
 
-    A speed is the quotient of those that the two have relative to plain, which each measures beside its own: a machine
-    that is slow for a while slows both.
+    Each process measures its checkout relative to plain, and a speed is the quotient of the two ratios: a period in
+    which the machine is slow cancels out.
     """
     runs: dict[Path, list[list[Entry]]] = {old: [], new: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -413,7 +413,7 @@ def compare(old: Path, new: Path, options: Sequence[str]) -> list[Entry]:
 
 
 def table(entries: Sequence[Entry], reference: str) -> str:
-    """A line for each peer on each case: in each mode the reference's time, its own, and its speed."""
+    """One line per peer and case, with the reference's time, its own time and its speed in each mode."""
     modes = [mode for mode in MODES if any(e["mode"] == mode for e in entries)]
     lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for e in entries:
@@ -427,7 +427,7 @@ def table(entries: Sequence[Entry], reference: str) -> str:
 
 
 def checkout_of_package() -> str:
-    """The commit of the package that is measured, where git knows it."""
+    """The commit of the measured package, if it is a git checkout."""
     command = ["git", "-C", str(Path(mbp.__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -436,9 +436,9 @@ def checkout_of_package() -> str:
 
 
 def seconds_of_others() -> float:
-    """CPU time that others than this process have used since the machine started; NaN where Linux does not say it.
+    """CPU time that all other processes have used since boot; NaN without /proc/stat.
 
-    A call on two threads waits for both: one that finds its CPU taken makes a call of microseconds one of milliseconds.
+    A call on two threads waits for both, so one busy CPU turns a call of microseconds into one of milliseconds.
     """
     try:
         user, nice, system, _, _, *interrupts_and_steal = Path("/proc/stat").read_text().split()[1:9]
@@ -449,7 +449,7 @@ def seconds_of_others() -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Times small calls, plain PyTorch beside this library.")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="NAME", help=", ".join(GROUPS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
@@ -468,12 +468,12 @@ def parse_arguments() -> argparse.Namespace:
     if args.against and not (args.against / "torch_manualbp").is_dir():
         parser.error(f"--against: {args.against} holds no torch_manualbp")
     for path in filter(None, (args.json, args.markdown)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     return args
 
 
 def main() -> None:
-    """Measures, prints the table, writes the files."""
+    """Measures, prints the table and writes the files."""
     args = parse_arguments()
     load, others, start = os.getloadavg()[0], seconds_of_others(), time.perf_counter()
     if args.threads is not None:

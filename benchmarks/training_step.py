@@ -1,19 +1,19 @@
-"""How fast is a training step? PyTorch eager, torch.compile and this library, beside what the machine could do at most.
+"""How fast is a training step? Compares PyTorch eager, torch.compile, JAX and this library with the peak rate.
 
     python benchmarks/training_step.py --json step.json --markdown step.md
     python benchmarks/training_step.py --quick --workloads toy rl64
 
-A step forgets the old gradients (sets .grad to None), runs forward and mean squared error against a fixed target, and
-runs backward: float32, no optimiser. The peers take turns, in rounds; a round times each of them once, starting with
-another one each time, and gives one ratio to eager per peer. The median of the ratios is reported, so that a machine
-that slows down for a while slows all peers alike. All run in one process but JAX (an optional extra), whose threads
-would fight with torch's: it waits in a process of its own until it is its turn (jax_step.py). The limit is the rate of
-fused multiply-adds in registers, measured between the workloads with as many threads (fma_peak.cpp).
+A step resets the gradients (sets .grad to None), runs forward and mean squared error against a fixed target, and runs
+backward, in float32 and without an optimiser. Peers are timed in rounds: each round times every peer once, starting
+with a different one, and gives each a ratio to eager. The median ratio is reported, so a slow period of the machine
+affects all peers alike. All peers share one process except JAX (an optional extra), whose threads would compete with
+torch's: it runs in a process that is idle while the others are timed (jax_step.py). The peak is the rate of fused
+multiply-adds in registers, measured between the workloads with the same number of threads (fma_peak.cpp).
 
-Before a workload is timed, the gradients of every peer are checked. Part of what eager loses on tall batches are page
-faults, as glibc hands freed memory back to the system; with `--keep-memory` it keeps it, for eager as for us.
+Before a workload is timed, the gradients of every peer are checked. Part of eager's time on tall batches is page
+faults, because glibc returns freed memory to the system; `--keep-memory` makes glibc keep it, for all peers.
 
-Left to others: peak memory (peak_memory.py), scaling with threads, batch and depth (scaling.py), other devices.
+peak_memory.py measures memory, scaling.py the scaling with threads, batch and depth. Only the CPU is measured.
 """
 
 import argparse
@@ -51,7 +51,7 @@ import torch_manualbp as mbp
 from torch_manualbp.info import info
 
 HERE = Path(__file__).parent
-SAMPLE_SECONDS = 0.03  # a sample repeats the step until it lasts this long: the clock and a thread's wake-up are noise
+SAMPLE_SECONDS = 0.03  # a sample lasts at least this long, so that the clock and thread wake-ups hardly count
 REFERENCE = "eager"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
@@ -63,8 +63,8 @@ class Step:
     """A training step of one peer."""
 
     run: Callable[[], object]  # what is timed
-    gradients: Callable[[], list[Tensor]]  # what the last run left, in the order of nn.Sequential.parameters()
-    repeat: Callable[[int], float] | None = None  # the seconds of so many runs, if another process must measure them
+    gradients: Callable[[], list[Tensor]]  # of the last run, in the order of nn.Sequential.parameters()
+    repeat: Callable[[int], float] | None = None  # the seconds of this many runs, if another process must measure them
     close: Callable[[], object] = lambda: None
 
 
@@ -80,12 +80,12 @@ def autograd_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
 
 
 def eager(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """PyTorch as everybody writes it."""
+    """The usual training step in PyTorch."""
     return autograd_step(lambda: F.mse_loss(model(x), target), list(model.parameters()))
 
 
 def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """torch.compile, with all that it may fuse: the loss belongs to what it compiles, and the shapes are fixed."""
+    """torch.compile of the network and the loss with fixed shapes, so that it can fuse as much as possible."""
     torch._dynamo.reset()
 
     @torch.compile(dynamic=False, fullgraph=True)
@@ -96,13 +96,13 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 
 def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """`jax.jit` of the same loss and its gradients, in a process of its own."""
+    """`jax.jit` of the same loss and its gradients, in another process."""
     arrays = {"x": x.numpy(), "target": target.numpy()}
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     for k, layer in enumerate(linears):
         arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
-    # As many threads as torch. It is NPROC that counts: with one thread JAX 0.10.2 kept 1.9 CPUs busy under the flags
-    # that its issues recommend, 1.0 with NPROC. The flags are for older ones.
+    # Use as many threads as torch, which takes NPROC: with one thread, JAX 0.10.2 kept 1.9 CPUs busy under the flags
+    # that its issues recommend, and 1.0 with NPROC. The flags are for older versions.
     threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
     if threads == 1:
         flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -134,14 +134,14 @@ def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
             text=True,
         )
         stack.callback(server.communicate)
-        stack.callback(server.kill)  # the last one in comes first
+        stack.callback(server.kill)  # callbacks run in reverse order
         answer()
         close = stack.pop_all().close
     return Step(lambda: ask(1), gradients, lambda repetitions: float(ask(repetitions)), close)
 
 
 def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
-    """The same network, with the same parameters' values, as an `mbp.MLP`."""
+    """An `mbp.MLP` with the same sizes and parameter values."""
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)], activations=activations)
     mlp.load_state_dict(model.state_dict())
@@ -149,13 +149,13 @@ def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
 
 
 def drop_in(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """This library as a drop-in: the same program, with `mbp.MLP` in place of the nn.Sequential."""
+    """The same program with `mbp.MLP` as a drop-in for the nn.Sequential."""
     mlp = as_mlp(model)
     return autograd_step(lambda: F.mse_loss(mlp(x), target), list(mlp.parameters()))
 
 
 def recompute(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """The same, computing the activations again in backward: less memory, more work."""
+    """`mbp.MLP` that recomputes the activations in backward, which saves memory and costs time."""
     mlp = as_mlp(model, "recompute")
     return autograd_step(lambda: F.mse_loss(mlp(x), target), list(mlp.parameters()))
 
@@ -167,7 +167,7 @@ def one_pass(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
 
 
 def by_hand(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """`MLP.loss_backward`: the same without an autograd graph."""
+    """`MLP.loss_backward`: the same pass without an autograd graph."""
     mlp = as_mlp(model)
     parameters = list(mlp.parameters())
 
@@ -179,7 +179,7 @@ def by_hand(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return Step(run, lambda: [parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-# Builds the step of one peer from a network (its own copy), an input (B, D_in) and a target (B, D_out).
+# Builds a peer's step from its own copy of the network, an input (B, D_in) and a target (B, D_out).
 Builder = Callable[[nn.Sequential, Tensor, Tensor], Step]
 
 PEERS: dict[str, Builder] = {
@@ -196,7 +196,7 @@ COMPILERS = ("torch.compile", "JAX jit")
 
 
 def available_peers(compilers: bool) -> list[str]:
-    """The peers to measure: all, or those that compile nothing."""
+    """The peers to measure: all, or all that compile nothing."""
     has_jax = importlib.util.find_spec("jax") is not None
     if compilers and not has_jax:
         sys.stderr.write("JAX is not installed (pip install jax): its column is left out\n")
@@ -216,12 +216,12 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        """Operations of a step: 2·B·in·out per layer for f_k, for ∂ℓ/∂Ω_k and (but for k = 0) for ∂ℓ/∂h_k."""
+        """Operations of a step: 2·B·in·out per layer for each of f_k, ∂ℓ/∂Ω_k and (except for k = 0) ∂ℓ/∂h_k."""
         layers = [d_in * d_out for d_in, d_out in pairwise(self.sizes)]
         return 6 * self.batch * sum(layers) - 2 * self.batch * layers[0]
 
     def build(self) -> tuple[nn.Sequential, Tensor, Tensor]:
-        """The network with PyTorch's initialisation, an input (B, D_in) and a target (B, D_out); always the same."""
+        """The network with PyTorch's initialisation, an input (B, D_in) and a target (B, D_out), from a fixed seed."""
         torch.manual_seed(8)  # the first seed with which gradients pass through the toy network, one unit wide
         layers: list[nn.Module] = []
         for d_in, d_out in pairwise(self.sizes):
@@ -236,9 +236,9 @@ class Workload:
 
 @torch.no_grad()
 def _without_flips(model: nn.Sequential, x: Tensor) -> Tensor:
-    """Which examples (B,) have no pre-activation so near to zero that float32 rounding may switch a ReLU.
+    """Which examples (B,) have no pre-activation so close to zero that float32 rounding may switch a ReLU.
 
-    Such a switch adds or removes a whole example's share of a gradient, which no tolerance could tell from an error.
+    Such a switch adds or removes the gradient of a whole example, which no tolerance could distinguish from an error.
     Pre-activations are about 0.1 to 1 here and their rounding errors about 1e-7.
     """
     safe = torch.ones(len(x), dtype=torch.bool)
@@ -251,7 +251,7 @@ def _without_flips(model: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def load_workloads(names: Sequence[str] | None = None) -> list[Workload]:
-    """Those of workloads.json, or the named ones among them."""
+    """All workloads of workloads.json, or the named ones."""
     table = json.loads((HERE / "workloads.json").read_text())
     for name in names or ():
         if name not in table:
@@ -259,11 +259,11 @@ def load_workloads(names: Sequence[str] | None = None) -> list[Workload]:
     return [Workload(name, table[name]["sizes"], table[name]["batch"]) for name in names or table]
 
 
-# --------------------------------------------------------------------------------------------------- are they correct?
+# --------------------------------------------------------------------------------------------------------- correctness
 
 
 class GradientCheck:
-    """Compares the gradients of a float32 step with those of eager in float64, relative to the largest entry."""
+    """Compares the gradients of a float32 step with eager's in float64, relative to the largest element."""
 
     tolerance = 1e-4  # rounding gives 1e-6 on the deepest network
 
@@ -274,7 +274,7 @@ class GradientCheck:
         self.expected = reference.gradients()
 
     def __call__(self, peer: str, gradients: Sequence[Tensor]) -> None:
-        """Ends the program if a gradient is wrong: the time of a wrong result is worth nothing."""
+        """Ends the program if a gradient is wrong, because timing a wrong result is pointless."""
         for name, actual, expected in zip(self.names, gradients, self.expected, strict=True):
             error = float((actual.double() - expected).abs().max() / expected.abs().max())
             if not error <= self.tolerance:  # NaN is wrong too
@@ -288,7 +288,7 @@ class GradientCheck:
 
 @dataclass
 class Timing:
-    """What was measured of one peer on one workload."""
+    """The measurements of one peer on one workload."""
 
     repetitions: int = 0  # steps per sample
     seconds: list[float] = field(default_factory=list)  # per step, one value per round
@@ -307,7 +307,7 @@ class Timing:
 
 
 def sample(step: Step, repetitions: int) -> float:
-    """Seconds per step, after one step that fetches what the peer before has pushed out of the caches."""
+    """Seconds per step, after one step that refills the caches."""
     step.run()
     if step.repeat:
         return step.repeat(repetitions) / repetitions
@@ -318,7 +318,7 @@ def sample(step: Step, repetitions: int) -> float:
 
 
 def repetitions_for(step: Step, seconds: float) -> int:
-    """How many steps a sample needs in order to last so long."""
+    """The number of steps for which a sample lasts this many seconds."""
     repetitions = 1
     while (elapsed := sample(step, repetitions) * repetitions) < seconds:
         repetitions = math.ceil(1.2 * repetitions * seconds / elapsed)
@@ -328,7 +328,7 @@ def repetitions_for(step: Step, seconds: float) -> int:
 def one_round(
     steps: Mapping[str, Step], timings: Mapping[str, Timing], sample: Callable[[Step, int], float] = sample
 ) -> None:
-    """Times each of the steps once, starting with another one than the last time; speeds are relative to the first."""
+    """Times each step once, starting with a different one each round; speeds are relative to the first peer."""
     peers = list(steps)
     first = len(timings[peers[0]].seconds) % len(peers)
     for peer in peers[first:] + peers[:first]:
@@ -340,7 +340,7 @@ def one_round(
 def measure(
     workload: Workload, peers: Sequence[str], rounds: int, builders: Mapping[str, Builder] = PEERS
 ) -> dict[str, Timing]:
-    """Checks the peers, eager first, then times them in turn."""
+    """Checks the peers, eager first, then times them in rounds."""
     model, x, target = workload.build()
     check = GradientCheck(model, x, target)
     timings = {peer: Timing() for peer in peers}
@@ -351,7 +351,7 @@ def measure(
                 step = builders[peer](copy.deepcopy(model), x, target)
                 stack.callback(step.close)
                 step.run()
-            except Exception as error:  # a compiler that is missing or gives up: the others still count
+            except Exception as error:  # if a compiler is missing or fails, measure the others
                 timings[peer].error = f"{type(error).__name__}: {error}"
                 continue
             check(peer, step.gradients())
@@ -365,11 +365,11 @@ def measure(
     return timings
 
 
-# ---------------------------------------------------------------------------------------------------------- the limit
+# ----------------------------------------------------------------------------------------------------------- the peak
 
 
 class FmaPeak:
-    """The machine's rate of fused multiply-adds, per instruction set: GFLOP/s of all threads, the best seen so far."""
+    """The peak rate of fused multiply-adds per instruction set: the highest GFLOP/s of all threads measured so far."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.threads = threads
@@ -389,19 +389,19 @@ class FmaPeak:
         self._measure.restype, self._measure.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_double]
 
     def update(self) -> None:
-        """Measures once more: a machine that others use has better and worse moments."""
+        """Measures again, because the load on a shared machine varies."""
         if self._measure is None:
             return
         seconds = 0.05
         for number, level in [*enumerate(self._levels)] * 4:
             with ThreadPoolExecutor(self.threads) as pool:  # ctypes releases the GIL
                 gflops = sum(pool.map(self._measure, [number] * self.threads, [seconds] * self.threads))
-            if gflops > 0:  # else the CPU lacks this instruction set
+            if gflops > 0:  # 0 if the CPU lacks this instruction set
                 self.gflops[level] = max(gflops, self.gflops.get(level, 0))
 
     @property
     def limit(self) -> float | None:
-        """The best of all instruction sets; None if it could not be measured."""
+        """The highest rate of all instruction sets; None if it could not be measured."""
         return max(self.gflops.values(), default=None)
 
     def __str__(self) -> str:
@@ -414,14 +414,14 @@ class FmaPeak:
 
 
 def geometric_mean(timings: Sequence[Timing]) -> float | None:
-    """Of the median speedups; None where a workload failed, as a mean over fewer rows would not compare."""
+    """The geometric mean of the median speedups; None if a workload failed, as means over fewer rows do not compare."""
     if any(timing.error for timing in timings):
         return None
     return statistics.geometric_mean([timing.speedup for timing in timings])
 
 
 def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], limit: float | None) -> str:
-    """One row per workload, aligned, as Markdown."""
+    """An aligned Markdown table with one row per workload."""
     peers = list(next(iter(results.values())))
     rows = [["workload", *peers]]
     for workload in workloads:
@@ -440,7 +440,7 @@ def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], 
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
+    """An aligned Markdown table; the first row is its header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -450,7 +450,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def environment(load: float) -> dict[str, str]:
-    """The machine and what was set on it."""
+    """The machine, the software and the settings."""
     facts = info()
     settings = {
         name: value
@@ -469,7 +469,7 @@ def environment(load: float) -> dict[str, str]:
 
 
 def about_jax(peers: Sequence[str]) -> dict[str, str]:
-    """Its version, or why its column is missing, if that is not what was asked for."""
+    """JAX's version, or a note that it is not installed if compilers were requested."""
     if "JAX jit" in peers:
         return {"JAX": version("jax")}
     return {"JAX": "not installed, left out"} if set(COMPILERS) & set(peers) else {}
@@ -478,7 +478,7 @@ def about_jax(peers: Sequence[str]) -> dict[str, str]:
 def as_json(
     results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], peak: FmaPeak, header: dict[str, str]
 ) -> dict[str, Any]:
-    """All that was measured, the raw samples included."""
+    """All measurements, including the raw samples."""
     peers = list(next(iter(results.values())))
     return {
         "header": header,
@@ -510,7 +510,7 @@ def as_json(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Times a training step of ReLU networks, peer beside peer.")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -525,24 +525,24 @@ def parse_arguments() -> argparse.Namespace:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     for path in filter(None, (args.json, args.markdown)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
     return args
 
 
 def main() -> None:
-    """Measures, prints the table, writes the files."""
+    """Measures, prints the table and writes the files."""
     args = parse_arguments()
     if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
-    load = os.getloadavg()[0]  # the last minute's mean of running processes
+    load = os.getloadavg()[0]  # the mean number of running processes over the last minute
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     workloads = load_workloads(args.workloads)
     peers = available_peers(compilers=not (args.quick or args.no_compile))
     results: dict[str, dict[str, Timing]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # nothing compiled before, nothing left behind
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers beside the measurement
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # start with an empty cache and leave none behind
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler pool during the measurement
         peak = FmaPeak(Path(folder), torch.get_num_threads())
         for workload in workloads:
             peak.update()

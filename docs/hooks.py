@@ -1,7 +1,7 @@
-"""Hooks of mkdocs. Pages include files of the repository, so that nothing is written twice; formulas get subscripts.
+"""Hooks of mkdocs. Pages can include files of the repository, which avoids duplicates; formulas get subscripts.
 
-`<!-- include: SECURITY.md -->` stands for the text of that file. Formulas are plain Unicode, in the pages as in
-comments and docstrings: no renderer is needed, and `h_{k+1}` is all that is left to typeset.
+`<!-- include: SECURITY.md -->` inserts the text of that file. Formulas are plain Unicode, in pages as in comments and
+docstrings, so no renderer is needed; only subscripts such as `h_{k+1}` are typeset.
 """
 
 import posixpath
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = {  # the links of those files, and where they lead in the site
+PAGES = {  # maps links in those files to pages of the site
     "docs": ".",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "design/contributing.md",
@@ -18,7 +18,7 @@ PAGES = {  # the links of those files, and where they lead in the site
     "csrc/README.md": "design/csrc.md",
 }
 
-# Code, headings (names of attributes) and tags, which stay as they are; or a letter, "_", and its subscript.
+# Matches code, headings (names of attributes) and tags, which stay unchanged, or a letter, "_" and its subscript.
 _SUBSCRIPT = re.compile(
     r"<(?P<whole>code|pre|h\d)\b.*?</(?P=whole)>|<[^>]+>"
     r"|(?<!\w)(?P<letter>[^\W\d_])_(?:\{(?P<braced>[^}]+)\}|(?P<word>[0-9A-Za-z]+))",

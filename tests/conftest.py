@@ -1,8 +1,8 @@
-"""Every test starts from the same random seed, with one thread, and with our kernels for all dtypes.
+"""Every test starts with the same random seed, one thread, and our kernels for all dtypes.
 
-The modules marked `cuda` hold on every device: tensors that a test creates without naming a device are on the device
-under test. `--device=cuda -m cuda` runs them on a GPU; `--device=emulated -m cuda` runs them on the CPU, through the
-CUDA entries with emulated kernels (emulation.py).
+The modules marked `cuda` apply to every device: tensors created without a device are on the device under test.
+`--device=cuda -m cuda` runs them on a GPU; `--device=emulated -m cuda` runs them on the CPU, through the CUDA entries
+with emulated kernels (emulation.py).
 """
 
 import pytest
@@ -12,12 +12,12 @@ from hypothesis import settings
 from emulation import emulated_ops
 from torch_manualbp import _ops, _route
 
-# The same examples in every run; how long one takes says nothing about it being right.
+# Run the same examples every time, and without deadlines, because the time of an example is irrelevant.
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
 
 
-# By device: the markers of tests that cannot run there. pyproject.toml describes them.
+# Maps a device to the markers of tests that cannot run on it (described in pyproject.toml).
 EXCLUDED = {"cpu": (), "cuda": ("cpu_only",), "emulated": ("cpu_only", "not_emulated")}
 
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """Replaces the ops of the CPU by the CUDA entries with emulated kernels."""
+    """Replaces the CPU ops with the CUDA entries on emulated kernels."""
     for name, op in emulated_ops().items():
         monkeypatch.setattr(_ops, name, op)
 
@@ -62,11 +62,11 @@ def _device_under_test(request):
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
-    """Seed 0 and one thread: on a busy machine, threads that wait for each other take ten times as long as the work.
+    """Sets seed 0 and one thread: on a busy machine, waiting at barriers takes ten times as long as the work.
 
-    test_threads.py shows that the number of threads changes no bit of what the other tests check. Large bfloat16
-    networks are left to torch on some machines, and a single small layer everywhere; test_route.py and
-    test_modules.py test that, all other modules test the kernels.
+    test_threads.py shows that the number of threads changes no bit of what the other tests check. Torch computes large
+    bfloat16 networks on some machines, and single small layers on all; test_route.py and test_modules.py test this,
+    and all other modules test the kernels.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)

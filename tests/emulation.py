@@ -1,6 +1,6 @@
-"""The CUDA sources without a GPU: programs and a library in which a C++ compiler builds them behind cuda_emulation.h.
+"""Builds the CUDA sources without a GPU: a C++ compiler turns them into programs and a library via cuda_emulation.h.
 
-What is built is kept in `build/emulation` as long as no source changes.
+The results are cached in `build/emulation` until a source changes.
 """
 
 import ctypes
@@ -23,13 +23,13 @@ WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
 
 
 def sources(root: Path = ROOT) -> list[Path]:
-    """All that a program or the library is made of."""
+    """All sources of the programs and the library."""
     folders = (root / "csrc", root / "tests" / "csrc")
     return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 def compiled(source: Path, *flags: str, root: Path = ROOT) -> Path:
-    """`source` compiled with `flags`, from build/emulation if nothing changed. Skips where there is no compiler."""
+    """`source` compiled with `flags`, or the cached result if nothing changed. Skips the test without a compiler."""
     if not shutil.which(CXX):
         pytest.skip(f"no C++ compiler: {CXX}")
     command = [CXX, "-std=c++17", "-g1", *WARNINGS, str(source), *flags]
@@ -57,7 +57,7 @@ def _library() -> Path:
 
 @functools.cache
 def emulated_ops() -> dict[str, torch._ops.OpOverload]:
-    """The CUDA entries as ops on CPU tensors: name to op."""
+    """The CUDA entries as ops on CPU tensors, by name."""
     definitions = torch.library.Library("manualbp_emulated", "FRAGMENT")
     for name in OPS:
         definitions.define(str(getattr(_ops, name)._schema).removeprefix("manualbp::"))
@@ -68,10 +68,10 @@ def emulated_ops() -> dict[str, torch._ops.OpOverload]:
 
 
 def launches() -> list[str]:
-    """The kernels that the emulated entries have launched since the last call of this."""
+    """The kernels that the emulated entries have launched since the last call of this function."""
     names = ctypes.CDLL(str(_library())).manualbp_emulated_launches
     names.restype = ctypes.c_char_p
     return names().decode().split()
 
 
-_kept: list[torch.library.Library] = []  # a Library takes its definitions with it
+_kept: list[torch.library.Library] = []  # a Library removes its definitions when it is destroyed

@@ -1,14 +1,14 @@
-"""What every test shares: shapes, dtypes, networks, the one oracle, and the two comparisons.
+"""Shared by all tests: shapes, dtypes, networks, the oracle, and the two comparisons with it.
 
-The oracle is float64 autograd on plain torch ops, with each layer's result rounded to the dtype under test, as memory
-rounds it. Two kinds of data make a sharp comparison with it possible:
+The oracle is float64 autograd on plain torch ops, with each layer's result rounded to the dtype under test, as storing
+it does. Two kinds of data allow tight comparisons with it:
 
-  integers   small integers: every sum is exact in every dtype, so results must equal the oracle's bit for bit, ReLU at
-             exact zeros included. Wherever the question is "which numbers were combined", this is the data.
-  normals    real numbers: results differ by rounding. The error is measured against the sums of absolute values that
-             were added up (an element that cancels to almost nothing keeps their error). A pre-activation within
-             rounding of zero may fall on either side of the ReLU and change gradients by whole units; so the oracle can
-             be told which units were on, and then checks that each was a matter of rounding.
+  integers   Small integers make every sum exact in every dtype, so results must equal the oracle's bit for bit, also
+             for ReLU at exact zeros. Tests that ask which numbers were combined use them.
+  normals    Real numbers differ by rounding. The error is measured against the sums of absolute values of the terms,
+             because an element that cancels to almost nothing keeps their error. A pre-activation within rounding of
+             zero may fall on either side of the ReLU and change gradients by whole units. The oracle therefore accepts
+             the set of active units, and checks that wherever it differs from its own, rounding explains it.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from torch_manualbp._compute import run_layers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Around the edges of the register tiles, plus ordinary sizes.
+# Sizes around the edges of the register tiles, and ordinary ones.
 BATCHES = (0, 1, 5)
 WIDTHS = (1, 2, 7, 8, 9, 16, 17, 64, 100)
 
-# Large enough for threads and slices of the batch, and across every block border of the matrix product (at most 256
-# columns, depth 384), on all ways to cut the work: by rows of the batch through all layers, and layer by layer.
+# Large enough for several threads, slices of the batch, and every block border of the matrix product (at most 256
+# columns, depth 384), for each way to split the work: by rows of the batch through all layers, and layer by layer.
 LARGE = {
     "tall": (3000, [33, 100, 64, 7]),
     "slices of several chunks": (80_000, [2, 5, 1]),
@@ -48,20 +48,20 @@ LARGE = {
     "few rows": (3, [1100, 700, 2]),
 }
 
-# The levels of instruction sets, of which a machine may lack some: each is one file.
+# The instruction-set levels, one per file; a machine may support only some of them.
 LEVELS = sorted(path.stem for path in (Path(__file__).parents[1] / "csrc" / "cpu" / "kernels").glob("*.cpp"))
 
-# Largest error, as a fraction of the largest sum of absolute values in the tensor.
+# The largest allowed error, as a fraction of the largest sum of absolute values in the tensor.
 TOLERANCE = {
-    torch.float64: 2**-48,  # 32 units of rounding (2^-53): sums of up to 3000 terms, up to 5 layers
-    torch.float32: 2**-19,  # the same 32 units, of 2^-24
-    torch.bfloat16: 2**-8,  # sums are made in float32, so only the last place of a stored number can differ
+    torch.float64: 2**-48,  # 32 unit roundoffs (2^-53): sums of up to 3000 terms, up to 5 layers
+    torch.float32: 2**-19,  # also 32 unit roundoffs (2^-24)
+    torch.bfloat16: 2**-8,  # sums are accumulated in float32, so only the last place of a stored number can differ
     torch.float16: 2**-11,  # the same
 }
 
 
 class Net(NamedTuple):
-    """A network and its input, or anything of this shape: gradients, layouts."""
+    """A network and its input, or anything with this structure, such as gradients or layouts."""
 
     input: Tensor
     weights: list[Tensor]
@@ -89,7 +89,7 @@ def integers(*shape, dtype=torch.float64, high=2):
 
 
 def integer_net(leading, sizes, dtype=torch.float64, biases="all"):
-    """Small integers. Weights are -1, 0 or 1, about 4 of them not 0 per row, so that five layers stay small."""
+    """Small integers. Weights are -1, 0 or 1 with about 4 nonzeros per row, so that five layers stay small."""
     weights = [
         integers(d_out, d_in, dtype=dtype, high=1) * (torch.rand(d_out, d_in) * d_in < 6)
         for d_in, d_out in itertools.pairwise(sizes)
@@ -102,7 +102,7 @@ def integer_net(leading, sizes, dtype=torch.float64, biases="all"):
 
 
 def normal_net(leading, sizes, dtype=torch.float64, biases="all"):
-    """Normal numbers, weights scaled so that activations keep their size through the layers."""
+    """Normal numbers; the weights are scaled so that activations keep their size through the layers."""
     weights = [torch.randn(d_out, d_in) * (2 / max(d_in, 1)) ** 0.5 for d_in, d_out in itertools.pairwise(sizes)]
     input = torch.randn(*_leading(leading), sizes[0])
     net = Net(input, weights, _biases(biases, sizes[1:], lambda d: torch.randn(d) / 2))
@@ -110,7 +110,7 @@ def normal_net(leading, sizes, dtype=torch.float64, biases="all"):
 
 
 def smooth_net(leading, sizes, biases="all", final_relu=False):
-    """A float64 network in which no pre-activation is near 0: finite differences then never cross a ReLU's kink."""
+    """A float64 network without pre-activations near 0, so that finite differences never cross a ReLU's kink."""
     for _ in range(100):
         net = normal_net(leading, sizes, biases=biases).map(lambda tensor: tensor + torch.randn_like(tensor) / 8)
         h, near = net.input, []
@@ -124,7 +124,7 @@ def smooth_net(leading, sizes, biases="all", final_relu=False):
 
 
 def lay_out(tensor, order, steps, offset, expanded):
-    """Equal values in other memory: dimensions in `order` from the innermost, elements `steps` apart, from `offset` on.
+    """Equal values in a new layout: dimensions in `order` from the innermost, elements `steps` apart, from `offset` on.
 
     An `expanded` dimension repeats its first element, with stride 0.
     """
@@ -152,22 +152,22 @@ def _biases(which, widths, make):
     return [make(width) if present(k) else None for k, width in enumerate(widths)]
 
 
-# --- what is tested -------------------------------------------------------------------------------------------------
+# --- functions and networks under test ------------------------------------------------------------------------------
 
 
 def one_layer(input, weights, biases):
-    """`linear_relu`, called like `mlp`."""
+    """`linear_relu` with the signature of `mlp`."""
     (weight,), (bias,) = weights, biases
     return mbp.linear_relu(input, weight, bias)
 
 
 def closed_mlp(input, weights, biases):
-    """`mlp` with a ReLU after the last layer too: what an `nn.Sequential` that ends in a ReLU calls."""
+    """`mlp` with a ReLU after the last layer too, as an `nn.Sequential` that ends in a ReLU calls it."""
     return run_layers(input, weights, biases, final_relu=True)
 
 
 def recomputing_mlp(input, weights, biases=None):
-    """`mlp` that keeps no activations."""
+    """`mlp` without stored activations."""
     return mbp.mlp(input, weights, biases, activations="recompute")
 
 
@@ -189,14 +189,14 @@ def plain_network(sizes, bias=True, dtype=None):
 
 
 class PlainLinearReLU(nn.Linear):
-    """LinearReLU in plain torch."""
+    """`LinearReLU` in plain torch."""
 
     def forward(self, input):
         return torch.relu(super().forward(input))
 
 
 def plain_twin(model):
-    """A LinearReLU, or a Sequential with some in it, in plain torch: equal parameters, copied, under the same names."""
+    """A plain torch copy of a LinearReLU, or of a Sequential that contains some, with the same parameter names."""
     model = copy.deepcopy(model)
     if not isinstance(model, mbp.LinearReLU):
         return nn.Sequential(*(plain_twin(child) if isinstance(child, mbp.LinearReLU) else child for child in model))
@@ -215,7 +215,7 @@ def twins(sizes, bias=True, dtype=None, seed=0):
 
 
 def training_step(model, input, target=None):
-    """The output, and the gradient of each parameter or None; the model keeps none. Dropout repeats itself."""
+    """The output and each parameter's gradient or None; clears the gradients. Dropout uses the same seed each time."""
     torch.manual_seed(7)
     model.zero_grad()
     output = model(input)
@@ -244,7 +244,7 @@ def results(function, net, grad_output):
 
 
 def units(net, final_relu=False):
-    """Which units our own forward pass switched on (NaN counts: its gradient passes): one boolean tensor per ReLU."""
+    """The units that are active in our forward pass (NaN is: its gradient passes), one boolean tensor per ReLU."""
     output, hidden = _ops.mlp(*net, final_relu, True)
     leading = net.input.shape[:-1]
     widths = [weight.shape[0] for weight in net.weights[:-1]]
@@ -253,11 +253,11 @@ def units(net, final_relu=False):
     return [*on, ~(output <= 0)] if final_relu else on
 
 
-# --- what it is compared with ---------------------------------------------------------------------------------------
+# --- the oracle and the comparisons ---------------------------------------------------------------------------------
 
 
 class Truth(NamedTuple):
-    """The oracle's answer: the output and the gradient of each leaf, with the sums of absolute values behind each."""
+    """The oracle's output and gradient of each leaf, with the sums of absolute values behind each."""
 
     names: list[str]
     values: list[Tensor]
@@ -265,7 +265,7 @@ class Truth(NamedTuple):
 
 
 def oracle(net, grad_output, *, final_relu=False, on=None):
-    """Float64 autograd on plain torch ops, each layer rounded to the dtype of `net`; `on` as `units` returns it."""
+    """Float64 autograd on plain torch ops, with each layer rounded to the dtype of `net`; `on` comes from `units`."""
     dtype, layers = net.input.dtype, len(net.weights)
     leaves = net.recorded()
     input, weights, biases = leaves.map(lambda tensor: tensor.double())
@@ -290,7 +290,7 @@ def oracle(net, grad_output, *, final_relu=False, on=None):
 
 
 def _sum(a, b, bias=None):
-    """a bᵀ + bias, of absolute values."""
+    """|a| |b|ᵀ + |bias|."""
     return F.linear(a.abs(), b.abs(), None if bias is None else bias.abs()).detach()
 
 
@@ -304,24 +304,24 @@ def _check_units(f, on, rounding):
 
 
 def assert_equal(got, want):
-    """Bit for bit, but for the sign of zero and the payload of NaN; same shape and dtype."""
+    """Equal shape, dtype and bits, except the sign of zero and the payload of NaN."""
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_close(got, want):
-    """Equal but for rounding in float64, None included."""
+    """Equal within float64 rounding; None equals None."""
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 def assert_exact(got, truth):
-    """Results on integers: equal to the oracle's, which is only fair while every sum is exact in float32."""
+    """Results on integers equal the oracle's; requires that every sum is exact in float32."""
     for name, one, want, total in zip(truth.names, got, truth.values, truth.sums, strict=True):
         assert total.numel() == 0 or total.max() < 2**24, f"{name}: sums too large to be exact in float32"
         torch.testing.assert_close(one, want, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_near(got, truth):
-    """Results on real numbers: within TOLERANCE of the oracle's."""
+    """Results on real numbers are within TOLERANCE of the oracle's."""
     for name, one, want, total in zip(truth.names, got, truth.values, truth.sums, strict=True):
         assert (one.dtype, one.shape) == (want.dtype, want.shape), name
         if want.numel():
@@ -333,22 +333,22 @@ def assert_near(got, truth):
 
 
 def python(code, *arguments, **variables):
-    """The command line and the environment of a new Python that finds this library and these tests, as for Popen."""
+    """The arguments for Popen of a new Python process that can import this library and these tests."""
     paths = os.pathsep.join([str(Path(mbp.__file__).parent.parent), str(Path(__file__).parent)])
     return {"args": [sys.executable, "-c", code, *arguments], "env": {**os.environ, "PYTHONPATH": paths, **variables}}
 
 
 def run_python(code, *arguments, **variables):
-    """Runs code in a new Python, with these environment variables; returns what it printed and its exit status."""
+    """Runs code in a new Python process with these environment variables; returns its output and exit status."""
     return subprocess.run(**python(code, *arguments, **variables), capture_output=True, text=True, check=False)
 
 
-# --- what was called ------------------------------------------------------------------------------------------------
+# --- which ops ran --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def recorded_calls():
-    """Yields a list that fills with (name, args) of each of our ops that runs: "mlp", "linear_relu_backward", …"""
+    """Yields a list to which each call of one of our ops appends (name, args): "mlp", "linear_relu_backward", …"""
     calls = []
 
     class Recorder(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The autograd Functions: derivatives of every order, which gradients are made, and how they live in autograd's graph.
+"""The autograd Functions: derivatives of every order, which gradients are computed, and behaviour in the graph.
 
 Derivatives are checked against finite differences (gradcheck, gradgradcheck) in float64. Networks of more than 100
 numbers are checked in fast mode, which projects the Jacobian on random vectors instead of evaluating each column.
@@ -50,7 +50,7 @@ def check_derivatives(function, net):
 # --- derivatives ----------------------------------------------------------------------------------------------------
 
 
-# Batches without a row are among the leading dimensions below.
+# test_derivatives_of_any_leading_dimensions covers empty batches.
 @pytest.mark.slow
 @pytest.mark.parametrize("d_out", WIDTHS)
 @pytest.mark.parametrize("d_in", WIDTHS)
@@ -118,7 +118,7 @@ def test_gradient_penalty_equals_plain_torch(function):
 
 
 def test_hessian_of_a_linear_function_of_the_output_is_zero():
-    # The gradient of the input's gradient is then constant in the output: nothing but `hidden` carries it.
+    # The gradient of the input's gradient is then constant in the output, so only `hidden` carries it.
     net = smooth_net(3, [4, 5, 2]).recorded()
     (slope,) = torch.autograd.grad(mbp.mlp(*net).sum(), net.input, create_graph=True)
     (second,) = torch.autograd.grad(slope.sum(), net.input, allow_unused=True, materialize_grads=True)
@@ -139,7 +139,7 @@ def test_jacobian_vectorized_over_grad_outputs(function):
 
 
 def _without_frozen_layers_below(subset):
-    """[input, *weights, *biases] of the layers from the lowest one on that has something to learn."""
+    """[input, *weights, *biases], starting at the lowest layer with a trainable parameter."""
     need_input, *parameters = subset
     layers = len(parameters) // 2
     weights, biases = parameters[:layers], parameters[layers:]
@@ -186,7 +186,7 @@ def test_inputs_option_of_backward_limits_what_is_accumulated():
     assert [leaf.grad is not None for leaf in net.leaves()] == [False, False, True, False, False]
 
 
-# --- life in the graph ----------------------------------------------------------------------------------------------
+# --- behaviour in the graph -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[one_layer, mbp.mlp, closed_mlp, recomputing_mlp], ids=lambda function: function.__name__)
@@ -352,7 +352,7 @@ def test_saved_tensor_hooks_see_what_backward_uses(case):
         torch.autograd.grad(output, leaves.leaves(), grad), results(function, net, grad)[1:], strict=True
     ):
         assert_equal(got, want)
-    tensors = {one_layer: 3, mbp.mlp: 5, closed_mlp: 6, recomputing_mlp: 7}  # input, weights, and what comes out
+    tensors = {one_layer: 3, mbp.mlp: 5, closed_mlp: 6, recomputing_mlp: 7}  # input, weights and activations
     assert len(packed) == tensors[function]
     kept = sum(map(torch.Size.numel, packed))
     parameters = sum(leaf.numel() for leaf in net.leaves()[1:])
@@ -400,7 +400,7 @@ def test_linear_relu_with_a_saved_tensor_changed_in_place_raises(name):
 
 @pytest.mark.parametrize(("function", "sizes"), [(one_layer, [4, 3]), (closed_mlp, [4, 5, 3])])
 def test_output_of_a_relu_changed_in_place_raises(function, sizes):
-    # As in eager: relu saves its result.
+    # As in eager, where relu saves its result.
     output = function(*normal_net(3, sizes).recorded())
     output.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -419,7 +419,7 @@ def test_output_of_mlp_may_be_changed_in_place(function):
     assert_exact([truth.values[0], *(leaf.grad for leaf in leaves.leaves())], truth)
 
 
-@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp])  # not recomputing_mlp: it needs the biases again
+@pytest.mark.parametrize("function", [one_layer, mbp.mlp, closed_mlp])  # recomputing_mlp reads the biases in backward
 def test_biases_may_be_changed_in_place(function):
     net, grad = integer_net(8, [6, 5] if function is one_layer else [6, 9, 5]), integers(8, 5)
     truth = oracle(net, grad, final_relu=ends_in_relu(function))
@@ -431,7 +431,7 @@ def test_biases_may_be_changed_in_place(function):
     assert_exact([output.detach(), *torch.autograd.grad(output, leaves.leaves(), grad)], truth)
 
 
-# --- what backward reads is what forward used, and no more ----------------------------------------------------------
+# --- backward reads what forward used, and nothing else -------------------------------------------------------------
 
 
 def _set_to_zero(tensor):
@@ -486,7 +486,7 @@ def test_backward_reads_the_parameters_that_forward_used(function, exchange, lea
 @pytest.mark.parametrize("leading", [7, (2, 3), ()], ids=str)
 @pytest.mark.parametrize("function", NETWORKS)
 def test_backward_reads_the_input_as_torchs_linear_does(function, leading):
-    # torch saves a matrix itself, whose memory `.data = …` exchanges, and a view of any other input.
+    # torch saves a 2-D input itself, so that `.data = …` replaces its memory, but saves a view of any other input.
     net = _square_net(function, leading, torch.float64)
     gradients = []
     for each in (function, _in_plain_torch(function)):
@@ -496,7 +496,7 @@ def test_backward_reads_the_input_as_torchs_linear_does(function, leading):
         leaves.input.data = torch.ones_like(leaves.input)
         output.sum().backward()
         gradients.append([leaf.grad for leaf in leaves.leaves()[1:]])
-    if function is not recomputing_mlp or leading != 7:  # which computes h_1 … of that matrix, too
+    if function is not recomputing_mlp or leading != 7:  # which also recomputes h_1 … from that matrix
         for one, other in zip(*gradients, strict=True):
             assert_equal(one, other)
 
@@ -542,7 +542,7 @@ def test_a_second_backward_of_a_loss_reads_the_parameters_that_forward_used(exch
 
 
 def _step_on(*names):
-    """Leaves by name, changed in place as an optimizer does."""
+    """Changes the named leaves in place, as an optimizer does."""
 
     def change(net, leaves):
         with torch.no_grad():
@@ -594,7 +594,7 @@ def test_everything_may_change_after_a_loss_whose_gradients_are_computed():
         value.backward()
 
 
-# --- backward for a part of the inputs ------------------------------------------------------------------------------
+# --- backward for some of the inputs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["backward", "grad"])

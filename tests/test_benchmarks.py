@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse to time wrong gradients, and write what they measured. No times are judged."""
+"""The benchmarks run, refuse to time wrong gradients, and write their measurements. Times are not checked."""
 
 import importlib.util
 import json
@@ -79,7 +79,7 @@ def test_workloads_are_those_of_the_file(training_step):
 
 def test_no_example_is_near_a_relu_flip(training_step):
     model, x, _ = training_step.Workload("", [8, 256, 256, 1], 2000).build()
-    assert len(x.unique(dim=0)) < len(x)  # some were, and were replaced
+    assert len(x.unique(dim=0)) < len(x)  # some examples were, and were replaced
     h = x.double()
     for layer in model.double():
         if isinstance(layer, torch.nn.ReLU):
@@ -117,7 +117,7 @@ def test_a_peer_that_fails_is_reported_beside_the_others(training_step, monkeypa
     assert [cell.strip() for cell in mean.split("|")][3] == "–"
 
 
-# Looked for, not imported: where JAX has been imported, a fork is a warning.
+# JAX is not imported here, because forking after its import raises a warning.
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax_runs_the_same_step_in_a_process_of_its_own(training_step):
     workload = training_step.Workload("small", [3, 4, 2], 5)
@@ -127,7 +127,7 @@ def test_jax_runs_the_same_step_in_a_process_of_its_own(training_step):
 
 
 def test_a_jax_process_that_ends_is_an_error_of_that_peer_only(training_step, monkeypatch):
-    monkeypatch.setattr(training_step, "HERE", Path("nowhere"))  # no jax_step.py there
+    monkeypatch.setattr(training_step, "HERE", Path("nowhere"))  # which has no jax_step.py
     workload = training_step.Workload("small", [3, 4, 2], 5)
     timings = training_step.measure(workload, ["eager", "JAX jit"], rounds=1)
     assert timings["JAX jit"].error.startswith("RuntimeError: jax_step.py ended with exit code")
@@ -346,7 +346,7 @@ def test_small_calls_compares_checkouts_by_their_speed_beside_plain(small_calls,
     plain, fuse = (dict.fromkeys(small_calls.LABELS, "x") | {"peer": peer} for peer in ("plain", "fuse"))
     order = []
 
-    def run(command, env, **_):  # the new one is twice as fast; each process finds the machine slower than the last
+    def run(command, env, **_):  # the new one is twice as fast; the machine gets slower with each process
         path = Path(env["PYTHONPATH"])
         order.append(path)
         slow, speedup = len(order), 2 if path == new else 1

@@ -1,4 +1,4 @@
-"""Argument errors that are found in Python: the class, the argument's name, what was expected and what came."""
+"""Argument errors found in Python name the argument, what was expected and what was passed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The torch.compile backend: which chains it finds in models of any style, which it must leave, and equal numbers."""
+"""The torch.compile backend: the chains that it finds in models of any style or must not fuse, and equal numbers."""
 
 import copy
 import functools
@@ -20,7 +20,7 @@ from helpers import assert_equal, integers, smooth_net
 from torch_manualbp import _route
 from torch_manualbp.compile_backend import manualbp
 
-# Of inductor, when it is imported.
+# Inductor emits this warning when it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 SIZES = [4, 6, 5, 3]
@@ -53,7 +53,7 @@ def _fresh_compiler():
 
 
 def run(function, module, x):
-    """The outputs and all gradients of the sum of their squares."""
+    """The outputs, and all gradients of the sum of their squares."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     outputs = function(x)
@@ -67,7 +67,7 @@ def compiled(module, **options):
 
 
 def found(text):
-    """The chains that a report lists: ["4–6–5 mlp", …]."""
+    """The chains listed in a report, such as ["4–6–5 mlp", …]."""
     return re.findall(r"^  (\S+ .*?)(?:  \(File .*)?$", text, re.MULTILINE)
 
 
@@ -128,7 +128,7 @@ def test_every_style_is_fused(style, rest, capsys):
     forward, chains = STYLES[style]
     net, x = Net(forward), integers(7, 4)
     if style == "clamps":
-        with torch.no_grad():  # no pre-activation is 0, where the two have different gradients
+        with torch.no_grad():  # avoids pre-activations of 0, where the two have different gradients
             for parameter in net.parameters():
                 parameter.normal_()
     want = run(net, net, x)
@@ -305,7 +305,7 @@ def test_batch_sizes(rest, dynamic):
     for batch in (5, 6, 9, 33, 1, 0):
         x = integers(batch, 4)
         assert_equal(run(function, net, x), run(net, net, x))
-    assert len(captured) <= (3 if dynamic else 4)  # 0 and 1 are always cases of their own
+    assert len(captured) <= (3 if dynamic else 4)  # 0 and 1 are always specialised
 
 
 def test_parameters_and_state_dict_stay_and_training_goes_on():

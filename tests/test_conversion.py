@@ -1,4 +1,4 @@
-"""fuse and unfuse: any model computes the same as before, its Sequentials in fewer calls, and can be changed back."""
+"""fuse and unfuse: any model computes the same as before, with fewer calls per Sequential, and can be restored."""
 
 import copy
 import io
@@ -41,14 +41,14 @@ class Residual(nn.Module):
 
 
 class Scaled(nn.Sequential):
-    """A Sequential with a forward of its own."""
+    """A Sequential with its own forward."""
 
     def forward(self, input):
         return 2 * super().forward(input)
 
 
 class Named(nn.Sequential):
-    """A Sequential with attributes and methods of its own, but not forward."""
+    """A Sequential with its own attributes and methods, but not its own forward."""
 
     def __init__(self, *layers):
         super().__init__(*layers)
@@ -103,7 +103,7 @@ def test_parameters_keys_and_buffers_stay_the_same_objects():
         assert all(one is other for one, other in zip(model.modules(), children, strict=True))
         model(torch.randn(9, 4)).pow(2).sum().backward()
         before = model[0].weight.clone()
-        optimizer.step()  # made before the change: still holds the parameters
+        optimizer.step()  # created before fuse, and still holds the parameters
         assert not torch.equal(model[0].weight, before)
 
 
@@ -140,7 +140,7 @@ class Truncated(nn.Sequential):
 
 
 class Again(Truncated):
-    """What a parent overrides counts, too."""
+    """Inherits an override from its parent."""
 
 
 class Called(nn.Sequential):
@@ -154,7 +154,7 @@ class CalledInside(nn.Sequential):
 
 
 class Without(nn.Sequential):
-    """Its attribute is not what is registered."""
+    """Has an attribute that differs from the registered module."""
 
     def __getattribute__(self, name):
         value = super().__getattribute__(name)
@@ -170,7 +170,7 @@ def test_a_sequential_that_does_not_run_its_children_in_turn_is_left_alone(kind)
 
 
 class Looking(nn.Sequential):
-    """Attributes that it has not are those of its first child: nn.Sequential's forward needs none of them."""
+    """Looks up missing attributes in its first child; nn.Sequential's forward needs none of them."""
 
     def __getattr__(self, name):
         try:
@@ -200,7 +200,7 @@ def test_a_class_that_torch_knows_by_its_type_is_left_alone():
         assert calls_of(model, torch.randn(2, 4)) == ["mlp"]  # the other two
 
 
-def test_a_register_of_subclasses_does_not_hear_of_fused_ones():
+def test_fused_classes_are_not_added_to_a_register_of_subclasses():
     register = []
 
     class Registered(nn.Sequential):
@@ -318,7 +318,7 @@ def test_a_sequential_without_anything_to_fuse_is_left_alone(case):
     model = nn.Sequential(*(make() for make in NOTHING[case]))
     assert type(mbp.fuse(model)) is nn.Sequential
     assert not [name for name in vars(model) if "manualbp" in name]
-    model.extend(nn.Sequential(L(), R()))  # what comes later needs another call
+    model.extend(nn.Sequential(L(), R()))  # layers added later need another call
     assert calls_of(mbp.fuse(model), torch.randn(2, 4)) == ["mlp"]
 
 
@@ -389,7 +389,7 @@ def _remade(width):
 
 
 class Remade(nn.Sequential):
-    """A Sequential that says itself how it is copied."""
+    """A Sequential that defines how it is copied."""
 
     def __init__(self, width):
         super().__init__(nn.Linear(4, width), nn.ReLU())
@@ -407,7 +407,7 @@ def test_a_class_that_says_how_it_is_copied_is_copied_so():
 
 
 class Made(nn.Sequential):
-    """A Sequential whose __new__ takes an argument, which a copy gives it again."""
+    """A Sequential whose __new__ takes an argument, which copying must pass on."""
 
     def __new__(cls, *args):
         made = super().__new__(cls)
@@ -578,7 +578,7 @@ def test_inputs_that_are_not_tensors_pass_through_to_the_children():
     model = mbp.fuse(nn.Sequential(Takes(), nn.Linear(4, 3), nn.ReLU()))
     input = torch.randn(2, 4)
     expected = torch.relu(model[1](2 * input))
-    torch.testing.assert_close(model((input, input)), expected)  # the run behind it is computed fused
+    torch.testing.assert_close(model((input, input)), expected)  # the run after it is fused
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What only a GPU can show: streams, graphs, waiting, several devices, memory. Skipped where there is none.
+"""Tests that need a GPU: streams, graphs, synchronisation, several devices, memory. Skipped without one.
 
-`make test-cuda` runs these and, with its tensors on the GPU, the numerical suite. None of it has run on a GPU so far:
+`make test-cuda` runs these tests and the numerical suite, with tensors on the GPU. None of them has run on a GPU yet:
 the kernels were compiled, and run by emulation (test_cuda_kernels.py, test_cuda_ops.py).
 """
 
@@ -35,7 +35,7 @@ LOSSES = ("mse", "cross_entropy", "bce_with_logits")
 
 @pytest.fixture(params=["library", "narrow"], autouse=True)
 def narrow(request, monkeypatch):
-    """Both ways to go through a network, in every test."""
+    """Runs every test with and without the narrow kernels."""
     monkeypatch.setenv("MANUALBP_CUDA_NARROW", "1" if request.param == "narrow" else "0")
 
 
@@ -81,7 +81,7 @@ def test_real_numbers_are_near_those_of_the_cpu(dtype):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_call_waits_for_the_device(loss):
     model, input, target = model_and_batch(loss)
-    model.loss_backward(input, target, loss)  # what is done once
+    model.loss_backward(input, target, loss)  # does the one-time work
     torch.cuda.set_sync_debug_mode("error")
     try:
         model.loss_backward(input, target, loss)
@@ -116,7 +116,7 @@ def test_work_goes_to_the_current_stream():
     want = model(input)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)  # what follows on the stream waits for this
+        torch.cuda._sleep(10_000_000)  # later work on the stream waits for this
         late = torch.empty_like(input).copy_(input)
         got = model(late)
     assert not stream.query()

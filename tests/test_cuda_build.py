@@ -1,6 +1,6 @@
-"""What a CUDA build shows without a GPU: the ops it registers, the instructions in it; and autocast for CUDA tensors.
+"""Checks of a CUDA build without a GPU: its registered ops, its instructions, and autocast for CUDA tensors.
 
-`.ci/cuda` runs this from such a build. Tensors are torch's stand-ins for those of a device (FakeTensorMode).
+`.ci/cuda` runs them from such a build. Tensors are fake ones (FakeTensorMode).
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ needs_build = pytest.mark.skipif(not _ops.has_cuda_kernels, reason="the CUDA ker
 
 @pytest.fixture
 def autocast_to_bfloat16() -> Iterator[None]:
-    """As `torch.autocast("cuda", torch.bfloat16)`, which does nothing where there is no GPU."""
+    """Like `torch.autocast("cuda", torch.bfloat16)`, which does nothing without a GPU."""
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -44,7 +44,7 @@ def test_every_op_that_trains_has_a_kernel_for_cuda(op: str) -> None:
 def test_kernels_do_not_apply_under_autocast_for_cuda(autocast_to_bfloat16: None) -> None:
     with FakeTensorMode():
         assert not _is_ordinary(torch.empty(2, 3, device="cuda"), ())
-    assert _is_ordinary(torch.empty(2, 3), ())  # that of the CPU is another
+    assert _is_ordinary(torch.empty(2, 3), ())  # the autocast state of the CPU is separate
 
 
 def test_autocast_for_the_cpu_means_nothing_to_cuda_tensors() -> None:
@@ -67,7 +67,7 @@ def test_autocast_chooses_dtypes_as_for_plain_torch(autocast_to_bfloat16: None) 
 
 
 def instructions(gpu: str) -> dict[str, str]:
-    """The machine code in the binary for this GPU: name of a kernel to text. Skips where nothing can show it."""
+    """The machine code in the binary for this GPU, by kernel name. Skips the test without a disassembler."""
     triton = importlib.util.find_spec("triton")
     of_triton = [
         Path(folder, "backends", "nvidia", "bin") for folder in (triton and triton.submodule_search_locations) or ()

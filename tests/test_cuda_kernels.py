@@ -1,8 +1,8 @@
-"""The CUDA kernels, run on the CPU by emulation: against a float64 oracle, for stray accesses, and for data races.
+"""The CUDA kernels, emulated on the CPU: checks results against float64, stray accesses, and data races.
 
-Each program in tests/csrc tests one kernel, or how kernels are launched; its first lines say how. It is built twice:
-with AddressSanitizer and UBSan, running the threads one at a time in several orders, and with ThreadSanitizer, which
-reports conflicting accesses that no barrier orders. Kernels broken on purpose show that these tests find such errors.
+Each program in tests/csrc tests one kernel, or how kernels are launched; its first lines describe it. It is built with
+AddressSanitizer and UBSan, running the threads one at a time in several orders, and with ThreadSanitizer, which
+reports conflicting accesses that no barrier orders. Deliberately broken kernels show that these tests find such errors.
 """
 
 import os
@@ -37,7 +37,7 @@ def run(source: Path, sanitizer: str, optimise: str = "-O1", root: Path = ROOT) 
 
 
 def works(sanitizer: str) -> bool:
-    """Whether a program that does nothing can be built with this sanitizer and then runs."""
+    """Whether an empty program can be built and run with this sanitizer."""
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "nothing.cpp"
@@ -104,7 +104,7 @@ BROKEN = {
 
 
 def run_broken(name: str, root: Path) -> Result:
-    """Builds and runs a program on a copy of the sources in which one thing was broken."""
+    """Builds and runs a program on a copy of the sources with one deliberate error."""
     file, program, sanitizer, there, instead, _ = BROKEN[name]
     for folder in ("csrc", "tests/csrc"):
         shutil.copytree(ROOT / folder, root / folder)
@@ -117,7 +117,7 @@ def run_broken(name: str, root: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[Result]]]:
-    """Builds and runs all programs in parallel: (program, sanitizer) or ("broken", name) to its future result."""
+    """Builds and runs all programs in parallel; maps (program, sanitizer) or ("broken", name) to a future result."""
     usable = [sanitizer for sanitizer in SANITIZERS if works(sanitizer)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {
@@ -133,7 +133,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
 
 
 def result_of(results: dict[tuple[str, str], Future[Result]], *key: str) -> Result:
-    """Waits for the result of a program; skips the test where its sanitizer does not work."""
+    """Waits for the result of a program; skips the test if its sanitizer does not work here."""
     if key not in results:
         pytest.skip("the compiler or its sanitizer does not work here")
     return results[key].result()

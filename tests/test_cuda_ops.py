@@ -1,7 +1,7 @@
-"""The CUDA entries behind the public functions, with emulated kernels: every pass, dtype and way to cut the work.
+"""The CUDA entries behind the public functions, on emulated kernels: every pass, dtype and way to split the work.
 
-`pytest --device=emulated -m cuda` runs the whole numerical suite this way (minutes); this module is the part that every
-full run includes.
+`pytest --device=emulated -m cuda` runs the whole numerical suite this way, which takes minutes; this module is the part
+that every full run includes.
 """
 
 import itertools
@@ -36,7 +36,7 @@ NETS = {"one": [5, 7], "narrow": [9, 33, 16, 4], "wide": [20, 130, 3], "thin": [
 FUNCTIONS = {"mlp": mbp.mlp, "closed": closed_mlp, "recompute": recomputing_mlp}
 
 
-# The narrow kernels never compute the networks "wide" and "empty", nor float64; one case asks them to, all the same.
+# The narrow kernels never compute the networks "wide" and "empty", nor float64; one case still requests them.
 WAYS = [(dtype, "library") for dtype in DTYPES] + [(dtype, "narrow") for dtype in DTYPES if dtype != torch.float64]
 CASES = [(sizes, *way) for sizes in NETS for way in WAYS if way[1] == "library" or sizes not in ("wide", "empty")]
 CASES.append(("empty", torch.float32, "narrow"))
@@ -44,7 +44,7 @@ CASES.append(("empty", torch.float32, "narrow"))
 
 @pytest.fixture(params=["library", "narrow"])
 def narrow(request, monkeypatch):
-    """Whether the narrow kernels are asked for, and not those around the library's matrix products."""
+    """Whether to use the narrow kernels instead of those around the library's matrix products."""
     if request.param == "narrow":
         monkeypatch.setenv("MANUALBP_CUDA_NARROW", "1")
     return request.param == "narrow"
@@ -52,7 +52,7 @@ def narrow(request, monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 8 rows, so that gradients are added over blocks."""
+    """Sets blocks of 8 rows, so that gradients are added over blocks."""
     monkeypatch.setenv("MANUALBP_EMULATED_ROWS", "8")
 
 

@@ -1,7 +1,7 @@
-"""On a device that has no kernels of ours, every function and module is the plain torch composition.
+"""On a device without kernels of this library, every function and module is the plain torch composition.
 
-Two such devices: meta, which computes shapes only, and "pretend", a device that this test adds to torch. It computes on
-the CPU, out of torch's sight: to torch, and to us, its tensors lie elsewhere.
+There are two such devices: meta, which computes only shapes, and "pretend", which this test adds to torch. It computes
+on the CPU, but reports that its tensors are on another device.
 """
 
 import subprocess
@@ -231,11 +231,11 @@ CHECK = """
 
 
 @pytest.mark.slow
-def test_a_device_that_we_have_never_heard_of():
+def test_a_device_that_is_unknown_to_the_library():
     setup = pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(setup, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot have a device that is written in Python")
-    # In a process of its own: a device cannot be taken out again.
+    # This needs a new process, because a device cannot be unregistered.
     program = textwrap.dedent(PRETEND) + textwrap.dedent(CHECK)
     root = Path(mbp.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", program], cwd=root, check=False, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""Torch's own data, tensor and pipeline parallelism around our modules, between two real processes.
+"""Torch's data, tensor and pipeline parallelism around our modules, between two real processes.
 
-Starting processes takes seconds, so that one pair runs every check, and each check is a test that looks up its result.
+Starting processes takes seconds, so one pair runs all checks, and each test looks up the result of one.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ CHECKS = {}
 
 
 def check(function):
-    """A function that runs in both processes, as (rank), and asserts."""
+    """Registers a function of (rank) that both processes run."""
     CHECKS[function.__name__] = function
     return function
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """For each process, what went wrong in each check ("" if nothing did)."""
+    """For each process, the error of each check ("" if it passed)."""
     folder = tmp_path_factory.mktemp("distributed")
     torch.multiprocessing.spawn(run_checks, (folder,), nprocs=WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
@@ -55,21 +55,21 @@ def run_checks(rank, folder):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", module="torch")  # of torch about itself
+                warnings.filterwarnings("ignore", module="torch")  # torch's own warnings
                 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
                 function(rank)
-            gc.collect()  # a reducer listens as long as it lives
+            gc.collect()  # a reducer's hooks remain until it is collected
             dist.barrier()
             outcome[name] = ""
         except Exception:
             outcome[name] = traceback.format_exc()
-            break  # the other process waits somewhere else
+            break  # the processes are no longer in step
         finally:
             (folder / f"{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
 
 
-# --- what every check uses ------------------------------------------------------------------------------------------
+# --- used by every check --------------------------------------------------------------------------------------------
 
 
 def network(**options):
@@ -83,13 +83,13 @@ def batch():
 
 
 def share(rank):
-    """Half of the batch for each process: the mean of the two losses is the loss of the batch."""
+    """This process's half of the batch; the mean of the two losses is the loss of the batch."""
     input, target = batch()
     return input[rank::WORLD], target[rank::WORLD]
 
 
 def expected(scale=1.0):
-    """The gradients that one process computes, without us."""
+    """The gradients that a single process computes without this library."""
     model, (input, target) = nn.Sequential(*network()), batch()
     (scale * F.mse_loss(model(input), target)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -98,7 +98,7 @@ def expected(scale=1.0):
 def assert_gradients(model, scale=1.0, names=None):
     want, seen = expected(scale), set()
     for name, parameter in model.named_parameters():
-        name = ".".join(name.split(".")[-2:])  # "0.weight", whatever is around the network
+        name = ".".join(name.split(".")[-2:])  # "0.weight", without the prefixes of wrappers
         grad = parameter.grad
         grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
         torch.testing.assert_close(
@@ -109,7 +109,7 @@ def assert_gradients(model, scale=1.0, names=None):
 
 
 def assert_same_steps(model, step, calls=None):
-    """Two steps, because wrappers prepare things at the first; optionally that our ops compute them."""
+    """Checks two steps, since wrappers set up during the first, and optionally the ops that compute them."""
     for _ in range(2):
         model.zero_grad()
         with recorded_calls() as seen:
@@ -120,7 +120,7 @@ def assert_same_steps(model, step, calls=None):
 
 
 class LossInside(nn.Module):
-    """What to wrap for the fused loss: a module whose forward returns it."""
+    """A module whose forward returns the fused loss, so that it can be wrapped."""
 
     def __init__(self, mlp, by_hand=False):
         super().__init__()
@@ -132,7 +132,7 @@ class LossInside(nn.Module):
 
 @contextlib.contextmanager
 def refused(wrapper, *models):
-    """loss_backward raises, and leaves no gradient behind."""
+    """Asserts that loss_backward raises and sets no gradient."""
     with pytest.raises(RuntimeError, match=f"MLP.loss_backward: {wrapper} combines the gradients of this network"):
         yield
     assert all(parameter.grad is None for model in models for parameter in model.parameters())
@@ -230,7 +230,7 @@ def ddp_no_sync(rank):
     gathered = [torch.empty_like(local[0]) for _ in range(WORLD)]
     dist.all_gather(gathered, local[0])
     assert not torch.allclose(*gathered)
-    F.mse_loss(model(input), target).backward()  # averages what both passes left
+    F.mse_loss(model(input), target).backward()  # averages the gradients of both passes
     assert_gradients(model, scale=2)
 
 
@@ -245,7 +245,7 @@ def ddp_refuses_loss_backward(rank):
     model, (input, target) = DDP(network()), share(rank)
     with refused("DistributedDataParallel", model):
         model.module.loss_backward(input, target)
-    handle = model.module[1].register_forward_hook(lambda *_: None)  # goes through the graph, and past the wrapper too
+    handle = model.module[1].register_forward_hook(lambda *_: None)  # uses the graph, and also bypasses the wrapper
     with refused("DistributedDataParallel", model):
         model.module.loss_backward(input, target)
     handle.remove()
@@ -268,7 +268,7 @@ def ddp_refuses_loss_backward_in_its_forward(rank):
 
 @check
 def loss_backward_without_a_wrapper(rank):
-    other = DDP(nn.Linear(2, 2))  # somebody else's
+    other = DDP(nn.Linear(2, 2))  # of an unrelated model
     model, (input, target) = network(), batch()
     assert_same_steps(model, lambda: model.loss_backward(input, target), ["mlp_loss"])
     model.zero_grad()
@@ -276,7 +276,7 @@ def loss_backward_without_a_wrapper(rank):
         model.loss_backward(input, target)
     assert_gradients(model)
     model.zero_grad()
-    output = model(input)  # its graph holds the same nodes that a reducer would hold
+    output = model(input)  # its graph holds the same nodes as a reducer would
     assert_same_steps(model, lambda: model.loss_backward(input, target), ["mlp_loss"])
     assert output.requires_grad
     assert other.module.weight.grad is None
@@ -341,7 +341,7 @@ def fsdp_of_a_model_with_fused_blocks(rank):
 
 
 def wrapped_in_any_order(rank, wrap, kind):
-    """fuse and unfuse, around what torch makes of the class; the gradients are right at each step."""
+    """fuse and unfuse before and after torch replaces the class; the gradients are right at each step."""
     (input, target), share_of = batch(), share(rank)
     for order in ("wrap fuse unfuse", "fuse wrap unfuse", "fuse wrap fuse unfuse fuse", "wrap fuse unfuse fuse unfuse"):
         model, done = nn.Sequential(*network()), []
@@ -362,7 +362,7 @@ def fsdp_before_and_after_fuse(rank):
 
     wrapped_in_any_order(rank, sharded, FSDPModule)
     blocks = mbp.fuse(nn.Sequential(*(sharded(nn.Sequential(nn.Linear(6, 6), nn.ReLU())) for _ in range(2))))
-    assert type(blocks[0]) is type(blocks[1])  # to a compiler, two of a kind
+    assert type(blocks[0]) is type(blocks[1])  # so that a compiler treats them alike
     assert type(mbp.unfuse(blocks)[0]) is type(blocks[1])
 
 
@@ -378,7 +378,7 @@ def replicate_by_fsdp_before_and_after_fuse(rank):
     try:
         from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
     except ImportError:
-        return  # an older torch
+        return  # torch is too old
     wrapped_in_any_order(rank, lambda model: replicate(model, mesh=mesh()), ReplicateModule)
 
 
@@ -404,7 +404,7 @@ def fsdp_losses(rank):
     input, target = share(rank)
     model = sharded(network())
     assert_same_steps(model, lambda: model.loss(input, target).backward(), FUSED)
-    assert_same_steps(model, lambda: model.loss_backward(input, target), FUSED)  # its hooks lead through the graph
+    assert_same_steps(model, lambda: model.loss_backward(input, target), FUSED)  # its hooks require the graph
     whole = sharded(LossInside(network()))
     assert_same_steps(whole, lambda: whole(input, target).backward())
 

@@ -1,4 +1,4 @@
-"""The code in README.md and in docs/ runs, page by page, and prints what stands below it."""
+"""The code in README.md and in docs/ runs, page by page, and prints the output shown below it."""
 
 import ast
 import contextlib
@@ -18,11 +18,11 @@ from torch_manualbp import autograd, compile_backend, info, lecture, reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-# What a compiler's inner workings are made of, and what `python -m` calls: nothing to call from outside.
+# Internals of the compiler backend, and what `python -m` calls; neither is meant for users.
 UNLISTED = {compile_backend: {"Chain", "Layer", "OPTIONS", "find_chains"}, info: {"main"}}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
-# A block of Python; its output, if it prints, is the block of text right after it.
+# A block of Python, and the block of text right after it with its output, if it prints.
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
@@ -31,7 +31,7 @@ def name(page):
 
 
 def run(block, page, namespace):
-    """What a block prints. Tracebacks name the page and the line in it."""
+    """The output of a block. Tracebacks name the page and the line in it."""
     lines_before = block.string[: block.start("code")].count("\n")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -52,7 +52,7 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
 
 
 def constants(module):
-    """The constants in capitals that a module defines, and whether a docstring stands below each."""
+    """The upper-case constants of a module, and whether each has a docstring."""
     found, body = {}, ast.parse(inspect.getsource(module)).body
     for statement, following in itertools.pairwise([*body, ast.Pass()]):
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
@@ -64,7 +64,7 @@ def constants(module):
 
 
 def public_names(module):
-    """What a module defines for its users, and whether it has a docstring."""
+    """The public names of a module, and whether each has a docstring."""
     return constants(module) | {
         name: bool(value.__doc__)
         for name, value in vars(module).items()
@@ -73,7 +73,7 @@ def public_names(module):
 
 
 def described():
-    """What `docs/reference/` asks mkdocstrings for."""
+    """The names that `docs/reference/` includes by mkdocstrings."""
     pages = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     return set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
 
@@ -88,7 +88,7 @@ def test_the_reference_has_every_public_name():
 def test_the_reference_has_every_public_name_of(module):
     names = {name: text for name, text in public_names(module).items() if name not in UNLISTED.get(module, set())}
     assert names
-    if module.__name__ in described():  # of a whole module, mkdocstrings shows what has a docstring
+    if module.__name__ in described():  # for a whole module, mkdocstrings shows everything that has a docstring
         assert [name for name, text in names.items() if not text] == []
     else:
         assert {f"{module.__name__}.{name}" for name in names} <= described()

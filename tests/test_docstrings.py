@@ -1,4 +1,4 @@
-"""The examples in docstrings run and print what they say; everything public is documented."""
+"""The examples in docstrings run and print the output shown; everything public is documented."""
 
 import doctest
 import importlib
@@ -11,7 +11,7 @@ import torch_manualbp as mbp
 from torch_manualbp import _layers, compile_backend, conversion, functional, lecture, modules, per_sample, reference
 from torch_manualbp.inspection import monitor
 
-# Of those modules the name is also that of a function.
+# The names of these modules are also names of functions.
 INSPECTION = [
     importlib.import_module(f"torch_manualbp.inspection.{name}") for name in ("trace", "gradient_flow", "memory")
 ]

@@ -1,4 +1,4 @@
-"""All dtypes: errors against float64; in half precision, sums are made in float32 and rounded once, when stored."""
+"""All dtypes, against float64; half precision is summed in float32 and rounded once, when stored."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_large_single_layer_on_integers_is_exact(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_halves_are_summed_in_float32(dtype):
-    # A sum of ones kept in a half would stop growing at 2^8 (bfloat16) or 2^11 (float16).
+    # A sum of ones in half precision would stop growing at 2^8 (bfloat16) or 2^11 (float16).
     count = torch.tensor(3000.0).to(dtype)
     ones = torch.ones(3000, 3000, dtype=dtype)[:3]
     assert_equal(mbp.linear_relu(ones, ones), count.expand(3, 3))  # over features
@@ -71,7 +71,7 @@ def test_halves_are_summed_in_float32(dtype):
     assert_equal(input.grad, count.expand(1, 2))
 
 
-# --- every half, bit by bit -----------------------------------------------------------------------------------------
+# --- every half-precision number, bit by bit ------------------------------------------------------------------------
 
 
 def every_half(dtype):
@@ -79,7 +79,7 @@ def every_half(dtype):
 
 
 def assert_same_bits(got, want):
-    """Bit for bit, but for the payload of NaN and the sign of zero (a sum that starts at +0 has no -0)."""
+    """Equal bits, except the payload of NaN and the sign of zero (a sum that starts at +0 has no -0)."""
     assert_equal(got.isnan(), want.isnan())
     there = ~want.isnan()
     assert_equal((got[there] + 0.0).view(torch.int16), (want[there] + 0.0).view(torch.int16))
@@ -115,7 +115,7 @@ def test_every_half_passes_backward_as_a_gradient(dtype):
     input = torch.ones_like(grads).requires_grad_()
     (got,) = torch.autograd.grad(mbp.linear_relu(input, one), input, grads)
     assert_same_bits(got, grads)
-    bias = torch.ones(1, grads.numel(), dtype=dtype)[0].requires_grad_()  # a batch of one: each sum is one gradient
+    bias = torch.ones(1, grads.numel(), dtype=dtype)[0].requires_grad_()  # in a batch of one, each sum is one gradient
     weight = torch.zeros(grads.numel(), 1, dtype=dtype).requires_grad_()
     got = torch.autograd.grad(mbp.linear_relu(one, weight, bias), [weight, bias], grads.t())
     assert_same_bits(got[0], grads)
@@ -126,7 +126,7 @@ def test_every_half_passes_backward_as_a_gradient(dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
 def test_stores_round_to_nearest_even(dtype, fraction):
-    # value + fraction of a unit in its last place: exact in float32, then rounded. At 0.5 it is a tie, each way.
+    # value + fraction of an ulp is exact in float32, then rounded. 0.5 is a tie, in both directions.
     values = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[values.isfinite()][:-1]
     unit = (values.view(torch.int16) + 1).view(dtype) - values
@@ -135,7 +135,7 @@ def test_stores_round_to_nearest_even(dtype, fraction):
     weight = torch.tensor([[1.0, fraction]], dtype=dtype)
     got = mbp.linear_relu(torch.stack([values, unit], 1), weight)[:, 0]
     assert_same_bits(got, exact.float().to(dtype))
-    grad_weight = torch.stack([values, unit])[:, :, None]  # the same sum, as a weight gradient over a batch of two
+    grad_weight = torch.stack([values, unit])[:, :, None]  # the same sum as a weight gradient over a batch of two
     layer = torch.ones(values.numel(), 1, dtype=dtype).requires_grad_()
     inputs = weight.t().contiguous()
     (got,) = torch.autograd.grad(mbp.linear_relu(inputs, layer), layer, grad_weight[:, :, 0])
@@ -148,7 +148,7 @@ def test_stores_round_to_nearest_even(dtype, fraction):
     ids=["float16", "bfloat16"],
 )
 def test_halves_overflow_to_infinity_only_when_rounding_says_so(dtype, largest, half_unit):
-    # Below the largest number plus half a unit a sum rounds down to it; from there on it is infinite.
+    # Sums below the largest number plus half an ulp round down to it; larger ones become infinite.
     input = torch.tensor([[largest, half_unit], [largest, half_unit * (1 - 2**-7)], [largest, 0.0], [largest, largest]])
     weight = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     got = mbp.mlp(input.to(dtype), [weight.to(dtype)])[:, 0]
@@ -158,7 +158,7 @@ def test_halves_overflow_to_infinity_only_when_rounding_says_so(dtype, largest, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormals_are_kept(dtype):
-    # The smallest number of each dtype passes, forward and as a gradient, and counts as positive.
+    # The smallest number of each dtype is kept, forward and as a gradient, and counts as positive.
     smallest = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype) * torch.finfo(dtype).eps
     assert smallest > 0
     input = torch.stack([smallest, 3 * smallest, -smallest])[:, None].requires_grad_()
@@ -171,7 +171,7 @@ def test_subnormals_are_kept(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_positive_sum_that_rounds_to_zero_is_off(dtype):
-    # relu of what is stored decides, as in torch: too small for float16 is 0, and 0 blocks.
+    # As in torch, relu uses the stored number: values too small for float16 are 0, and 0 blocks.
     smallest = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype) * torch.finfo(dtype).eps
     input = smallest.view(1, 1).clone().requires_grad_()
     output = mbp.linear_relu(input, torch.full((1, 1), 0.25, dtype=dtype))

@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and print and draw what they promise. No times are judged."""
+"""The examples run as a user runs them, and print and draw what they document. Times are not checked."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def run_example(name, folder, *arguments, launcher=("-W", "error")):
 
 
 def run_drawing(name, folder):
-    """Runs an example in `folder`; it must say nothing on stderr and draw build/figure.png."""
+    """Runs an example in `folder`; it must print nothing to stderr and draw build/figure.png."""
     result = run_example(name, folder, "--output", "build/figure.png")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -46,7 +46,7 @@ def test_train_digits_learns_what_the_plain_network_learns(tmp_path):
     assert result.stderr == ""  # no warning, and no progress bar outside a terminal
     accuracy, loss, _ = row(result, "torch_manualbp.MLP")
     assert accuracy >= 97
-    assert [accuracy, loss] == pytest.approx(row(result, "nn.Sequential")[:2], rel=0.01)  # should a ReLU flip
+    assert [accuracy, loss] == pytest.approx(row(result, "nn.Sequential")[:2], rel=0.01)  # in case a ReLU flips
     assert row(result, "largest difference")[0] < 1e-2
     figure = (tmp_path / "train_digits.png").read_bytes()
     assert figure.startswith(b"\x89PNG")
@@ -118,7 +118,7 @@ def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
         ("He", "nothing"),
     ):
         assert word in next(line for line in result.stdout.splitlines() if line.startswith(start))
-    assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # one of them trains
+    assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # only one of them trains
     for figure in ("why_it_does_not_train.png", "flow.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""FlopCounterMode counts our ops as it counts eager's matrix products, whatever is asked for."""
+"""FlopCounterMode counts our ops like eager's matrix products, for each subset of gradients."""
 
 import itertools
 
@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import torch_manualbp as mbp
 from helpers import Net, integer_net, one_layer, plain_mlp, recomputing_mlp, run_python
 
-PRODUCT = 2 * 6  # 2·B of (B, D_in) with (D_in, D_out)
+PRODUCT = 2 * 6  # 2·B, for (B, D_in) times (D_in, D_out)
 
 
 def flops(function, *args):
-    """What torch counts in forward and backward, and the names of the ops that it counted."""
+    """The operations that torch counts in forward and backward, and the names of the counted ops."""
     with FlopCounterMode(display=False) as counter:
         output = function(*args)
         if output.requires_grad:

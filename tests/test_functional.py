@@ -69,7 +69,7 @@ def test_any_leading_dimensions(function, sizes, leading, dtype):
 @pytest.mark.parametrize("sizes", [[0, 3], [3, 0], [0, 0], [4, 0, 3], [0, 4, 3], [4, 3, 0], [4, 0, 0, 3]], ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_layers_without_units(batch, sizes, dtype):
-    # A layer with no inputs gives relu(bias); one with no outputs gives nothing, and no gradient to its input.
+    # A layer without inputs gives relu(bias); one without outputs gives an empty result and a zero gradient.
     net, grad = integer_net(batch, sizes, dtype), integers(batch, sizes[-1], dtype=dtype)
     for function in (mbp.mlp, recomputing_mlp, closed_mlp, *([one_layer] if len(sizes) == 2 else [])):
         truth = oracle(net, grad, final_relu=function in (one_layer, closed_mlp))
@@ -258,11 +258,11 @@ def test_a_failed_call_does_not_spoil_the_next():
     assert_equal(mbp.mlp(X, [W], [B]), F.linear(X, W, B))
 
 
-# --- what stands for tensors ----------------------------------------------------------------------------------------
+# --- proxies of tensors ---------------------------------------------------------------------------------------------
 
 
 class Everything(nn.Module):
-    """All that can be called on what is no tensor yet."""
+    """Everything that can be called on a proxy of a tensor."""
 
     def __init__(self):
         super().__init__()

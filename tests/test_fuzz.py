@@ -1,6 +1,6 @@
-"""The fuzzers, for a few seconds: they find nothing in the library, and they find bugs that are put in on purpose.
+"""The fuzzers find nothing in the library within a few seconds, and they find deliberate bugs.
 
-`make fuzz` runs them for longer, from other seeds.
+`make fuzz` runs them longer, from other seeds.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from torch_manualbp._losses import LossSpec
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 8.0  # of a fuzzer here
+SECONDS = 8.0  # per fuzzer in these tests
 CI_SECONDS = 96.0  # of the differential fuzzer in `make fuzz`
 
 
@@ -35,7 +35,7 @@ def test_random_arguments_never_crash(tmp_path):
     assert report.cases > 50
 
 
-# --- bugs put in on purpose -------------------------------------------------------------------------------------------
+# --- deliberate bugs --------------------------------------------------------------------------------------------------
 
 
 def pass_at_exact_zero(monkeypatch):
@@ -54,7 +54,7 @@ def pass_at_exact_zero(monkeypatch):
 
 
 def lose_a_column_of_the_tail(monkeypatch):
-    """The last column of a layer's output misses the last term of its sum, if the width is a tile's and one more."""
+    """The last column of a layer's output lacks the last term of its sum if the width is one more than a tile's."""
     right = _ops.linear_relu
 
     def wrong(input, weight, bias):
@@ -67,7 +67,7 @@ def lose_a_column_of_the_tail(monkeypatch):
 
 
 def lose_a_row_of_the_batch(monkeypatch):
-    """The last gradient of the one-pass loss misses the last row of a batch that is not a multiple of 16."""
+    """The last gradient of the one-pass loss lacks the last row if the batch is not a multiple of 16."""
     right = _ops.mlp_loss
 
     def wrong(input, target, *rest):
@@ -80,7 +80,7 @@ def lose_a_row_of_the_batch(monkeypatch):
 
 
 def blur_float32(monkeypatch):
-    """An output that is rounded to bfloat16 on the way."""
+    """The output is rounded to bfloat16 before it is returned."""
     right = _ops.mlp
     monkeypatch.setattr(_ops, "mlp", lambda *args: (right(*args)[0].bfloat16().to(args[0].dtype), right(*args)[1]))
 
@@ -97,11 +97,11 @@ def test_a_bug_is_found_made_small_and_printed_as_code_that_fails(put_in, monkey
     with pytest.raises(AssertionError, match=r"elements differ|units of layer"):
         exec("\n".join(code), names)
     monkeypatch.undo()
-    exec("\n".join(code), names)  # and passes without the bug
+    exec("\n".join(code), names)  # which passes without the bug
 
 
 def test_a_crash_and_a_hang_are_found_with_their_cases_and_the_rest_follows(tmp_path, monkeypatch):
-    # In the place of the op: a process that kills itself, and a loop outside of Python code that never ends.
+    # In place of two ops: a process that kills itself, and an endless loop outside Python code.
     fake = """
 import itertools, os
 from fuzz.arguments import *

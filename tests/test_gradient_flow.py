@@ -1,4 +1,4 @@
-"""`gradient_flow` measures what autograd computes, agrees with theory, and names what was made to go wrong."""
+"""`gradient_flow` measures what autograd computes, agrees with theory, and diagnoses deliberate faults."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ from torch_manualbp.inspection.gradient_flow import (
 
 
 def deep(width=64, layers=30, gain=1.0, dtype=torch.float32):
-    """A network whose weights have `gain` times the standard deviation of He's initialisation, and no biases."""
+    """A network without biases whose weights have `gain` times the standard deviation of He's initialisation."""
     model = mbp.MLP([width] * (layers + 1), dtype=dtype)
     for layer in model[::2]:
         nn.init.normal_(layer.weight, std=gain * math.sqrt(2 / width))
@@ -44,7 +44,7 @@ def flow_of(model, rows=256, loss="mse"):
 
 
 def linear(output, target):
-    """A loss whose gradient does not depend on the output, as theory supposes."""
+    """A loss whose gradient does not depend on the output, as the theory assumes."""
     return (output * target).sum()
 
 
@@ -124,9 +124,8 @@ def test_theory_predicts_the_growth_of_each_layer(width, gain):
         assert layer.growth_theory == pytest.approx(gain, rel=0.03)
         assert layer.growth == pytest.approx(layer.growth_theory, rel=0.15)
         assert layer.forward_theory == pytest.approx(gain, rel=0.03)
-        assert layer.forward_growth == pytest.approx(
-            layer.forward_theory, rel=0.2
-        )  # varies more: f is the same for all
+        # This varies more, because f is the same for all.
+        assert layer.forward_growth == pytest.approx(layer.forward_theory, rel=0.2)
 
 
 @pytest.mark.parametrize("gain", [0.5, 1, 2])
@@ -148,7 +147,7 @@ def test_a_layer_whose_units_are_all_off():
     model = deep(64, 5)
     nn.init.constant_(model[4].bias, -100.0)
     r = flow_of(model)
-    assert r.diagnosis == ["dead"]  # not vanishing: the reason for the missing gradient is known
+    assert r.diagnosis == ["dead"]  # not vanishing, because dead units explain the missing gradient
     assert r.layers[2].dead == 1
     assert [layer.dl_df for layer in r.layers[:3]] == [0, 0, 0]
     assert "100% of the units of layer 2 (4)" in r.explanation["dead"]
@@ -177,7 +176,7 @@ def test_the_limits_of_the_gradient_ratio(ratio, diagnosis):
 
 
 def test_a_narrow_output_is_no_exploding_gradient():
-    """Norms are compared: ∂ℓ/∂f of one output is √512 times larger than that of 512 units with the same norm."""
+    """Norms are compared, since ∂ℓ/∂f of one output is √512 times larger than that of 512 units of equal norm."""
     model = mbp.MLP([512, 512, 1])
     for layer in model[::2]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -370,7 +369,7 @@ def test_plot_shows_every_layer():
     assert sizes.get_yscale() == "log"
     assert [len(line.get_xdata()) for line in growth.lines[:4]] == [11] * 4
     assert len(shares.patches) == 22
-    flow_of(mbp.MLP([3, 2])).plot().canvas.draw()  # one layer without ReLU: nothing to show in two of the panels
+    flow_of(mbp.MLP([3, 2])).plot().canvas.draw()  # one layer without ReLU, which leaves two panels empty
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Graphs of torch.compile and torch.export: what we put into them, when it is plain torch instead, and the numbers."""
+"""Graphs of torch.compile and torch.export: which ops they contain, when these are plain torch, and the numbers."""
 
 import itertools
 import shutil
@@ -18,7 +18,7 @@ import torch_manualbp as mbp
 from helpers import assert_close, assert_equal, integer_net, integers, normal_net, plain_mlp, smooth_net
 from torch_manualbp import _graph, _route
 
-# Decompositions that torch loads at the first use of forward-mode AD are scripted.
+# At the first use of forward-mode AD, torch loads decompositions that are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated:DeprecationWarning")
 
 MODELS = {
@@ -38,7 +38,7 @@ def _fresh_compiler():
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    """A float64 model whose parameters are small integers: whatever computes it, the results are equal."""
+    """A float64 model whose parameters are small integers, so that every implementation gives equal results."""
     model = MODELS[request.param]().double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +47,7 @@ def model(request):
 
 
 def gradients(function, model, input):
-    """The output, and the gradients of its square."""
+    """The output and the gradients of its square."""
     model.zero_grad()
     output = function(input)
     output.pow(2).sum().backward()
@@ -55,7 +55,7 @@ def gradients(function, model, input):
 
 
 def ops_run(function, *args):
-    """The names of our ops that function(*args) runs, in order, by the profiler: a dispatch mode would stop Dynamo."""
+    """The names of our ops that function(*args) runs, in order, by the profiler; a dispatch mode stops Dynamo."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function(*args)
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
@@ -96,7 +96,7 @@ def test_no_recompilation_per_batch_size(model, dynamic):
     for batch in (5, 6, 9, 33, 130, 2):
         input = integers(batch, 4)
         assert_equal(gradients(compiled, model, input), gradients(model, model, input))
-    assert counter.frame_count == (1 if dynamic else 2)  # torch tries the first batch size as a constant
+    assert counter.frame_count == (1 if dynamic else 2)  # torch first compiles with the batch size as a constant
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_layers_that_are_watched_are_called_as_modules(change):
     assert_close(gradients(compiled, plain, input), want)
 
 
-# --- where a derivative must see through it -------------------------------------------------------------------------
+# --- derivatives inside a graph -------------------------------------------------------------------------------------
 
 TRANSFORMS = {
     "grad": lambda f: grad(lambda *net: f(*net).pow(2).sum(), (0, 1, 2)),
@@ -215,7 +215,7 @@ def test_transforms_inside_compile(name, backend):
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name != "hessian"])
 def test_the_op_itself_under_transforms(name):
-    # What a graph with transforms in it runs, when it is run as it is.
+    # Runs what a graph that contains transforms runs when it is interpreted.
     net = smooth_net(5, [4, 6, 3])
     if name == "vmap over weights":
         net = net._replace(weights=[torch.stack([weight, -weight]) for weight in net.weights])
@@ -237,7 +237,7 @@ def test_dual_tensors_that_come_after_compilation(backend):
         dual = forward_ad.make_dual(input, tangent)
         try:
             got = forward_ad.unpack_dual(compiled(dual))
-        except torch._dynamo.exc.Unsupported:  # from torch 2.14 on, which refuses all dual tensors
+        except torch._dynamo.exc.Unsupported:  # since torch 2.14, which rejects all dual tensors
             return
         want = forward_ad.unpack_dual(nn.Sequential(*model)(dual))
         assert_close(got.primal, want.primal)
@@ -303,7 +303,7 @@ def test_the_op_names_the_version_so_that_no_other_version_finds_what_was_compil
     assert str(_graph.layers) == f"manualbp.layers.v{mbp.__version__.replace('.', '_')}"
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, in 2.14
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from opcheck in torch 2.14
 @pytest.mark.parametrize("final_relu", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_opcheck_of_layers(layers, final_relu):
@@ -329,7 +329,7 @@ def test_package_compiled_ahead_of_time(tmp_path):
     model, input = mbp.MLP([4, 6, 3]).requires_grad_(False), torch.randn(5, 4)
     program = torch.export.export(model, (input,))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # inductor's, of itself
+        warnings.simplefilter("ignore")  # inductor's own warnings
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         loaded = torch._inductor.aoti_load_package(package)
     torch.testing.assert_close(loaded(input), model(input))

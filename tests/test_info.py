@@ -1,4 +1,4 @@
-"""`python -m torch_manualbp.info`: what a bug report needs is there and true."""
+"""`python -m torch_manualbp.info` prints correctly what a bug report needs."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ def test_info_follows_the_number_of_threads():
 def test_info_on_other_machines(monkeypatch, tmp_path):
     monkeypatch.setattr(_ops, "has_cuda_kernels", True)
     assert info.info()["CUDA kernels"] == _ops.CUDA_BINARY.name
-    # On aarch64 /proc/cpuinfo names no model; elsewhere there is none.
+    # On aarch64, /proc/cpuinfo names no model; other systems do not have this file.
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     cpuinfo = tmp_path / "cpuinfo"

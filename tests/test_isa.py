@@ -1,4 +1,4 @@
-"""Instruction-set levels: each that this machine has, forced in a process of its own, computes the same networks."""
+"""Each instruction-set level that this machine supports, forced in its own process, computes the same networks."""
 
 import platform
 import re
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def probe(path):
-    """What a forced process runs: every check that depends on the level, then results on real numbers for `path`."""
+    """Runs, in a forced process, every check that depends on the level; saves results on real numbers."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     for dtype in DTYPES:
@@ -57,7 +57,7 @@ def probe(path):
 
 
 def near_float64():
-    """On real numbers, checked against float64: {(shape, dtype): (results, sums behind each, units that are on)}."""
+    """Results on real numbers, checked against float64: {(shape, dtype): (results, largest sums, active units)}."""
     found = {}
     for shape in ("tall", "wide", "few rows"):
         batch, sizes = LARGE[shape]
@@ -73,7 +73,7 @@ def near_float64():
 
 @pytest.fixture(scope="module")
 def forced(tmp_path_factory):
-    """What `probe` saved at each level that this machine has: {level: its dictionary}."""
+    """The dictionaries that `probe` saved, by level, for each level that this machine supports."""
     saved = {}
     for level in LEVELS:
         path = tmp_path_factory.mktemp("isa") / level
@@ -91,7 +91,7 @@ def test_each_level_of_the_machine_passes_every_check(forced):
 
 
 def levels_of_the_build():
-    """All levels of the binary, best first, as the error about an unknown one lists them."""
+    """All levels of the binary, best first, as listed in the error about an unknown level."""
     done = run_python("from torch_manualbp import _ops; _ops.isa()", MANUALBP_ISA="sse9")
     listed = re.search(r"RuntimeError: MANUALBP_ISA=sse9 is not a level of this build \((.+)\)", done.stderr)
     return listed[1].split(", ")
@@ -104,7 +104,7 @@ def test_the_best_level_of_the_machine_is_chosen_unless_one_is_forced(forced):
 
 def test_levels_agree_within_rounding(forced):
     # Each is within TOLERANCE of float64 (checked in its process), so two are within twice that of each other.
-    # Gradients only where both switched on the same units.
+    # Gradients are compared only if the same units are active.
     for level, saved in forced.items():
         for key, (values, sums, on) in saved["values"].items():
             others, _, others_on = forced["default"]["values"][key]

@@ -1,4 +1,4 @@
-"""`layers_of` finds the layers of a model with their names, and refuses each child whose computation is not known."""
+"""`layers_of` finds the layers of a model and their names, and rejects children with unknown computations."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Memory layouts: strides never change a result. Integers, so that "never" means bit for bit."""
+"""Strides never change a result. With integers, results are equal bit for bit."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ B, SIZES = 12, [10, 14, 6]
 
 
 def scattered(shape, strides, dtype, offset=0):
-    """A tensor of this shape with any strides, overlapping ones included, on integers."""
+    """A tensor of integers with this shape and any strides, including overlapping ones."""
     size = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True) if n > 0)
     return integers(max(size, 1), dtype=dtype, high=1).as_strided(shape, strides, offset)
 
@@ -103,7 +103,7 @@ def test_linear_relu_with_everything_in_one_layout(layout):
     check(net, make(B, 14, dtype), one_layer)
 
 
-# Inputs of three and four dimensions: rows that have one stride are read where they lie, others are copied.
+# Inputs of three and four dimensions: rows with a single stride are read in place, others are copied.
 TENSORS = {
     "permuted leading": lambda dtype: integers(4, 3, 10, dtype=dtype).permute(1, 0, 2),
     "features first": lambda dtype: integers(10, 3, 4, dtype=dtype).permute(1, 2, 0),
@@ -147,7 +147,7 @@ def test_unfolded_windows_of_a_signal():
 
 @pytest.mark.parametrize("name", ["input", "weight", "bias"])
 def test_lazily_negated_tensors(name):
-    # The imaginary part of a conjugate is a view with its sign still to be flipped.
+    # The imaginary part of a conjugate is a view with a pending negation.
     tensors = {"input": integers(B, 10), "weight": integers(14, 10, high=1), "bias": integers(14)}
     want = mbp.linear_relu(**{**tensors, name: -tensors[name]})
     lazy = torch.complex(torch.zeros_like(tensors[name]), tensors[name]).conj().imag

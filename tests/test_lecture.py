@@ -1,4 +1,4 @@
-"""`torch_manualbp.lecture`: what the lecture says is so, checked against autograd and against the library."""
+"""The lecture's statements in `torch_manualbp.lecture` hold; checked against autograd and the library."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_sgd_steps_on_the_examples_of_each_batch():
         part = LeastSquares(line.x[batch], line.y[batch])
         torch.testing.assert_close(after, before - 0.1 * part.gradient(before))
     assert len(path) == 4
-    whole = gradient_descent(path[2], line.gradient, alpha=0.1)[-1]  # one batch of everything
+    whole = gradient_descent(path[2], line.gradient, alpha=0.1)[-1]  # one batch with all examples
     torch.testing.assert_close(path[3], whole)
 
 
@@ -205,7 +205,7 @@ def test_chain_rule_reads_from_the_variable_outwards():
 
 
 def test_the_backward_pass_is_made_of_these_jacobians():
-    """∂ℓ/∂f_0 = ∂h_1/∂f_0 ∂f_1/∂h_1 ∂h_2/∂f_1 ∂f_2/∂h_2 ∂ℓ/∂f_2, and ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ, as `trace` has them."""
+    """∂ℓ/∂f_0 = ∂h_1/∂f_0 ∂f_1/∂h_1 ∂h_2/∂f_1 ∂f_2/∂h_2 ∂ℓ/∂f_2, and ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ, as in `trace`."""
     model = mbp.MLP([4, 5, 3, 2], dtype=DOUBLE)
     t = mbp.trace(model, normal(4), normal(2))
     omega = [layer.weight for layer in t.layers]

@@ -1,4 +1,4 @@
-"""Life around the library: Python threads, forks, interrupts, no memory left, many steps, and a disk without writing."""
+"""Python threads, forks, interrupts, exhausted memory, many steps, and read-only file systems."""
 
 import multiprocessing
 import os
@@ -22,19 +22,19 @@ SIZES, BATCH = [7, 19, 33, 5], 40
 
 
 def autograd_step(model, input, target):
-    """The loss outside the network, then backward."""
+    """Computes the loss outside the network, then runs backward."""
     value = F.mse_loss(model(input), target)
     return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
 
 
 def loss_step(model, input, target):
-    """The loss inside the network, times 3: the gradients that are ready are multiplied."""
+    """Computes the loss inside the network, times 3, so that backward scales the finished gradients."""
     value = model.loss(input, target)
     return [value.detach(), *torch.autograd.grad(3 * value, list(model.parameters()))]
 
 
 def loss_backward_step(model, input, target):
-    """No autograd graph, on a copy: gradients are added to those of the module."""
+    """Runs loss_backward on a copy, because it would add to the gradients of a shared module."""
     own = mbp.MLP(SIZES)
     own.load_state_dict(model.state_dict())
     return [own.loss_backward(input, target), *(parameter.grad for parameter in own.parameters())]
@@ -49,7 +49,7 @@ MODELS = {
 
 
 def batches(count, rows=BATCH):
-    """Different batches of the same size or not: a list of (input, target)."""
+    """A list of different (input, target) pairs, of equal or different sizes."""
     return [(torch.randn(rows + k, SIZES[0]), torch.randn(rows + k, SIZES[-1])) for k in range(count)]
 
 
@@ -75,7 +75,7 @@ def test_eight_threads_train_one_module_at_once(step, threads):
 
 @pytest.fixture
 def hasty_threads():
-    """Python changes threads so often that it happens between any two lines."""
+    """Makes Python switch threads so often that it happens between any two lines."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -84,7 +84,7 @@ def hasty_threads():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_eight_threads_add_to_the_gradients_of_one_module(model):
-    # Integers: the order in which the threads come changes no bit.
+    # With integers, the order of the threads changes no bit.
     model, data = MODELS[model](), batches(8)
     with torch.no_grad():
         for tensor in [*model.parameters(), *(tensor for batch in data for tensor in batch)]:
@@ -105,7 +105,7 @@ def test_eight_threads_add_to_the_gradients_of_one_module(model):
 
 def test_threads_add_by_hand_to_the_same_gradients(hasty_threads):
     torch.set_num_threads(1)
-    model, calls = mbp.MLP([8, 1024, 1024, 4]), 200  # so large that threads meet in the middle of an addition
+    model, calls = mbp.MLP([8, 1024, 1024, 4]), 200  # so large that additions of several threads overlap
     input, target = torch.randn(1, 8), torch.randn(1, 4)
     model.loss_backward(input, target)
     want = [3 * calls * parameter.grad for parameter in model.parameters()]
@@ -118,7 +118,7 @@ def test_threads_add_by_hand_to_the_same_gradients(hasty_threads):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(train, range(3)))
     for parameter, total in zip(model.parameters(), want, strict=True):
-        assert (parameter.grad - total).abs().max() < 2e-4 * total.abs().max()  # one that is lost: 1.7e-3
+        assert (parameter.grad - total).abs().max() < 2e-4 * total.abs().max()  # a lost gradient gives 1.7e-3
 
 
 @pytest.mark.parametrize("of", ["output", "loss"])
@@ -161,7 +161,7 @@ def test_the_number_of_threads_changes_between_forward_and_backward(model, step,
 
 
 class Gradients(Dataset):
-    """Items that a training step computes in the worker that loads them: the loss and all gradients, as one row."""
+    """A dataset whose worker runs a training step per item: the loss and all gradients, as one row."""
 
     def __init__(self, model):
         self.model = model
@@ -185,7 +185,7 @@ def test_workers_of_a_data_loader_train_after_this_process_did(start):
         pytest.skip(f"no {start} here")
     torch.set_num_threads(2)
     dataset = Gradients(mbp.MLP(SIZES))
-    autograd_step(dataset.model, torch.randn(3000, SIZES[0]), torch.randn(3000, SIZES[-1]))  # both threads have worked
+    autograd_step(dataset.model, torch.randn(3000, SIZES[0]), torch.randn(3000, SIZES[-1]))  # starts both threads
     want = torch.stack([dataset[k] for k in range(6)])
     loader = DataLoader(dataset, batch_size=3, num_workers=2 if start == "fork" else 1, multiprocessing_context=start)
     assert_equal(torch.cat(list(loader)), want)
@@ -194,7 +194,7 @@ def test_workers_of_a_data_loader_train_after_this_process_did(start):
 
 @pytest.mark.slow
 def test_an_interrupt_in_a_long_step_is_raised_after_the_pass_and_all_goes_on():
-    # An op is not interrupted inside. Of an autograd step that an interrupt ends, each gradient is whole or absent.
+    # An op itself is never interrupted. After an interrupted autograd step, each gradient is complete or absent.
     code = """
 import os, signal, threading, torch, torch.nn.functional as F, torch_manualbp as mbp
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
@@ -280,7 +280,7 @@ def test_a_batch_that_no_memory_holds_is_the_error_of_torch_and_all_goes_on(acti
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
 @pytest.mark.parametrize("way", ["store", "recompute", "loss", "loss_backward"])
 def test_memory_that_ends_anywhere_in_a_step_leaves_all_usable(way):
-    # Step after step with a little more address space, so that each allocation of a step is once the one that fails.
+    # Each step gets a little more address space, so that each allocation of a step fails once.
     code = """
 import resource, sys, torch, torch.nn.functional as F, torch_manualbp as mbp
 torch.set_num_threads(1)
@@ -331,8 +331,8 @@ print(failures, done)
 
 @pytest.mark.slow
 def test_no_call_of_an_op_leaves_a_byte_behind():
-    # What malloc says is in use, before and after many calls: the smallest leak is 32 bytes a call.
-    # (Not of `isa`: torch 2.13 leaks the text that an op returns.)
+    # Compares malloc's bytes in use before and after many calls; the smallest leak is 32 bytes a call.
+    # (Except `isa`: torch 2.13 leaks the strings that ops return.)
     code = """
 import ctypes, torch
 from torch_manualbp import _ops
@@ -408,12 +408,12 @@ for way in memory_growth.WAYS:
     assert max(growth) < 1 << 19
 
 
-# --- nothing may be written -------------------------------------------------------------------------------------------
+# --- read-only file systems -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_imports_and_trains_where_nothing_may_be_written(tmp_path):
-    # Read-only site-packages. Permissions do not bind root, so writing is refused to Python code as well.
+    # site-packages is read-only. Permissions do not apply to root, so writes by Python code are also refused.
     site = tmp_path / "site-packages"
     shutil.copytree(Path(mbp.__file__).parent, site / "torch_manualbp", ignore=shutil.ignore_patterns("__pycache__"))
     files = sorted(site.rglob("*"))
@@ -438,7 +438,7 @@ import torch_manualbp.info
 torch_manualbp.info.info()
 """
     env = {**os.environ, "HOME": str(tmp_path / "no home"), "PYTHONPATH": ""}
-    env.pop("COVERAGE_PROCESS_CONFIG", None)  # which would write at the end
+    env.pop("COVERAGE_PROCESS_CONFIG", None)  # coverage would write at exit
     command = [sys.executable, "-W", "error", "-c", code, str(site)]
     done = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True, check=False)
     for path in [site, *files]:

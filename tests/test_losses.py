@@ -1,4 +1,4 @@
-"""mlp_loss, MLP.loss and MLP.loss_backward: the losses of torch.nn.functional, and gradients ready after forward."""
+"""mlp_loss, MLP.loss and MLP.loss_backward equal torch.nn.functional's losses; forward computes the gradients."""
 
 import copy
 import itertools
@@ -42,31 +42,31 @@ NAN, INF = float("nan"), float("inf")
 
 
 def make_target(loss, leading, width, dtype=torch.float64):
-    """A target such as this loss takes."""
+    """A target that suits this loss."""
     if loss == "cross_entropy":
         return torch.randint(width, leading)
     return (torch.randn(*leading, width) if loss == "mse" else torch.rand(*leading, width)).to(dtype)
 
 
 def fused(loss, **options):
-    """function(net, target): our loss."""
+    """Our loss as function(net, target)."""
     return lambda net, target: mbp.mlp_loss(net.input, target, *net[1:], loss=loss, **options)
 
 
 def plain(loss, **options):
-    """function(net, target): the same loss, by torch."""
+    """Torch's loss as function(net, target)."""
     return lambda net, target: LOSSES[loss](plain_mlp(*net), target, **options)
 
 
 def loss_and_gradients(function, net, target):
-    """The loss, and the gradient of each leaf."""
+    """The loss and the gradient of each leaf."""
     leaves = net.recorded()
     value = function(leaves, target)
     return [value.detach(), *torch.autograd.grad(value, leaves.leaves())]
 
 
 def assert_loss_close(got, want, dtype=torch.float64):
-    """Within 16 TOLERANCE of the largest element: a loss has a few more roundings than a sum, and sums may cancel."""
+    """Within 16 TOLERANCE of the largest element, since a loss rounds more often than a sum, and sums may cancel."""
     for one, other in zip(got, want, strict=True):
         assert (one.shape, one.dtype) == (other.shape, dtype)
         if one.numel():
@@ -108,7 +108,7 @@ def test_squared_error_of_integers_is_exact(shape, dtype):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_other_dtypes_are_near_float64(loss, reduction, dtype):
-    # One layer: its gradients are those of the loss times the input, with no ReLU to flip.
+    # With one layer there is no ReLU that could flip, and gradients are those of the loss times the input.
     net = normal_net(64, [20, 10]).map(lambda tensor: tensor.to(dtype).double())
     target = make_target(loss, (64,), 10)
     target = target if loss == "cross_entropy" else target.to(dtype).double()
@@ -146,7 +146,7 @@ def test_ignored_rows_count_for_nothing(reduction):
     got = loss_and_gradients(fused("cross_entropy", reduction=reduction), net, target)
     assert_loss_close(got, loss_and_gradients(plain("cross_entropy", reduction=reduction), net, target))
     assert not got[1][target == -100].any()
-    net.input[1] = NAN  # not even where its output is not a number
+    net.input[1] = NAN  # not even if its output is NaN
     torch.testing.assert_close(
         *(loss_and_gradients(f("cross_entropy", reduction=reduction), net, target)[0] for f in (fused, plain))
     )
@@ -159,7 +159,7 @@ def test_ignored_rows_count_for_nothing(reduction):
     ids=str,
 )
 def test_an_ignored_row_has_the_gradient_of_torch_where_its_output_is_not_finite(row, dtype):
-    # 0 times softmax: NaN where that is NaN. The output is the bias.
+    # The gradient is 0 times softmax, which is NaN where softmax is. The output is the bias.
     bias = torch.tensor(row, dtype=dtype).requires_grad_()
     net = Net(torch.ones(2, 1, dtype=dtype), [torch.zeros(3, 1, dtype=dtype)], [bias])
     grads = []
@@ -298,7 +298,7 @@ def test_one_node_and_one_call(loss):
 
 @pytest.mark.parametrize("name", ["input", "weights[0]", "weights[1]"])
 def test_gradients_of_arguments_changed_in_place_are_not_silently_wrong(name):
-    # The gradients were ready before the change: right ones, or the version error, but no others.
+    # The gradients were computed before the change: backward returns them or raises the version error.
     net, target = normal_net(3, [4, 5, 2]), make_target("mse", (3,), 2)
     want = loss_and_gradients(fused("mse"), net, target)[1:]
     leaves = net.map(torch.clone).recorded()
@@ -349,24 +349,24 @@ def test_targets_that_only_torch_knows(kind):
         loss, target = "cross_entropy", torch.randint(3, (6,), dtype=torch.uint8)
     elif kind == "target that requires grad":
         loss, target = "mse", torch.randn(6, 3).double().requires_grad_()
-    else:  # classes lie in the second dimension, so an input of three dimensions has them in the middle
+    else:  # classes are in dimension 1, which is the middle one of a 3-D input
         net, loss, target = normal_net((2, 4), [5, 3]), "cross_entropy", torch.randint(4, (2, 3))
     assert_equal(loss_and_gradients(fused(loss), net, target), loss_and_gradients(plain(loss), net, target))
     if target.requires_grad:
         assert_equal(*(torch.autograd.grad(f(loss)(net, target), target) for f in (fused, plain)))
 
 
-# Of a target: all that torch has an opinion on.
+# Target dtypes that torch accepts or rejects explicitly.
 TARGET_DTYPES = (*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 
 
 def in_dtype(target, dtype):
-    """The same target, or where `dtype` has no fractions the nearest one."""
+    """The same target, rounded if `dtype` has no fractions."""
     return (target if dtype.is_floating_point or dtype.is_complex else target.round()).to(dtype)
 
 
 def result_of(function, *args):
-    """What function(*args) returns, or the class of what it raises."""
+    """The result of function(*args), or the class of the exception it raises."""
     try:
         return function(*args)
     except Exception as error:
@@ -374,7 +374,7 @@ def result_of(function, *args):
 
 
 def ways(model, input, target, loss):
-    """Functions that return the loss and leave its gradients in the model: each of our ways, and torch's."""
+    """Functions that return the loss and set the model's gradients: each of our ways, and torch's."""
     weights, biases = [layer.weight for layer in model[::2]], [layer.bias for layer in model[::2]]
 
     def of(function):
@@ -393,7 +393,7 @@ def ways(model, input, target, loss):
 
 
 def assert_as_torch(got, want, dtype):
-    """The same error; or the same numbers, within the precision of the network and of the loss, each in its dtype."""
+    """The same error, or the same dtypes and numbers, within the precision of the network and of the loss."""
     if isinstance(want, type):
         assert got is want
         return
@@ -473,7 +473,7 @@ def test_our_op_decides_about_no_shape_that_torch_takes_or_refuses_otherwise(los
     output = torch.randn(*leading, outputs)
     target = torch.ones(shape, dtype=torch.int64) if loss == "cross_entropy" else torch.rand(shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that shapes broadcast
+        warnings.simplefilter("ignore")  # about broadcasting shapes
         by_torch = result_of(LOSSES[loss], output, target)
     is_ours = target_is_ours(torch.ones(*leading, 4), target, LossSpec(loss), [torch.ones(outputs, 4)])
     fits = shape == (leading if loss == "cross_entropy" else (*leading, outputs))
@@ -581,7 +581,7 @@ def test_loss_of_a_model_is_the_loss_of_its_output(loss, reduction):
 def test_loss_backward_equals_loss_and_backward_bit_for_bit(batch, sizes, loss, dtype):
     model, input, target = model_and_data(loss, dtype, sizes, batch)
     by_hand = copy.deepcopy(model)
-    for _ in range(2):  # a fresh step, and one that accumulates
+    for _ in range(2):  # the first step is fresh, the second accumulates
         value = model.loss(input, target, loss)
         value.backward()
         assert_equal(by_hand.loss_backward(input, target, loss), value.detach())
@@ -646,7 +646,7 @@ def test_frozen_parameters_get_no_gradient(frozen):
 
 
 @pytest.mark.parametrize("watch", ["parameter", "accumulation", "child", "whole", "input", "shared", "appended"])
-def test_whoever_listens_to_the_graph_is_heard(watch):
+def test_hooks_and_other_users_of_the_graph_are_respected(watch):
     model, input, target = model_and_data(sizes=(5, 5, 5, 3))
     if watch == "shared":
         model[2].weight = model[0].weight

@@ -1,4 +1,4 @@
-"""`memory` counts what a training step allocates: compared with torch's own account, and with the resident size."""
+"""`memory` predicts what a training step allocates; compared with torch's profiler and with the resident size."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from torch_manualbp.inspection.memory import MODES, _readable
 KIB, MIB = 2**10, 2**20
 PEAK_MEMORY = Path(__file__).parent.parent / "benchmarks" / "peak_memory.py"
 
-# Batches cut in each way that our ops know (csrc/cpu/plan.h), with what else changes what they allocate.
+# Covers each way to split a batch (csrc/cpu/plan.h), and everything else that affects allocations.
 NETWORKS = {
     "tall": ([32, 64, 64, 64, 64, 16], 20_000),
     "tall, slices of several chunks": ([2, 40, 30, 1], 100_000),
@@ -33,7 +33,7 @@ NETWORKS = {
 WAYS = ("tall", "short", "wide")
 
 
-# Which parameters of layer k = 0 … K−1 learn: (weight, bias).
+# The parameters of layer k = 0 … K−1 that are trainable: (weight, bias).
 FROZEN = {
     "the first layer": lambda k, last: (k > 0, k > 0),
     "all but the last layer": lambda k, last: (k == last, k == last),
@@ -59,21 +59,21 @@ def freeze(model, frozen):
 
 
 def mlp_for(mode, sizes, dtype=torch.float32):
-    """An `MLP` in this mode."""
+    """An `MLP` in this memory mode."""
     return mbp.MLP(sizes, activations="recompute" if mode == "recompute" else "store", dtype=dtype)
 
 
 def peak_of(mode, sizes, batch, dtype=torch.float32):
-    """The peak of an `MLP`."""
+    """The peak of a training step of an `MLP`."""
     model = mlp_for(mode, sizes, dtype)
     return peak_of_step(nn.Sequential(*model) if mode == "eager" else model, mode, batch)
 
 
 def peak_of_step(model, mode, batch):
-    """The most bytes that were allocated at one time during a step, by torch's profiler.
+    """The peak of allocated bytes during a step, measured by torch's profiler.
 
-    It does not see pieces below 64 KiB of our ops' workspace, which come from malloc. Now and then it loses an event: so
-    what was measured twice.
+    It misses workspaces of our ops below 64 KiB, which come from malloc. It occasionally loses an event, so a result
+    counts only if it was measured twice.
     """
     weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     x = torch.randn(batch, weights[0].shape[1]).to(weights[0].dtype)
@@ -159,8 +159,8 @@ def test_how_gradients_are_summed_does_not_depend_on_the_number_of_threads(case)
     assert [one[0], *one[3:5]] == [many[0], *many[3:5]]
 
 
-# Pieces of workspace up to 64 KiB are counted and not seen: there are at most three of them at a time, of which one holds
-# the sums of the gradients of the biases.
+# Workspaces up to 64 KiB are predicted but not measured. At most three exist at a time, one of which holds the sums of
+# the bias gradients.
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_our_peaks_are_exact_but_for_small_pieces(case, dtype, mode):
     assert counted == pytest.approx(measured, rel=1e-3, abs=192 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
-# Where few parameters learn, a fourth piece is so small: the sums of their gradients.
+# With few trainable parameters, a fourth workspace is this small: the sums of their gradients.
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["store", "recompute", "loss"])
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_threads_are_counted(case, mode):
     assert counted == pytest.approx(measured, rel=1e-3, abs=128 * KIB), f"{counted / MIB:.2f}, {measured / MIB:.2f} MiB"
 
 
-# float16 on many threads: there the workspaces of two levels differ by more than what is not seen.
+# float16 on many threads, where the workspaces of two levels differ by more than what the profiler misses.
 LEVEL_PROBE = """
 import torch, test_memory as t
 torch.set_num_threads(8)
@@ -244,14 +244,14 @@ def test_bfloat16_that_is_left_to_torch_is_counted_as_the_plain_network(left_to_
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_process_grows_by_what_was_counted(mode):
-    """The highest resident size, as benchmarks/peak_memory.py measures it, on its network."""
+    """The peak resident size of the network in benchmarks/peak_memory.py, measured by that program."""
     names = {"eager": "eager", "store": "MLP, store", "recompute": "MLP, recompute", "loss": "MLP.loss"}
     command = [sys.executable, PEAK_MEMORY, "--one", names[mode], "100000"]
     env = {"PYTHONPATH": str(Path(mbp.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     measured = int(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     counted = getattr(mbp.memory(mbp.MLP([32, 64, 64, 64, 64, 16]), 100_000), mode).peak
-    # Eager is resident with up to 1.8 times of what it has allocated, from run to run: malloc keeps holes between large
-    # blocks. A temporary that mse_loss allocates and never writes is not resident.
+    # Eager's resident size varies up to 1.8 times its allocations, because malloc keeps holes between large blocks. A
+    # temporary that mse_loss allocates and never writes is not resident.
     most = 2.5 if mode == "eager" else 1.3
     assert 0.6 * counted <= measured <= most * counted + 2 * MIB, f"{counted / MIB:.1f}, {measured / MIB:.1f} MiB"
 
@@ -265,7 +265,7 @@ def test_what_is_kept():
 
 
 def kept(sizes, frozen, batch=1000):
-    """Numbers a row that each mode keeps."""
+    """The numbers per row that each mode keeps."""
     plan = mbp.memory(freeze(mbp.MLP(sizes), frozen), batch)
     return [getattr(plan, mode).kept / batch / 4 for mode in MODES]
 

@@ -1,4 +1,4 @@
-"""The memory modes give the same numbers, and keep what they promise to keep."""
+"""The memory modes give the same numbers, and keep exactly the documented tensors."""
 
 import copy
 
@@ -24,7 +24,7 @@ def results(model, input, grad_output):
 
 
 def saved_bytes(model, input):
-    """Bytes that the graph keeps, beside the input and the parameters."""
+    """Bytes that the graph keeps in addition to the input and the parameters."""
     known = {t.untyped_storage().data_ptr() for t in (input, *model.parameters())}
     kept = {}
 

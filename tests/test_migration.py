@@ -1,4 +1,4 @@
-"""The conversions that docs/howto/migrate.md shows, on more networks than it does, against the peers' arithmetic."""
+"""Tests the conversions in docs/howto/migrate.md on more networks, against the peers' arithmetic."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ OUTPUTS = {"None": lambda f: f, "ReLU": torch.relu, "Sigmoid": torch.sigmoid, "T
 
 @pytest.fixture(scope="module")
 def page():
-    """The names that the code of the page defines."""
+    """The names that the page's code defines."""
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
         exec(block, names)
@@ -54,7 +54,7 @@ def test_from_apex(page, sizes, bias):
 
 
 def tcnn(params, x, n_output_dims, width, depth, activation):
-    """A `Network` of tiny-cuda-nn: ones where the input is padded, row-major matrices, outputs cut off."""
+    """Computes a `Network` of tiny-cuda-nn: pads the input with ones, uses row-major matrices, truncates outputs."""
     h, start = F.pad(x, (0, -x.shape[1] % 16), value=1.0), 0
     widths = [width] * depth + [n_output_dims + -n_output_dims % 16]
     for k, d_out in enumerate(widths):

@@ -1,4 +1,4 @@
-"""LinearReLU and MLP: drop-ins for nn.Linear and nn.Sequential in everything but speed."""
+"""LinearReLU and MLP behave like nn.Linear and nn.Sequential in everything except speed."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ def integer_twins(sizes, dtype=torch.float64):
 
 
 def assert_same_step(ours, theirs, input):
-    """Outputs and all gradients are equal; leaves no gradients behind."""
+    """Outputs and all gradients are equal; clears the gradients."""
     outputs = [model(input) for model in (ours, theirs)]
     assert_equal(*outputs)
     for output in outputs:
@@ -319,7 +319,7 @@ def test_hooks_on_the_whole_network_run():
 
 
 class Tagged(torch.Tensor):
-    """A subclass of Tensor, which sees each function that it takes part in."""
+    """A subclass of Tensor, whose __torch_function__ sees each call that involves it."""
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -418,7 +418,7 @@ def test_frozen_layers_get_no_gradient_and_ask_for_none(frozen):
     assert_same_grads(ours, theirs)
     learns = [not freeze for freeze in frozen]
     asked = [list(args[-1]) for name, args in calls if name == "mlp_backward"]
-    learns = learns[learns.index(True) :] if any(learns) else []  # nothing is kept of frozen layers below
+    learns = learns[learns.index(True) :] if any(learns) else []  # frozen layers below store nothing
     assert asked == ([[False, *learns, *learns]] if any(learns) else [])
 
 
@@ -501,7 +501,7 @@ def test_widths_of_zero_work():
 
 
 class TenTimes(mbp.MLP):
-    """A forward of its own."""
+    """A subclass with its own forward."""
 
     def forward(self, input):
         return 10 * super().forward(input)
@@ -533,7 +533,7 @@ def test_loss_backward_needs_no_graph_and_leaves_ordinary_gradients(mode, watche
     assert_equal([parameter.grad for parameter in model.parameters()], [2 * grad for grad in once])
 
 
-# --- a network means what torch means by its layers -----------------------------------------------------------------
+# --- replaced torch functions and layers change the network as they change torch's ----------------------------------
 
 
 def _fused(model):
@@ -567,7 +567,7 @@ REPLACEMENTS = {
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
 @pytest.mark.parametrize("make", [_fused, _as_mlp])
-def test_whoever_replaces_a_function_of_torch_is_followed(make, name, monkeypatch):
+def test_a_replaced_function_of_torch_is_called(make, name, monkeypatch):
     theirs, input, target = plain_network([4, 6, 5, 3], dtype=torch.float64), integers(7, 4), integers(7, 3)
     ours = make(theirs)
     want = theirs(input)
@@ -575,7 +575,7 @@ def test_whoever_replaces_a_function_of_torch_is_followed(make, name, monkeypatc
     monkeypatch.setattr(*REPLACEMENTS[name])
     replaced = theirs(input)
     assert replaced.shape != want.shape or not torch.allclose(replaced, want)
-    if not (make is _as_mlp and name == "Sequential.forward"):  # an MLP has a forward of its own
+    if not (make is _as_mlp and name == "Sequential.forward"):  # an MLP has its own forward
         assert_equal(ours(input), replaced)
         if make is _as_mlp and replaced.shape == target.shape:
             assert_equal(ours.loss(input, target), F.mse_loss(replaced, target))
@@ -585,7 +585,7 @@ def test_whoever_replaces_a_function_of_torch_is_followed(make, name, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["F.linear", "F.relu", "torch.relu", "Linear.forward", "ReLU.forward"])
-def test_linear_relu_follows_whoever_replaces_a_function_of_torch(name, monkeypatch):
+def test_linear_relu_calls_a_replaced_function_of_torch(name, monkeypatch):
     ours = mbp.LinearReLU(4, 3, dtype=torch.float64)
     theirs = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), nn.ReLU())
     theirs[0].load_state_dict(ours.state_dict())
@@ -595,7 +595,7 @@ def test_linear_relu_follows_whoever_replaces_a_function_of_torch(name, monkeypa
 
 
 class _Watching(TorchFunctionMode):
-    """Sees each function of torch that is called, and doubles what linear gives."""
+    """Records each torch function that is called, and doubles the result of linear."""
 
     def __init__(self):
         super().__init__()
@@ -619,7 +619,7 @@ def test_a_function_mode_sees_the_layers_and_may_change_them(make):
         seen.append((mode.seen, output))
     assert seen[0][0] == seen[1][0]
     assert_equal(seen[0][1], seen[1][1])
-    torch.set_default_device("cpu")  # a mode, too, but none that changes a layer
+    torch.set_default_device("cpu")  # this is also a mode, but it changes no layer
     try:
         assert "MLPFunction" in ours(input).grad_fn.name()
     finally:
@@ -646,7 +646,7 @@ def test_a_bias_that_broadcasts_is_left_to_torch(shape):
     ours, input = _fused(theirs), integers(7, 4)
     for _ in range(2):
         assert_same_step(ours, theirs, input)
-    assert calls_of(ours, input) == []  # it is known by now
+    assert calls_of(ours, input) == []  # also once the decision is cached
     ours[0].bias = nn.Parameter(torch.randn(5, dtype=torch.float64))
     assert calls_of(ours, input) == ["mlp"]
 
@@ -676,7 +676,7 @@ def test_one_small_layer_is_left_to_torch(sizes, rows, by_torch, monkeypatch):
     input = torch.randn(rows, sizes[0])
     for _ in range(2):
         assert calls_of(model, input) == ([] if by_torch else ["mlp"])
-    assert calls_of(mbp.fuse(plain_network([4, 8, 2])), torch.randn(1, 4)) == ["mlp"]  # two layers are worth a call
+    assert calls_of(mbp.fuse(plain_network([4, 8, 2])), torch.randn(1, 4)) == ["mlp"]  # two layers are fused
     half = model.to(torch.float16)
     assert calls_of(half, input.to(torch.float16)) == ["mlp"]
 
@@ -742,7 +742,7 @@ def test_a_small_layer_that_is_left_to_torch_is_watched_all_the_same(monkeypatch
 
 
 def _loss_steps(change):
-    """An MLP after loss_backward and its plain twin after backward, once `change` has had its way with each."""
+    """An MLP after loss_backward and its plain twin after backward, both modified by `change` first."""
     ours, theirs = integer_twins([4, 5, 3])
     input, target = integers(7, 4), integers(7, 3)
     for model in (ours, theirs):
@@ -775,7 +775,7 @@ def _accumulating_across(model):
         parameter.grad = torch.ones(parameter.shape, dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # torch's own, of the mixed case
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # from torch, in the mixed case
 @pytest.mark.parametrize("change", [_transposed, _gaps, _accumulating, _accumulating_across])
 def test_loss_backward_lays_gradients_out_as_autograd(change):
     ours, theirs = _loss_steps(change)

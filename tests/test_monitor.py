@@ -1,4 +1,4 @@
-"""The monitor sees what training computes, in every way to train, and training computes the same with and without it."""
+"""The monitor measures what training computes, for every way to train, and does not change what it computes."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ def train(model, step, steps=7, lr=0.1, seed=1, rows=40):
 
 
 def assert_describes(flow, model, x, y):
-    """The measurement is of this network, trained on the mean square error."""
+    """Asserts that `flow` was measured on this network, trained on the mean square error."""
     expected = mbp.gradient_flow(copy.deepcopy(model).double(), x.double(), y.double())
     for got, want in zip(flow.layers, expected.layers, strict=True):
         assert (got.name, got.d_in, got.d_out) == (want.name, want.d_in, want.d_out)
@@ -147,7 +147,7 @@ CHANGES = [
     remove_bias,
     narrow,
     prune_for_good,
-    lambda model: model.__delitem__(3),  # a ReLU: two linear layers follow one another
+    lambda model: model.__delitem__(3),  # removes a ReLU, so that two linear layers are adjacent
     lambda model: model.insert(0, nn.Linear(6, 6)),
     lambda model: vector_to_parameters(torch.randn(sum(p.numel() for p in model.parameters())), model.parameters()),
     mbp.fuse,
@@ -171,7 +171,7 @@ def test_it_measures_the_network_that_the_forward_pass_computed(name, how, chang
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in (write_data, narrow)])
 def test_what_happens_between_forward_and_backward_does_not_matter(name, change):
-    """But for what changes the backward pass itself: values that are written through ``.data``, other shapes."""
+    """The exceptions change the backward pass itself: values written through ``.data``, other shapes."""
     model = MODELS[name]()
     before, (x, y) = copy.deepcopy(model), data()
     with mbp.GradientFlowMonitor(model) as monitor:
@@ -182,7 +182,7 @@ def test_what_happens_between_forward_and_backward_does_not_matter(name, change)
 
 
 def test_the_first_layer_the_biases_and_the_input_may_be_written_before_the_backward_pass():
-    """As autograd allows: their values are not needed any more."""
+    """Autograd allows this, because it no longer needs their values."""
     model = plain_network(SIZES)
     model[0].requires_grad_(False)
     (x, y), before = data(), copy.deepcopy(model)
@@ -239,7 +239,7 @@ def test_what_it_cannot_describe_any_more_it_refuses_before_the_step_is_taken(na
         autograd(model, x, y)
         change(model)
         model.zero_grad()
-        model(x)  # not to be measured
+        model(x)  # must not be measured
         for _ in range(2):
             with pytest.raises(error, match=f"GradientFlowMonitor: {message}"):
                 autograd(model, x, y)
@@ -371,7 +371,7 @@ TRANSFORMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "fused", "MLP"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.filterwarnings("ignore")  # some of these are deprecated, or prototypes
+@pytest.mark.filterwarnings("ignore")  # some transforms are deprecated or prototypes
 def test_transforms_run_while_it_watches(name, transform):
     run = TRANSFORMS[transform]
     alone = MODELS[name]()
@@ -475,12 +475,12 @@ def test_every_and_rows():
     with mbp.GradientFlowMonitor(model, every=3, rows=7) as monitor:
         train(model, autograd, steps=8)
         with torch.no_grad():
-            model(torch.randn(4, 6))  # no training: not counted
-        model(torch.randn(4, 6))  # never sent back: counted, not measured
+            model(torch.randn(4, 6))  # not training, so not counted
+        model(torch.randn(4, 6))  # without a backward pass: counted, not measured
     assert [flow.step for flow in monitor.history] == [1, 4, 7]
     assert str(monitor).startswith("GradientFlowMonitor: 9 steps seen, 3 measured")
     train(model, autograd, steps=1)
-    assert len(monitor.history) == 3  # it is over
+    assert len(monitor.history) == 3  # the monitor has been removed
     assert not model._manualbp_watchers
 
 
@@ -603,7 +603,7 @@ def test_a_step_is_measured_however_it_is_written(name, how, step, every):
 
 
 def test_steps_of_functional_training_are_measured():
-    """The weights are other tensors after each step; the model's own never change, and are no step at the end."""
+    """Each step creates new weights; the model's own never change, so the last measurement has no update."""
     model, (x, y) = mbp.MLP(SIZES), data()
     parameters, ratios = {name: 2 * p.detach() for name, p in model.named_parameters()}, []
     with mbp.GradientFlowMonitor(model, every=1) as monitor:

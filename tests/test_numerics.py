@@ -1,6 +1,6 @@
-"""docs/numerics.md says what holds: its table of tolerances is the tests' own, and a sum over units is made as it says.
+"""docs/numerics.md is correct: it lists the tolerances of these tests, and sums over units are made as it describes.
 
-That threads, runs and batches change no bit is in test_threads.py; errors beside eager's are in test_benchmarks.py.
+test_threads.py tests that threads, runs and batches change no bit; test_benchmarks.py compares errors with eager's.
 """
 
 import copy
@@ -40,7 +40,7 @@ def test_the_table_of_tolerances_is_that_of_the_tests():
 
 @pytest.mark.skipif(_ops.isa() == "default", reason="the portable level has no fused multiply-add instruction")
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 300])
-@pytest.mark.parametrize("terms", [1, 13, 17, 64, 65, 100, 1000])  # 128 or 384 are added up before memory is written
+@pytest.mark.parametrize("terms", [1, 13, 17, 64, 65, 100, 1000])  # 128 or 384 terms are added before memory is written
 def test_a_sum_over_the_units_is_made_in_ascending_order(terms, batch):
     x, weight, bias = torch.randn(batch, terms), torch.randn(33, terms), torch.randn(33)
     f = documented_product(x, weight.t()) + bias
@@ -56,7 +56,7 @@ def test_an_input_gradient_is_summed_in_ascending_order(units):
     assert_equal(gradient, documented_product(grad_output, weight))
 
 
-# Tall, in blocks of one and of several units of rows; columns that fill vectors and that do not; and wide layers.
+# Tall batches, in blocks of one and of several units of rows; full and partial vectors of columns; and wide layers.
 EQUAL_ROWS = {
     "2-4-1": ([2, 4, 1], 1 << 22),
     "2-4-1, a part of a unit over": ([2, 4, 1], (1 << 21) + 77),
@@ -73,10 +73,10 @@ EQUAL_ROWS = {
 @pytest.mark.parametrize("way", ["store", "recompute", "loss", "fuse"])
 @pytest.mark.parametrize("case", EQUAL_ROWS)
 def test_a_sum_over_equal_rows_errs_by_less_than_a_millionth(case, way):
-    """The sum of n equal terms is n times one of them, which float64 knows; added one by one, they lose a digit or four."""
+    """The sum of n equal terms is n times one, exact in float64; adding them one by one loses one to four digits."""
     sizes, rows = EQUAL_ROWS[case]
     plain = nn.Sequential(*mbp.MLP(sizes), *[nn.ReLU()] * (way == "fuse"))
-    nn.init.constant_(plain[2 * len(sizes) - 4].bias, 2)  # so that a ReLU on top is on
+    nn.init.constant_(plain[2 * len(sizes) - 4].bias, 2)  # so that the units of a final ReLU are active
     exact = copy.deepcopy(plain).double()
     x, y = torch.rand(1, sizes[0]) + 0.5, torch.rand(1, sizes[-1]) + 3
     F.mse_loss(exact(x.double()), y.double()).backward()
@@ -84,7 +84,7 @@ def test_a_sum_over_equal_rows_errs_by_less_than_a_millionth(case, way):
     model = mbp.fuse(plain) if way == "fuse" else mbp.MLP(sizes, activations=mode)
     model.load_state_dict(exact.state_dict())
     input, target = x.expand(rows, -1).contiguous(), y.expand(rows, -1).contiguous()
-    # The mean is taken in float64, so that the gradient of each row is right to the last place.
+    # Take the mean in float64, so that the gradient of each row is correctly rounded.
     loss = model.loss(input, target) if way == "loss" else F.mse_loss(model(input).double(), target.double())
     loss.backward()
     assert abs(loss.item() / F.mse_loss(exact(x.double()), y.double()).item() - 1) < 1e-6
@@ -103,7 +103,7 @@ def test_a_gradient_over_random_rows_keeps_its_digits_where_terms_cancel():
 
 
 def documented_product(a, b):
-    """A B as the table "The order of summation" says: parts of 64 terms, added up in turn."""
+    """A B as in the table "The order of summation": parts of 64 terms, added in order."""
     total = torch.zeros(len(a), b.shape[1])
     for part in torch.arange(a.shape[1]).split(64):
         sum = torch.zeros_like(total)

@@ -1,4 +1,4 @@
-"""The registered ops and the binary behind them: argument errors of the C++ entries, the needs mask, fake kernels."""
+"""The registered ops and their binary: argument errors of the C++ entries, the needs mask, fake kernels."""
 
 import itertools
 
@@ -15,7 +15,7 @@ LAYERS = len(SIZES) - 1
 
 
 def linear_relu_args(dtype=torch.float64):
-    """Arguments of both linear_relu ops: (forward's, backward's without needs)."""
+    """Arguments of both linear_relu ops, as (forward, backward without needs)."""
     net = integer_net(B, [5, 3], dtype)
     output = _ops.linear_relu(net.input, net.weights[0], net.biases[0])
     forward = (net.input, net.weights[0], net.biases[0])
@@ -23,7 +23,7 @@ def linear_relu_args(dtype=torch.float64):
 
 
 def mlp_args(dtype=torch.float64, final_relu=False, leading=B, sizes=SIZES):
-    """Arguments of both mlp ops: (forward's, backward's without needs)."""
+    """Arguments of both mlp ops, as (forward, backward without needs)."""
     net = integer_net(leading, sizes, dtype, biases="mixed")
     output, hidden = _ops.mlp(*net, final_relu, True)
     grad = integers(*output.shape, dtype=dtype)
@@ -60,7 +60,7 @@ def test_mlp_backward_returns_exactly_the_gradients_asked_for(dtype, final_relu)
     for needs in itertools.product([False, True], repeat=1 + 2 * LAYERS):
         wanted = list(itertools.compress(everything, needs))
         assert_equal(_ops.mlp_backward(*args, needs), wanted)
-        assert_equal(_ops.mlp_backward(*args[:4], None, args[-1], needs), wanted)  # activations computed again
+        assert_equal(_ops.mlp_backward(*args[:4], None, args[-1], needs), wanted)  # activations are recomputed
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -113,7 +113,7 @@ def test_the_mask_is_the_output_that_is_passed_not_a_new_forward_pass():
     assert_equal(_ops.linear_relu_backward(grad, input, weight, output, [False, False, True]), [want.sum(0)])
 
 
-# --- what torch knows about the ops ---------------------------------------------------------------------------------
+# --- registration with torch ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -191,7 +191,7 @@ def test_isa_names_a_level():
 
 
 # --- argument errors of the C++ entries -----------------------------------------------------------------------------
-# What the public functions reach is in test_functional; here is what only a direct call can get wrong.
+# test_functional tests errors through the public functions; these are errors that only direct calls can make.
 
 ALL = [True] * (1 + 2 * LAYERS)
 LINEAR_RELU_BACKWARD_ERRORS = {
@@ -268,7 +268,7 @@ def test_mlp_without_weights_or_with_too_few_biases_is_an_error():
 
 @pytest.mark.parametrize("op", ["mlp", "mlp_backward", "plan"])
 def test_more_elements_than_64_bits_count_are_an_error(op):
-    # No output, 2^61 rows and 8 hidden features: h_1 would have 2^64 elements, which is 0 to a 64-bit number.
+    # With 2^61 rows, 8 hidden features and no output, h_1 has 2^64 elements, which overflows to 0 in 64 bits.
     input, weights = torch.ones(1, 1).expand(2**61, 1), [torch.ones(8, 1), torch.ones(0, 8)]
     calls = {
         "mlp": lambda: _ops.mlp(input, weights, [None, None], False, True),
@@ -293,7 +293,7 @@ def test_an_output_without_elements_takes_no_time_however_many_rows_it_has():
 
 @pytest.mark.parametrize("op", ["linear_relu", "mlp"])
 def test_without_cuda_kernels_the_devices_are_named(op):
-    # What is called where a tensor is on a GPU, but the package is built for the CPU.
+    # This kernel is called for tensors on a GPU if the package is built only for the CPU.
     kernel = _ops._reject_mixed_devices(op)
     meta, cpu = torch.empty(2, 3, device="meta"), torch.empty(5, 3)
     many = (lambda weight: weight) if op == "linear_relu" else (lambda weight: [weight])
@@ -326,7 +326,7 @@ def test_backward_refuses_tensors_on_several_devices(which):
 
 @pytest.mark.parametrize("op", ["linear_relu", "mlp", "mlp_backward", "mlp_loss"])
 def test_tensors_that_are_stored_negated_count_as_what_they_are(op):
-    # A real tensor with the negative bit, such as the imaginary part of a conjugate.
+    # A real tensor can have the negative bit, as the imaginary part of a conjugate does.
     args = {
         "linear_relu": lambda: linear_relu_args()[0],
         "mlp": lambda: mlp_args()[0],

@@ -1,4 +1,4 @@
-"""Every optimiser of torch takes a fused network where it takes the plain one, from each way to get the gradients."""
+"""Every optimiser of torch updates a fused network like the plain one, for each way to compute gradients."""
 
 import copy
 import itertools
@@ -13,7 +13,7 @@ from helpers import twins
 
 STEPS = 5
 
-# What torch.optim has, and the options it cannot do without. SparseAdam wants sparse gradients, which no dense layer has.
+# All of torch.optim but SparseAdam, which needs sparse gradients.
 OPTIMISERS = {
     "Adadelta": {"lr": 1.0},
     "Adafactor": {"lr": 1e-2},
@@ -70,7 +70,7 @@ def by_hand(model, input, target):
 
 
 def networks_and_data(bias=True):
-    """Our network, the plain one with the same start, an input and a target."""
+    """Our network, the plain one with equal parameters, an input and a target."""
     data = torch.randn(20, 5).double(), torch.randn(20, 3).double()
     return *twins([5, 9, 8, 3], bias, torch.float64), *data
 
@@ -96,7 +96,7 @@ def assert_same_parameters(ours, theirs, start):
 def test_training_gives_the_parameters_of_the_plain_network(name, form, gradients):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
-    ours, theirs, input, target = networks_and_data(bias=name != "Muon")  # which takes matrices only
+    ours, theirs, input, target = networks_and_data(bias=name != "Muon")  # which accepts only matrices
     start = copy.deepcopy(list(ours.parameters()))
     for model, way in ((ours, gradients), (theirs, autograd)):
         optimiser = getattr(torch.optim, name)(model.parameters(), **OPTIMISERS[name], **FORMS[form])

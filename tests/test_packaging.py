@@ -1,6 +1,6 @@
-"""What is installed: metadata, the public names, and a binary that depends on no version of Python or of torch's C++.
+"""The installed package: metadata, public names, and a binary that is independent of Python's and torch's versions.
 
-Cheap checks only: nothing is built and nothing is downloaded here.
+These checks are cheap: they build and download nothing.
 """
 
 import importlib.metadata
@@ -32,7 +32,7 @@ BINARIES = [binary for binary in (_ops.BINARY, _ops.CUDA_BINARY) if binary.exist
 
 
 def undefined_symbols(binary: Path) -> list[str]:
-    """The names that the binary takes from other libraries."""
+    """The symbols that the binary imports from other libraries."""
     if not shutil.which("nm"):
         pytest.skip("nm (binutils) is not installed")
     command = ["nm", "--dynamic", "--undefined-only", str(binary)]
@@ -41,7 +41,7 @@ def undefined_symbols(binary: Path) -> list[str]:
 
 
 def load_file(path: Path) -> ModuleType:
-    """A module that is in no package."""
+    """Imports a module that is not in a package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -51,7 +51,7 @@ def load_file(path: Path) -> ModuleType:
 
 
 def load_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """_build/backend.py, without lasting changes to sys.path."""
+    """Imports _build/backend.py without lasting changes to sys.path."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     return load_file(ROOT / "_build" / "backend.py")
 
@@ -86,7 +86,7 @@ def test_binary_does_not_know_python(binary: Path) -> None:
 
 
 def test_binary_is_small() -> None:
-    assert _ops.BINARY.stat().st_size < 2e6  # the wheel has it compressed
+    assert _ops.BINARY.stat().st_size < 2e6  # uncompressed; the wheel compresses it
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_import_takes_nothing_beyond_torch_and_the_standard_library() -> None:
     loaded = set(result.stdout.split())
     assert {f"torch_manualbp.{name}" for name in ("autograd", "lecture", "modules")} <= loaded
     assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names <= {"torch_manualbp", "torch"}
-    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]  # seconds
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor"))]  # these take seconds
 
 
 def test_missing_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_missing_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kept", ["nothing", "a part of its header", "1 %", "half", "99 %"])
 def test_broken_binary_is_an_import_error_with_the_cure(tmp_path: Path, kept: str) -> None:
-    # The end is missing, as after an interrupted copy: left to the dynamic loader, that kills the process.
+    # Truncated, as after an interrupted copy; the dynamic loader would kill the process.
     content = _ops.BINARY.read_bytes()
     size = len(content)
     sizes = {"nothing": 0, "a part of its header": 40, "1 %": size // 100, "half": size // 2, "99 %": size * 99 // 100}
@@ -172,7 +172,7 @@ def test_backend_asks_for_torch_where_there_is_none(monkeypatch: pytest.MonkeyPa
     backend = load_backend(monkeypatch)
     monkeypatch.setattr(backend, "distributions", lambda **_: [])
     assert backend.get_requires_for_build_wheel() == ["torch>=2.10"]
-    assert backend.get_requires_for_build_sdist() == []  # a source archive is made without
+    assert backend.get_requires_for_build_sdist() == []  # a source archive needs no torch
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_source_archive_holds_all_that_is_needed_to_build_and_test(tmp_path: P
     [
         (["oldest", "2.13", "2.14", "newest"], ["2.10.0", "2.13.0", "2.14.1", "2.15.0"]),
         (["newest", "2.15", "2.15.0"], ["2.15.0"]),
-        (["2.9", "2.1", "3"], []),  # too old; no prefix of 2.10; not there
+        (["2.9", "2.1", "3"], []),  # too old, not a prefix of 2.10, not available
     ],
 )
 def test_matrix_chooses_releases(wanted: list[str], chosen: list[str]) -> None:

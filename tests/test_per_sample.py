@@ -1,4 +1,4 @@
-"""Per-sample gradients equal a loop over the examples with autograd; norms and clipped sums follow from them."""
+"""Per-sample gradients equal a loop over the examples with autograd; norms and clipped sums equal theirs."""
 
 import contextlib
 
@@ -35,7 +35,7 @@ def problem(batch, sizes, loss="mse", dtype=torch.float64, **options):
 
 
 def one_by_one(model, input, target, loss="mse"):
-    """The gradient of each example's own loss by autograd: parameter name → (B, *shape)."""
+    """Autograd's gradient of each example's own loss, as {parameter name: (B, *shape)}."""
     function = LOSSES.get(loss, loss)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain = nn.Sequential(*model) if isinstance(model, nn.Sequential) else model
@@ -53,7 +53,7 @@ def norms_of(grads, batch):
 
 
 def equal_to_a_loop(model, input, target, loss, tolerance):
-    """Gradients, norms and clipped sums, in the dtype of the model, to within `tolerance` of the norm of each."""
+    """Checks gradients, norms and clipped sums, in the dtype of the model, within `tolerance` of the norm of each."""
     expected = {name: each.double() for name, each in one_by_one(model, input, target, loss).items()}
     norms = norms_of(expected, len(input))
     sums = {name: torch.tensordot((0.5 / norms).clamp(max=1), each, 1) for name, each in expected.items()}
@@ -119,13 +119,13 @@ def test_the_mean_over_the_batch_is_the_gradient_of_the_loss_on_the_batch(loss):
 def test_tiles_of_the_batch_make_no_difference(monkeypatch):
     model, input, target = problem(300, [6, 9, 4])
     expected = [mbp.per_sample_gradient_norms(model, input, target), mbp.clipped_gradients(model, input, target, 0.1)]
-    monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 1)  # 64 rows, the least
+    monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 1)  # 64 rows, the minimum
     torch.testing.assert_close(mbp.per_sample_gradient_norms(model, input, target), expected[0])
     torch.testing.assert_close(mbp.clipped_gradients(model, input, target, 0.1), expected[1])
 
 
 def test_memory_of_norms_and_clipped_sums_does_not_grow_with_the_batch(monkeypatch):
-    """No tensor that is made on the way has more rows than a tile has: the result aside."""
+    """Except for the result, no tensor has more rows than a tile."""
     monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 64 * 40)
     model, input, target = problem(1000, [6, 9, 4])
     tiles = -(-1000 // (64 * 40 // 28))
@@ -237,7 +237,7 @@ TARGETS += [("cross_entropy", dtype) for dtype in DTYPES] + [("classes", dtype) 
 @pytest.mark.parametrize(("loss", "target_dtype"), TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(dtype, loss, target_dtype):
-    """Which torch does for each example alone: the loss of the loop."""
+    """The reference is the loop, in which torch promotes or rejects each example's target."""
     model, input, target = problem(9, [6, 5, 4], "cross_entropy" if loss == "classes" else "mse", dtype)
     target = (target if target_dtype.is_floating_point else target.round()).to(target_dtype)
     loss = "cross_entropy" if loss == "classes" else loss
@@ -258,7 +258,7 @@ def test_float16_gradients_do_not_overflow_before_the_mean_is_taken():
     nn.init.constant_(model.weight, 30000.0)
     input, target = torch.ones(1, 1).half(), torch.full((1, 4), -30000.0).half()
     gradient = mbp.per_sample_gradients(model, input, target)["weight"]
-    assert gradient.flatten().tolist() == [30000.0] * 4  # 2 · 60000 is above 65504, and so would the sum be
+    assert gradient.flatten().tolist() == [30000.0] * 4  # 2 · 60000 is above 65504, and the sum would be too
 
 
 def test_float16_norms_do_not_overflow_in_the_squares():
@@ -302,16 +302,16 @@ def test_clipping_bounds_each_example_and_leaves_small_gradients_alone():
     assert all((g == 0).all() for g in mbp.clipped_gradients(model, input, target, 0).values())
 
 
-# --- somebody gave "linear" or "relu" another meaning -----------------------------------------------------------------
+# --- replaced linear or relu -----------------------------------------------------------------------------------------
 
 
 def tripled(function):
-    """The function, times 3."""
+    """The function times 3."""
     return lambda *args, **kwargs: 3 * function(*args, **kwargs)
 
 
 class Tripling(TorchFunctionMode):
-    """Linear layers are tripled, and counted."""
+    """Triples and counts linear layers."""
 
     def __init__(self, factor=3):
         super().__init__()
@@ -359,7 +359,7 @@ def test_a_mode_that_looks_on_sees_every_layer_and_changes_nothing(function):
 
 @pytest.fixture
 def by_definition(monkeypatch):
-    """As if somebody had; in tiles of two rows."""
+    """Takes the path for replaced functions, in tiles of two rows."""
     monkeypatch.setattr(per_sample, "undisturbed", lambda input: False)
     monkeypatch.setattr(per_sample, "_TILE_NUMBERS", 100)
 

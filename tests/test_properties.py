@@ -1,6 +1,6 @@
-"""Properties of random calls (hypothesis): whatever the sizes, dtype, layouts and needs, results are the oracle's.
+"""Random calls (hypothesis): for all sizes, dtypes, layouts and subsets of gradients, results equal the oracle's.
 
-Numbers are small integers, so equality is exact; hypothesis draws everything but them (they come from a drawn seed).
+The numbers are small integers from a drawn seed, so equality is exact; hypothesis draws everything else.
 """
 
 import itertools
@@ -38,7 +38,7 @@ SEEDS = st.integers(0, 2**31)
 
 @st.composite
 def strided(draw, shape):
-    """How to lay out a tensor of this shape: a function that gives an equal tensor with drawn strides."""
+    """A function that copies a tensor of this shape into a layout with drawn strides."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from((1, 1, 2, 3))) for _ in shape]
     offset = draw(st.integers(0, 3))
@@ -49,7 +49,7 @@ def strided(draw, shape):
 
 @st.composite
 def calls(draw):
-    """A network with drawn layouts, what to differentiate, the gradient of its output, and what computes it."""
+    """A network with drawn layouts, the leaves to differentiate, the gradient of the output, and the function."""
     sizes, leading, dtype = draw(SIZES), draw(LEADING), draw(st.sampled_from(DTYPES))
     torch.manual_seed(draw(SEEDS))
 
@@ -74,7 +74,7 @@ def calls(draw):
 def test_any_call_equals_autograd(call):
     net, needs, grad, function = call
     truth = oracle(net, grad, final_relu=function is closed_mlp)
-    # An expanded weight has no zeros, and its sums may grow past what float32 holds exactly.
+    # An expanded weight has no zeros, so its sums may become inexact in float32.
     assume(all(total.numel() == 0 or total.max() < 2**24 for total in truth.sums))
     leaves = net.recorded()
     for leaf, need in zip(leaves.leaves(), needs, strict=True):

@@ -1,4 +1,4 @@
-"""The lecture's equations in plain torch, which are the specification and the double backward, are right themselves."""
+"""The lecture's equations in plain torch, which are the specification and the double backward, are correct."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_mask_passes_unless_the_output_is_at_most_zero():
     h = torch.tensor([-INF, -1.0, -0.0, 0.0, 5e-324, 1.0, INF, NAN], dtype=torch.float64)
     grad = torch.arange(1.0, 9.0, dtype=torch.float64)
     assert_equal(reference.relu_mask(h, grad), torch.tensor([0, 0, 0, 0, 5, 6, 7, 8]).double())
-    # A blocked gradient is 0 whatever it was: a product with the mask would give NaN.
+    # A blocked gradient is always 0, where a product with the mask would give NaN.
     assert_equal(reference.relu_mask(torch.zeros(3), torch.tensor([NAN, INF, -INF])), torch.zeros(3))
 
 

@@ -1,6 +1,6 @@
-"""What a release says of itself is the same everywhere, its archives are complete, and SECURITY.md is true.
+"""The metadata of a release is consistent, its archives are complete, and SECURITY.md is true.
 
-The release itself is tried by `make release-check`, which takes minutes; nothing is built or downloaded here.
+`make release-check` tries the release itself, which takes minutes; nothing is built or downloaded here.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ _spec = importlib.util.spec_from_file_location("check_dist", ROOT / "_build" / "
 check_dist = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check_dist)
 
-SEMANTIC = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)((a|b|rc|\.dev)\d+)?"  # as PEP 440 spells pre-releases
+SEMANTIC = r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)((a|b|rc|\.dev)\d+)?"  # with pre-releases as in PEP 440
 
 
 def test_version_is_semantic_and_written_once():
@@ -47,7 +47,7 @@ def test_newest_section_of_the_changelog_is_of_this_version():
 
 
 def test_citation_is_valid_and_of_this_version():
-    # The Citation File Format 1.2.0, as far as this file uses it: top-level keys, and lists of one-line items.
+    # Parses the subset of Citation File Format 1.2.0 in this file: top-level keys, and lists of one-line items.
     text = (ROOT / "CITATION.cff").read_text()
     fields = dict(re.findall(r"^([a-z-]+):(?: (.+))?$", text, re.MULTILINE))
     allowed = {"cff-version", "message", "type", "title", "abstract", "authors", "version", "license", "keywords"}
@@ -133,7 +133,7 @@ def git(folder, *arguments):
 
 
 def release_check(tmp_path, init=INIT, notes=NOTES, change=None, tag=None):
-    """What `.ci/release-check` says of a repository that holds these two files and nothing that could be built."""
+    """The output of `.ci/release-check` in a repository with only these two files, so that nothing can be built."""
     (tmp_path / "torch_manualbp").mkdir()
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci" / "release-check").write_text((ROOT / ".ci" / "release-check").read_text())
@@ -177,7 +177,7 @@ def test_release_check_refuses_what_cannot_be_a_release(tmp_path, repository, me
 def test_release_check_goes_on_where_nothing_is_against_it(tmp_path):
     result = release_check(tmp_path, tag="v1.2.2")
     assert "cloned to" in result.stdout
-    assert result.returncode != 0  # there is nothing to build
+    assert result.returncode != 0  # because nothing can be built
 
 
 # --- SECURITY.md --------------------------------------------------------------------------------------------------
@@ -204,11 +204,11 @@ print(json.dumps(sorted(set(events))))
 
 
 def test_a_training_step_reaches_no_network_no_process_no_pickle_and_writes_no_file():
-    # Python reports such events to an audit hook (PEP 578): https://docs.python.org/3/library/audit_events.html
+    # Python reports these events to an audit hook (PEP 578): https://docs.python.org/3/library/audit_events.html
     result = run_python(WATCHED, PYTHONDONTWRITEBYTECODE="1")
     assert result.returncode == 0, result.stderr
     events = set(json.loads(result.stdout))
-    assert "import" in events  # the hook hears something
+    assert "import" in events  # the hook works
     assert any(event.startswith("read: ") for event in events)
     kinds = ("socket", "urllib", "http", "ftplib", "subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork")
     for event in events:

@@ -1,7 +1,7 @@
-"""When kernels run and when the call is composed from plain torch instead: transforms, autocast, compilation, tracing.
+"""Which calls run kernels and which are composed from plain torch: transforms, autocast, compilation, tracing.
 
-A raw op has no derivative, so a transform that met one would give zeros in silence. Each test therefore compares with
-plain torch, and checks which way was taken.
+A raw op has no derivative, so a transform of one would silently give zeros. Each test therefore compares with plain
+torch, and checks which implementation ran.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from torch_manualbp import _route
 from torch_manualbp._route import KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
-# Decompositions that torch loads at the first use of forward-mode AD are scripted.
+# At the first use of forward-mode AD, torch loads decompositions that are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 CASES = {
@@ -86,7 +86,7 @@ def test_large_bfloat16_networks_go_to_torch_where_it_has_instructions_for_them(
 
 @contextlib.contextmanager
 def under_vmap():
-    # What vmap does around the call.
+    # vmap does this around the call.
     with torch._functorch.vmap.vmap_increment_nesting(2, "error"):
         yield
 
@@ -134,7 +134,7 @@ def test_a_torch_that_renames_a_private_name_still_gives_right_results(monkeypat
         monkeypatch.setattr(user, taken, getattr(fresh, taken))
     net, gradient = integer_net(3, [4, 5, 2]), integers(3, 2)
     assert_exact(results(mbp.mlp, net, gradient), oracle(net, gradient))
-    monkeypatch.undo()  # torch itself needs the name for what follows
+    monkeypatch.undo()  # torch itself needs the name below
     model = mbp.MLP([4, 2]).double()
     assert_equal(model(net.input), model[0](net.input))
 
@@ -311,7 +311,7 @@ def test_compile_without_graph_breaks(case, backend):
         output.pow(2).sum().backward()
         steps.append([output.detach(), *(leaf.grad for leaf in leaves.leaves())])
     assert_close(*steps)
-    assert calls_of(function, *net)  # and afterwards, outside, kernels again
+    assert calls_of(function, *net)  # outside, afterwards, kernels run again
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -357,7 +357,7 @@ def test_export(strict):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")  # torch 2.14
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # branches on shapes, which a trace fixes
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # branches on shapes become constant
 @pytest.mark.parametrize("make", [lambda: mbp.MLP([4, 6, 3]), lambda: mbp.LinearReLU(4, 3)], ids=["MLP", "LinearReLU"])
 def test_jit_trace_is_differentiable_and_needs_no_library(make):
     model, input = make(), torch.randn(5, 4)
@@ -388,7 +388,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones(case):
 
 
 class Tagged(torch.Tensor):
-    """A subclass as users write them, without anything of its own."""
+    """A minimal subclass, as users write them."""
 
 
 def test_tensor_subclasses_keep_their_type(case):
@@ -400,7 +400,7 @@ def test_tensor_subclasses_keep_their_type(case):
 
 
 class Wrapped(torch.Tensor):
-    """A subclass that holds another tensor, as quantised weights do."""
+    """A subclass that wraps another tensor, as quantised weights do."""
 
     @staticmethod
     def __new__(cls, held):
@@ -429,7 +429,7 @@ def test_deterministic_mode_and_default_device_change_nothing(case):
     function, plain, net = case
     torch.use_deterministic_algorithms(True)
     try:
-        with torch.device("meta"):  # for factory functions only
+        with torch.device("meta"):  # affects only factory functions
             assert_close(function(*net), plain(*net))
     finally:
         torch.use_deterministic_algorithms(False)

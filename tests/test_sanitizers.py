@@ -1,7 +1,7 @@
-"""Kernels and passes under the sanitizers of the compiler: tests/csrc/, built by make, on every level.
+"""Kernels and passes under the compiler's sanitizers, on every level; make builds the drivers in tests/csrc/.
 
-Few cases here; `make asan` and `make tsan` run more. They run without torch: OpenMP's threads synchronise where the
-thread sanitizer does not see it.
+`make asan` and `make tsan` run more cases. The drivers run without torch, whose OpenMP threads synchronise in ways that
+the thread sanitizer cannot see.
 """
 
 import os
@@ -21,7 +21,7 @@ SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 @pytest.fixture(scope="module", params=SANITIZERS)
 def driver(request, tmp_path_factory):
-    """The name of a sanitizer, and function(driver, argument, level=…) that runs a driver built with it."""
+    """The name of a sanitizer, and a function(driver, argument, level=…) that runs a driver built with it."""
     compiler = os.environ.get("CXX", "g++").split()
     if not (shutil.which("make") and shutil.which(compiler[0]) and (ROOT / "Makefile").exists()):
         pytest.skip("no make, no compiler, or no Makefile here")
@@ -49,7 +49,7 @@ def test_kernels_touch_only_their_memory_and_share_none(driver):
     for level in LEVELS:
         for what in ("60" if name == "asan" else "5", "threads"):
             done = run("kernels", what, level)
-            if done.returncode == 77:  # this machine does not have it
+            if done.returncode == 77:  # this machine does not support the level
                 continue
             assert done.returncode == 0, done.stdout + done.stderr
             assert done.stdout == f"{level}: {what} passed\n"
@@ -58,7 +58,7 @@ def test_kernels_touch_only_their_memory_and_share_none(driver):
 
 
 def test_passes_on_threads_touch_only_their_memory_and_race_for_none(driver):
-    name, run = driver  # on the level that is chosen: cutting the work is the same on all
+    name, run = driver  # at the default level, since the work is split equally at all levels
     cases = "2" if name == "asan" else "0"
     done = run("network", cases)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""NaN, infinities, zeros, and numbers at the ends of the range: everything as the same operations in torch give it."""
+"""NaN, infinities, zeros, and numbers at the ends of the range give the same results as in torch."""
 
 import itertools
 
@@ -19,7 +19,7 @@ WHERE = ("input", "weights", "biases", "grad_output")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize(("function", "sizes"), [(one_layer, [5, 7]), (mbp.mlp, [5, 7, 4]), (closed_mlp, [5, 7, 4])])
 def test_special_values_spread_as_in_torch(function, sizes, value, where, dtype):
-    for batch in (6, 300):  # 300 rows are cut into slices
+    for batch in (6, 300):  # 300 rows are split into slices
         net, grad = integer_net(batch, sizes, dtype), integers(batch, sizes[-1], dtype=dtype)
         targets = {"input": net.input, "weights": net.weights[-1].t(), "biases": net.biases[0], "grad_output": grad}
         targets[where][2] = value
@@ -41,7 +41,7 @@ def test_every_pair_of_special_values_multiplies_as_in_torch(dtype):
 @pytest.mark.parametrize("outputs", [1, 20])
 def test_the_sign_of_an_output_that_is_zero_does_not_depend_on_its_batch(outputs, terms, dtype):
     tiny = torch.finfo(dtype).tiny
-    for x, omega in ((0.0, -1.0), (tiny, -tiny)):  # +0, since sums start there; a product that is rounded to -0
+    for x, omega in ((0.0, -1.0), (tiny, -tiny)):  # gives +0, where sums start, or a product that rounds to -0
         input, weight = torch.full((100, terms), x, dtype=dtype), torch.full((outputs, terms), omega, dtype=dtype)
         batch = mbp.mlp(input, [weight])
         for rows in (1, 2, 4, 20):
@@ -72,7 +72,7 @@ def test_relu_of_nan_is_nan_and_its_gradient_passes(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_an_output_of_exactly_zero_blocks_the_gradient(zero, dtype):
-    # Both as a product with a zero and as terms that cancel.
+    # Zeros arise as a product with a zero and as terms that cancel.
     input = torch.tensor([[zero, zero], [1.0, -1.0], [1.0, 1.0]], dtype=dtype).requires_grad_()
     weight = torch.ones(1, 2, dtype=dtype).requires_grad_()
     bias = torch.tensor([zero], dtype=dtype).requires_grad_()
@@ -87,7 +87,7 @@ def test_an_output_of_exactly_zero_blocks_the_gradient(zero, dtype):
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_blocked_gradient_is_zero_whatever_it_was(value, dtype):
     net = integer_net(4, [3, 5], dtype)
-    net.biases[0].fill_(-100)  # every unit is off
+    net.biases[0].fill_(-100)  # no unit is active
     got = results(one_layer, net, torch.full((4, 5), value, dtype=dtype))
     assert_equal(got, [torch.zeros_like(tensor) for tensor in got])
 
@@ -103,12 +103,12 @@ def test_large_values_overflow_to_infinity_and_go_on(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_at_the_ends_of_the_range_are_exact(dtype):
-    # Powers of two far from 1, whose products come back: no hidden scaling, no fast-math.
+    # Products of powers of two far from 1 return to range, which detects hidden scaling and fast-math.
     big = 2.0 ** (1000 if dtype is torch.float64 else 14 if dtype is torch.float16 else 120)
     net = integer_net(9, [6, 5, 4], dtype)
     weights, biases = net.weights, net.biases
     net = net._replace(weights=[weights[0] * big, weights[1] / big], biases=[biases[0] * big, biases[1]])
-    if dtype is torch.float16:  # 65504 is near: keep the first layer small
+    if dtype is torch.float16:  # the maximum is 65504, so keep the first layer small
         net = net._replace(input=net.input.sign() / 8, biases=[None, net.biases[1]])
     grad = integers(9, 4, dtype=dtype)
     truth = oracle(net, grad)

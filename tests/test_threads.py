@@ -1,4 +1,4 @@
-"""Determinism: neither the number of threads, nor a second run, nor the rest of the batch changes a bit."""
+"""Determinism: the number of threads, a second run and the rest of the batch change no bit."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +26,7 @@ SHAPES = {**LARGE, "one layer": (3000, [40, 50]), "small": (5, [9, 7, 3])}
 
 
 def forward_and_backward(shape, dtype, function=mbp.mlp):
-    """One forward and backward pass on real numbers, the same at each call."""
+    """One forward and backward pass on the same real numbers at each call."""
     torch.manual_seed(0)
     batch, sizes = SHAPES[shape]
     net, grad = normal_net(batch, sizes, dtype), torch.randn(batch, sizes[-1]).to(dtype)

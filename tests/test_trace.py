@@ -1,4 +1,4 @@
-"""`trace`: the lecture's quantities, from the kernels that train; and everything that shows or checks them."""
+"""`trace`: the lecture's quantities, computed by the training kernels, and the methods that show or check them."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 
 
 def network(net, relus=None):
-    """The plain nn.Sequential of a `Net`; `relus` says after which layers a ReLU follows."""
+    """The plain nn.Sequential of a `Net`; `relus` selects the layers that a ReLU follows."""
     children = []
     for k, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
@@ -34,7 +34,7 @@ def network(net, relus=None):
 
 
 def random_problem(seed):
-    """A network, an input and a target of random shapes, with or without biases and with ReLUs anywhere."""
+    """A network, an input and a target of random shapes, with or without biases, with ReLUs after any layers."""
     torch.manual_seed(seed)
     sizes = torch.randint(1, 12, (int(torch.randint(2, 7, ())),)).tolist()
     net = normal_net(int(torch.randint(1, 9, ())), sizes, biases=("all", "none", "mixed")[seed % 3])
@@ -59,7 +59,7 @@ def test_random_networks_agree_with_autograd_and_finite_differences(seed):
     assert differences <= 1e-12
     assert max(differences.values()) <= 1e-12
     finite = differences.finite_differences
-    assert sum(value == value for value in finite.values()) >= len(finite) / 2  # few of them are at a kink
+    assert sum(value == value for value in finite.values()) >= len(finite) / 2  # few are at a kink
     assert all(value <= 1e-5 for value in finite.values() if value == value)
 
 
@@ -118,7 +118,7 @@ def test_a_target_of_another_dtype_is_promoted_or_refused_as_torch_does(loss, dt
         want = function(model(input), target)
         want.backward()
     except RuntimeError as error:
-        with pytest.raises((type(error), ValueError)):  # a ValueError where classes have a row each
+        with pytest.raises((type(error), ValueError)):  # a ValueError if there is one class per row
             mbp.trace(model, input, target, loss, "mean")
         return
     t = mbp.trace(model, input, target, loss, "mean")
@@ -182,7 +182,7 @@ def test_verify_knows_what_a_dtype_can_do(dtype, loss):
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_verify_accepts_a_converged_network(loss, dtype):
-    """There, gradients are what is left of terms that cancel: rounding, relative to them, is everything."""
+    """At convergence, the terms of a gradient cancel, so that rounding dominates what is left."""
     model = mbp.MLP([3, 16, 2], dtype=dtype)
     x, y = torch.randn(3, 3, dtype=dtype), torch.tensor([0, 1, 1])
     y = y if loss == "cross_entropy" else F.one_hot(y, 2).to(dtype)
@@ -230,7 +230,7 @@ def test_differences_compare_as_the_largest_of_them():
 
 
 def test_verify_finds_a_wrong_derivative_of_the_loss_by_finite_differences():
-    class Wrong(torch.autograd.Function):  # a backward that autograd believes
+    class Wrong(torch.autograd.Function):  # a wrong backward, which autograd uses
         @staticmethod
         def forward(ctx, output):
             return output.square().sum()
@@ -385,7 +385,7 @@ def test_plot_survives_zeros_nan_and_infinity(tmp_path):
 
 
 @pytest.mark.slow
-def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_told(monkeypatch):
+def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_reported(monkeypatch):
     code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     t = toy()
@@ -484,7 +484,7 @@ def test_callable_that_couples_examples_has_no_losses_but_right_gradients():
     net = normal_net(4, [3, 5, 2])
     t = mbp.trace(network(net), net.input, None, contrast)
     assert t.losses is None
-    assert mbp.trace(network(net), net.input, net.input, contrast).losses is None  # a target that can be cut, too
+    assert mbp.trace(network(net), net.input, net.input, contrast).losses is None  # even though the target can be split
     assert t.verify() <= 1e-12
     assert "∂L/∂f_1 = ∂contrast/∂f_1" in re.sub(" +", " ", str(t))
     assert "contrast(f_1, y_i)" in str(t)
@@ -594,7 +594,7 @@ def test_other_devices_and_dispatch_run_on_torch(monkeypatch):
 
 
 class Tripling(TorchFunctionMode):
-    """Linear layers are tripled."""
+    """Triples the output of linear layers."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -1,7 +1,7 @@
 """Transforms of our functions and modules: every mode of gradcheck, torch.func, ensembles; and PyTorch's own samples.
 
-test_route.py compares each function under each transform with plain torch; here are whole models, the Functions
-applied directly, derivatives checked by finite differences in every mode, and inputs that PyTorch's tests use.
+test_route.py compares each function under each transform with plain torch. This module tests whole models, Functions
+applied directly, derivatives against finite differences in every mode, and the inputs of PyTorch's own tests.
 """
 
 import copy
@@ -30,11 +30,11 @@ from helpers import (
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
-# Decompositions that torch loads at the first use of forward-mode AD are scripted.
+# At the first use of forward-mode AD, torch loads decompositions that are scripted.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
-# --- finite differences, in every mode that gradcheck knows ---------------------------------------------------------
+# --- finite differences, in every mode of gradcheck -----------------------------------------------------------------
 
 FUNCTIONS = {
     "linear_relu": (one_layer, [3, 2]),
@@ -149,7 +149,7 @@ def test_an_ensemble_of_ten_equals_ten_models(make):
 
 
 def _applied(name, final_relu=False):
-    """`name`.apply as a function of (input, weight, bias) of one layer, or of two of the same width; its plain twin."""
+    """`name`.apply as a function of (input, weight, bias) of one or two equal layers, and its plain twin."""
     target, spec = torch.ones(5, 4).double(), LossSpec()
     cases = {
         "LinearReLUFunction": (LinearReLUFunction.apply, lambda x, w, b: F.relu(F.linear(x, w, b))),
@@ -213,9 +213,9 @@ def test_a_shared_layer_gets_its_gradient_once_in_a_graph_of_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLIED)
 @pytest.mark.parametrize("transform", [None, "grad", "vmap"])
-@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo does, to capture it
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # Dynamo does so to capture it
 def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
-    # Captured, their raw ops would be taken for what they are: ops whose derivative is zero.
+    # If their raw ops were captured, their derivative would be zero.
     functions = _applied(name)
     net = smooth_net(5, [4, 4])
     args = (net.input, net.weights[0], net.biases[0])
@@ -225,7 +225,7 @@ def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
         functions, args = [vmap(f) for f in functions], tuple(torch.stack([arg, -arg]) for arg in args)
     ours, plain = functions
     torch.compiler.reset()
-    # Under grad, after a graph break, Dynamo fails, loudly: at mse_loss; with torch 2.10 at any function written in Python.
+    # Under grad, after a graph break, Dynamo raises at mse_loss, with torch 2.10 at any function written in Python.
     if transform != "grad" or (name != "MLPLossFunction" and torch.__version__ >= (2, 13)):
         assert_close(torch.compile(lambda *args: ours(*args), backend="eager")(*args), plain(*args))
     torch.compiler.reset()
@@ -238,7 +238,7 @@ def test_functions_applied_inside_compile_are_right_or_refused(name, transform):
 
 @pytest.fixture(scope="module")
 def op_infos():
-    """PyTorch's descriptions of its ops, by name: a private module."""
+    """PyTorch's descriptions of its ops by name, from a private module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = pytest.importorskip("torch.testing._internal.common_methods_invocations", exc_type=ImportError)
@@ -246,7 +246,7 @@ def op_infos():
 
 
 def samples(op_infos, name, dtype, requires_grad=False):
-    """(input, weight, bias) of each sample; ReLU's become a layer whose weight is the identity."""
+    """(input, weight, bias) of each sample; samples of ReLU become a layer with the identity as weight."""
     found = []
     for sample in op_infos[name].sample_inputs("cpu", dtype, requires_grad=requires_grad):
         input, rest = sample.input, (*sample.args, *sample.kwargs.values())
@@ -296,7 +296,7 @@ def test_samples_of_pytorch_in_batches(op_infos, name):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_transform_leaves_the_result_as_it_is(dtype):
-    # Integers: the composition that a transform gets, and the kernels, round nothing.
+    # With integers, neither the composition that a transform gets nor the kernels round.
     net = integer_net(5, [4, 6, 3], dtype)
     with torch.no_grad():
         output, _ = vjp(lambda input: mbp.mlp(input, *net[1:]), net.input)

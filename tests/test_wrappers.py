@@ -1,6 +1,6 @@
-"""What PyTorch does around a model: autocast, deferred init, reparametrised weights, memory savers, processes, files.
+"""PyTorch features that wrap a model: autocast, deferred init, reparametrised weights, checkpoints, processes, files.
 
-Each is used as its documentation says, once around our modules and once around the plain ones.
+Each is used as documented, on our modules and on the plain ones.
 """
 
 import copy
@@ -129,7 +129,7 @@ def test_grad_scaler_scales_unscales_and_skips_steps_that_overflow(loss):
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             scaler.step(optimiser)
             scaler.update()
-        assert scaler.get_scale() == 2.0**10  # halved once, doubled once
+        assert scaler.get_scale() == 2.0**10  # halved once and doubled once
     for one, other, start in zip(model.parameters(), twin.parameters(), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
         assert not torch.equal(one, start)
@@ -245,7 +245,7 @@ def test_reparametrised_weights_and_their_removal(twins, wrap, where):
         parametrize.remove_parametrizations(layer, "weight")
         assert_close(model(input), before)
         if type(model) is not nn.Sequential:
-            assert calls_of(model, input) == ["mlp"]  # whole again
+            assert calls_of(model, input) == ["mlp"]  # fused again
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ def test_pruned_layers_and_permanent_pruning(twins, cut):
         assert calls_of(model, input) == ["mlp"]
 
 
-def sorted_by_shape(tensors):  # removal puts the parameter at the end of the layer's
+def sorted_by_shape(tensors):  # removal moves the parameter to the end of its layer's list
     return sorted(tensors, key=lambda tensor: tuple(tensor.shape))
 
 
 class Holder(nn.Sequential):
-    """A Sequential with a parameter of its own."""
+    """A Sequential that also has a parameter."""
 
     def __init__(self, *layers):
         super().__init__(*layers)
@@ -323,7 +323,7 @@ CHANGES = {
 )
 @pytest.mark.parametrize("kind", [nn.Sequential, Holder])
 def test_what_torch_adds_to_a_class_stays_in_whatever_order(kind, order):
-    """The model without fuse and unfuse goes the same way; what it is and has must be the same."""
+    """A model that is never fused goes through the same changes; its classes, state and outputs must be equal."""
 
     def described(model):
         kinds = [
@@ -347,7 +347,7 @@ def test_what_torch_adds_to_a_class_stays_in_whatever_order(kind, order):
     assert kinds == want
     assert names == same
     assert_equal(values, others)
-    if "register" not in order:  # parametrizations are a child, which a Sequential calls
+    if "register" not in order:  # parametrizations add a child, which a Sequential calls
         assert_equal(model(torch.ones(2, 5)), twin(torch.ones(2, 5)))
 
 
@@ -361,7 +361,7 @@ def test_clipping_returns_the_same_norm_and_leaves_the_same_gradients(twins, nor
     assert_close(*norms)
     assert_close(*([parameter.grad for parameter in net.parameters()] for net in twins))
     model = ours_mlp().double()
-    model.loss_backward(input, target)  # gradients that lie in one buffer
+    model.loss_backward(input, target)  # puts the gradients in one buffer
     grads = [parameter.grad.clone() for parameter in model.parameters()]
     total = nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=norm)
     assert_close(
@@ -369,7 +369,7 @@ def test_clipping_returns_the_same_norm_and_leaves_the_same_gradients(twins, nor
     )
 
 
-# --- what is kept for backward --------------------------------------------------------------------------------------
+# --- what is saved for backward -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -510,7 +510,7 @@ class Quantizable(nn.Module):
 
 
 def quantized(fuse_before, aware):
-    """The outputs of a model on its way to int8, fused before the step of that name, and the classes in it at the end."""
+    """The outputs during quantization to int8, with fuse before the named step, and the final classes in the model."""
     ao = torch.ao.quantization
     engine = torch.backends.quantized.engine
     config = ao.get_default_qat_qconfig(engine) if aware else ao.get_default_qconfig(engine)
@@ -534,7 +534,7 @@ def quantized(fuse_before, aware):
 
 
 needs_int8 = pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="no int8 kernels in this torch")
-ignore_quantization = pytest.mark.filterwarnings("ignore")  # what torch.ao.quantization says about itself
+ignore_quantization = pytest.mark.filterwarnings("ignore")  # deprecation warnings of torch.ao.quantization
 
 
 @pytest.mark.slow
@@ -546,7 +546,7 @@ def test_a_model_is_fused_at_any_point_on_its_way_to_int8(fuse_before, aware):
     (got, kinds), (want, same) = quantized(fuse_before, aware), quantized(None, aware)
     assert kinds == same
     assert "LinearReLU" in [kind.__name__ for kind in kinds]
-    torch.testing.assert_close(got[0], want[0])  # float: fused until prepare puts hooks on its layers
+    torch.testing.assert_close(got[0], want[0])  # in float, fused until prepare adds hooks to its layers
     assert_equal(got[1], want[1])
 
 
@@ -563,7 +563,7 @@ def test_dynamic_quantization(make, when):
     model, twin = ao.quantize_dynamic(model, {nn.Linear}), ao.quantize_dynamic(twin, {nn.Linear})
     if when != "before":
         mbp.fuse(model)
-    if "linear_relu" in before:  # a LinearReLU is no nn.Linear to torch, and stays float
+    if "linear_relu" in before:  # torch does not treat a LinearReLU as an nn.Linear, so it stays float
         assert_close(model(input), model[2](model[1](model[0](input))))
     else:
         assert_equal(model(input), twin(input))
@@ -611,7 +611,7 @@ def test_shared_parameters_are_trained_by_another_process(start):
     model.share_memory()
     for part, twin in zip(model, twins, strict=True):
         assert all(parameter.is_shared() for parameter in part.parameters())
-        if part is model[0] or start == "fork":  # one process is enough for what takes seconds
+        if part is model[0] or start == "fork":  # starting a process takes seconds, so one is enough
             process = torch.multiprocessing.get_context(start).Process(
                 target=train_in_another_process, args=(part, input, target)
             )
@@ -623,7 +623,7 @@ def test_shared_parameters_are_trained_by_another_process(start):
 
 
 class Embedded(Dataset):
-    """Items that a network computes in the worker."""
+    """A dataset whose worker computes the items with a network."""
 
     def __init__(self):
         self.model, self.input = ours_mlp().double(), data()[0]
@@ -641,7 +641,7 @@ class Embedded(Dataset):
 def test_data_loader_workers_compute_with_a_model():
     torch.set_num_threads(2)
     dataset = Embedded()
-    dataset.model(torch.randn(5000, SIZES[0]).double())  # starts threads, which a forked worker does not have
+    dataset.model(torch.randn(5000, SIZES[0]).double())  # starts threads, which a forked worker does not inherit
     got = torch.cat(list(DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="fork")))
     leaf = dataset.input.clone().requires_grad_()
     assert_close(got, torch.autograd.grad(dataset.model(leaf).sum(), leaf)[0])
@@ -651,7 +651,7 @@ def test_data_loader_workers_compute_with_a_model():
 
 
 class Model(nn.Module):
-    """All kinds of ours, inside somebody's module."""
+    """A user's module that contains each of our kinds of module."""
 
     def __init__(self):
         super().__init__()
@@ -669,7 +669,7 @@ def test_a_scripted_model_is_the_plain_network_and_can_be_saved():
     model, input = Model().double().eval(), data()[0]
     scripted = torch.jit.script(model)
     assert "manualbp::" not in str(scripted.inlined_graph)
-    assert type(model.first) is mbp.MLP  # torch leaves the model itself alone
+    assert type(model.first) is mbp.MLP  # scripting does not change the model itself
     assert list(scripted.state_dict()) == list(model.state_dict())
     file = io.BytesIO()
     torch.jit.save(scripted, file)
@@ -697,7 +697,7 @@ def test_an_exported_model_is_plain_aten_ops_and_can_be_saved(dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # what the exporter says about itself
+@pytest.mark.filterwarnings("ignore")  # the exporter's own warnings
 def test_onnx_has_the_plain_graph():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

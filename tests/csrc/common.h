@@ -1,4 +1,4 @@
-// What the drivers share: random numbers, the storage types as double, and memory of exactly one size.
+// Shared by the drivers: random numbers, the storage types as double, and memory of an exact size.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ std::mt19937 generator(0);
 int64_t below(int64_t n) { return int64_t(generator() % uint32_t(n)); }
 bool chance(int percent) { return below(100) < percent; }
 
-// Storage types to double and back, by other code than the kernels'.
+// Converts storage types to double and back, independently of the kernels' code.
 double to_double(double v) { return v; }
 double to_double(float v) { return v; }
 double to_double(bfloat16 v) {
@@ -34,7 +34,7 @@ double to_double(float16 v) {
                                        : std::ldexp(1024 + mantissa, exponent - 25);
   return v.bits & 0x8000 ? -size : size;
 }
-// Rounded as it is when stored (test_dtypes.py tests the rounding itself).
+// Rounds a number as storing it does (test_dtypes.py tests the rounding itself).
 template <typename T>
 T rounded(double v) {
   T out;
@@ -50,7 +50,7 @@ const char* name_of() {
                                        : "float16";
 }
 
-// n elements and not a byte more, from an address that is a multiple of `align`.
+// Exactly n elements, at an address that is a multiple of `align`.
 template <typename T>
 class Exact {
  public:

@@ -1,14 +1,14 @@
-// Runs CUDA kernels on the CPU, for tests: included before a .cuh, it lets a C++ compiler build the same source.
+// Runs CUDA kernels on the CPU, for tests: if included before a .cuh, a C++ compiler can build the same source.
 //
-// Blocks run one after another. The threads of a block are fibers: each runs until it meets a barrier or a warp
-// exchange, then another one goes on. What a GPU would leave to chance is made visible:
-//   - the order of the threads is a choice (`schedule`): results that depend on it lack a barrier;
-//   - shared memory is fresh heap memory of exactly the size asked for, filled with NaN: AddressSanitizer sees an access
-//     outside, the test sees a value that nobody wrote;
-//   - under ThreadSanitizer each fiber is a thread of its own, ordered against others by barriers alone: it reports
-//     every pair of conflicting accesses, in shared or global memory, within a block or between blocks;
-//   - a barrier that only a part of the block reaches, and an exchange that only a part of the warp reaches, are errors.
-// Not emulated: time, caches, the order of memory operations of one thread as others see it, asynchronous copies.
+// Blocks run in sequence. The threads of a block are fibers: each runs until it reaches a barrier or a warp exchange,
+// then another one resumes. Errors that would depend on chance on a GPU become visible:
+//   - The order of the threads can be selected (`schedule`); if results depend on it, a barrier is missing.
+//   - Shared memory is new heap memory of exactly the given size, filled with NaN: AddressSanitizer detects accesses
+//     outside, and the test detects uninitialised values.
+//   - Under ThreadSanitizer, each fiber is a separate thread, ordered only by barriers, so it reports every pair of
+//     conflicting accesses, in shared or global memory, within a block or between blocks.
+//   - A barrier that only part of the block reaches, and an exchange that only part of the warp reaches, are errors.
+// Time, caches, memory ordering between threads and asynchronous copies are not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -46,7 +46,7 @@ namespace emulation {
 
 constexpr unsigned kWarp = 32;
 
-// In which order the threads of a block take their turns.
+// The order in which the threads of a block run.
 enum class Schedule { ascending, descending, shuffled };
 inline Schedule& schedule() {
   static Schedule value = Schedule::ascending;
@@ -57,7 +57,7 @@ enum class State { ready, at_barrier, at_exchange, done };
 
 constexpr size_t kStack = 64 << 10;
 
-// Stacks that the fibers of one block after another use.
+// Stacks, which the fibers of successive blocks reuse.
 class Stacks {
  public:
   using Stack = std::unique_ptr<char[]>;
@@ -66,7 +66,7 @@ class Stacks {
     Stack stack = std::move(free_().back());
     free_().pop_back();
 #if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(stack.get(), kStack);  // frames that the last fiber never left
+    ASAN_UNPOISON_MEMORY_REGION(stack.get(), kStack);  // frames that the last fiber did not leave
 #endif
     return stack;
   }
@@ -80,8 +80,8 @@ class Stacks {
 };
 
 #if defined(__SANITIZE_THREAD__)
-// ThreadSanitizer's threads, for reuse by later launches (a new one costs half a millisecond). Within a launch each
-// belongs to one CUDA thread: two that share one would have no races.
+// ThreadSanitizer's threads, which later launches reuse (a new one costs half a millisecond). Within a launch, each
+// belongs to one CUDA thread, because races between two CUDA threads on one of them would not be detected.
 inline std::vector<void*>& idle_tsan_threads() {
   static std::vector<void*> threads;
   return threads;
@@ -94,7 +94,7 @@ struct Fiber {
   dim3 index;
   unsigned warp = 0, lane = 0;
   State state = State::ready;
-  unsigned parity = 0;  // of the warp exchanges so far
+  unsigned parity = 0;  // of the number of warp exchanges so far
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
@@ -104,14 +104,14 @@ struct Fiber {
 #endif
 };
 
-// What the lanes of a warp hand to each other: two sets of slots, so that a fast lane can begin the next exchange while
-// a slow one still reads this one.
+// The values that the lanes of a warp exchange. There are two sets of slots, so that a fast lane can begin the next
+// exchange while a slow one still reads this one.
 struct Warp {
   static constexpr unsigned kWords = 16;
   uint32_t slots[2][kWarp][kWords];
 };
 
-// One block in execution.
+// A block while it runs.
 class Block {
  public:
   Block(dim3 grid, dim3 block, dim3 index, unsigned char* shared)
@@ -138,7 +138,7 @@ class Block {
     }
   }
 
-  // Runs `body` in every thread. Throws what a thread reported.
+  // Runs `body` in every thread. Throws an error that a thread reported.
   template <typename Body>
   MBP_NO_TSAN void run(const Body& body) {
     current() = this;
@@ -188,7 +188,7 @@ class Block {
 
   MBP_NO_TSAN void barrier() {
 #if defined(__SANITIZE_THREAD__)
-    // Two tokens in turn: who goes on first may be at the next barrier before others have left this one.
+    // Alternates two tokens, since a thread may reach the next barrier before others have left this one.
     char* const token = &barrier_tokens_[running_->barriers++ % 2];
     __tsan_release(token);
 #endif
@@ -198,8 +198,8 @@ class Block {
 #endif
   }
 
-  // Every lane of the warp hands over `words` words; then it may read those of all lanes. `memory`: also orders the
-  // memory accesses of the lanes, as __syncwarp does and a shuffle does not.
+  // Every lane of the warp passes `words` words, and can then read those of all lanes. `memory` also orders the memory
+  // accesses of the lanes, as __syncwarp does and a shuffle does not.
   MBP_NO_TSAN const uint32_t (*exchange(const uint32_t* mine, unsigned words, bool memory)) [Warp::kWords] {
     Fiber& fiber = *running_;
     Warp& warp = warps_[fiber.warp];
@@ -218,14 +218,14 @@ class Block {
     return slots;
   }
 
-  // Ends the launch with an error, from inside a thread.
+  // Ends the launch with an error; called by a thread.
   [[noreturn]] void fail(const char* message) {
     error_ = message;
     suspend(State::done);
     std::abort();  // never resumed
   }
 
-  // Happens-before, for ThreadSanitizer: the host before every thread of a launch, all of them before what follows.
+  // Happens-before for ThreadSanitizer: the host precedes every thread of a launch, and these precede later host code.
   static void* launch_token() {
     static char token;
     return &token;
@@ -305,7 +305,7 @@ class Block {
 #endif
   }
 
-  // No thread can go on: lets go whole warps that wait for an exchange, or the whole block that waits at a barrier.
+  // If no thread can run: releases complete warps that wait for an exchange, or the whole block waiting at a barrier.
   MBP_NO_TSAN void release_waiting() {
     bool released = false;
     for (size_t w = 0; w < warps_.size(); ++w) {
@@ -358,13 +358,13 @@ inline std::vector<std::string>& launches() {
 
 inline Block& here() { return *Block::current(); }
 
-// The one block to run of each grid, for a test of a matrix that all of them would need hours for; or nothing: all.
+// The only block of each grid to run, for matrices on which all blocks would take hours; if empty, all blocks run.
 inline std::optional<dim3>& only_block() {
   static std::optional<dim3> index;
   return index;
 }
 
-// Runs a kernel over a grid, block after block.
+// Runs a kernel over a grid, one block at a time.
 template <typename... Params, typename... Args>
 void run(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u ||
@@ -378,7 +378,7 @@ void run(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, 
   const size_t kept = 0;
 #endif
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<std::unique_ptr<unsigned char[]>> memories;  // and two memories
+  std::vector<std::unique_ptr<unsigned char[]>> memories;  // and two shared memories
   const auto body = [&] { kernel(Params(args)...); };
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -409,7 +409,7 @@ Value exchanged(Value value, unsigned source) {
   return value;
 }
 
-// What each lane of the warp holds in its registers, for an instruction of the whole warp.
+// The registers of all lanes of the warp, for an instruction of the whole warp.
 class WarpWords {
  public:
   MBP_NO_TSAN WarpWords(const uint32_t* mine, unsigned words) : slots_(here().exchange(mine, words, false)) {}
@@ -430,7 +430,7 @@ inline uint32_t bits_of_float(float value) {
   return bits;
 }
 
-// IEEE binary16, to float and back with rounding to nearest even.
+// IEEE binary16, with conversion to float and back, rounding to nearest even.
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
   if (exponent == 31) return float_of_bits(sign | 0x7f800000 | mantissa << 13);
@@ -445,7 +445,7 @@ inline uint16_t float_to_half(float value) {
   if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
   int exponent;
   std::frexp(magnitude, &exponent);
-  const int last = std::max(exponent - 11, -24);  // the power of two of the last place
+  const int last = std::max(exponent - 11, -24);  // the exponent of the last place
   const float places = std::nearbyint(std::ldexp(magnitude, -last));  // exact: at most 11 bits
   const float rounded = std::ldexp(places, last);
   if (rounded < std::ldexp(1.0f, -14)) return uint16_t(sign | uint16_t(std::ldexp(rounded, 24)));

@@ -1,6 +1,5 @@
-// What the tests of the CUDA kernels share: buffers, numbers, one comparison. Each test is a program of its own: it
-// prints how many cases passed, or the first one that failed, with exit status 1. tests/test_cuda_kernels.py builds
-// and runs them.
+// Shared by the tests of the CUDA kernels: buffers, numbers and a comparison. Each test is a program that prints how
+// many cases passed, or the first failure, with exit status 1. tests/test_cuda_kernels.py builds and runs them.
 #pragma once
 
 #include <sys/mman.h>
@@ -24,7 +23,7 @@ constexpr const char* kTypeName<float16> = "float16";
 template <>
 constexpr const char* kTypeName<bfloat16> = "bfloat16";
 
-// Half a unit in the last place, relative.
+// Half a unit in the last place, relative to the number.
 template <typename T>
 constexpr double kRounding = 0x1p-24;
 template <>
@@ -38,8 +37,8 @@ constexpr double kRounding<bfloat16> = 0x1p-8;
 template <typename T>
 constexpr double kSumRounding = sizeof(T) == 8 ? 0x1p-53 : 0x1p-24;
 
-// Device memory: a heap block of exactly this size, so that AddressSanitizer sees what lies outside; filled with NaN.
-// `skip` numbers from an address of 16-byte alignment.
+// Device memory: a heap block of exactly this size, so that AddressSanitizer detects accesses outside; filled with NaN.
+// It starts `skip` numbers after an address of 16-byte alignment.
 template <typename T>
 class Buffer {
  public:
@@ -63,7 +62,7 @@ class Buffer {
   std::unique_ptr<unsigned char[]> memory_;
 };
 
-// Device memory of more elements than 32 bits can count: zeros, of which only what is touched takes room.
+// Device memory of more elements than 32 bits can count: zeros, of which only touched pages use memory.
 template <typename T>
 class Reserved {
  public:
@@ -71,7 +70,7 @@ class Reserved {
     void* const memory =
         mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("cannot reserve address space");
-    madvise(memory, bytes_, MADV_NOHUGEPAGE);  // a page that is touched takes 4 KiB, not 2 MiB
+    madvise(memory, bytes_, MADV_NOHUGEPAGE);  // a touched page takes 4 KiB, not 2 MiB
     data_ = static_cast<T*>(memory);
   }
   Reserved(const Reserved&) = delete;
@@ -87,7 +86,7 @@ class Reserved {
   T* data_;
 };
 
-// Runs `launch` with block (x, y) of each grid alone.
+// Runs `launch` with only block (x, y) of each grid.
 template <typename Launch>
 void run_block(int64_t x, int64_t y, const Launch& launch) {
   emulation::only_block() = dim3(unsigned(x), unsigned(y), 0);
@@ -95,7 +94,7 @@ void run_block(int64_t x, int64_t y, const Launch& launch) {
   emulation::only_block().reset();
 }
 
-// The same numbers in every run.
+// Generates the same numbers in every run.
 class Random {
  public:
   double uniform() {  // in [-1, 1)
@@ -103,7 +102,7 @@ class Random {
     return double(int64_t(state_ >> 11)) * 0x1p-52 - 1.0;
   }
   int64_t below(int64_t n) { return int64_t((uniform() + 1) / 2 * double(n)); }
-  int64_t integer() { return below(5) - 2; }  // -2 ... 2: sums of these are exact in every type
+  int64_t integer() { return below(5) - 2; }  // -2 ... 2, whose sums are exact in every type
 
  private:
   uint64_t state_ = 88172645463325252ull;
@@ -134,7 +133,7 @@ void begin_case(const Parts&... parts) {
   ++cases();
 }
 
-// got = want within `tolerance`, NaN for NaN, infinity for infinity.
+// Expects got = want within `tolerance`, where NaN equals NaN and infinity equals infinity.
 inline void expect(const char* what, int64_t i, double got, double want, double tolerance = 0) {
   const bool same = std::isnan(want)   ? std::isnan(got)
                     : std::isinf(want) ? got == want
@@ -160,8 +159,8 @@ int run_tests(const Test& test) {
   return 0;
 }
 
-// f(zero, true) for each type with threads in shuffled order: all cases; f(zero, false) in two other orders: a few. Then
-// once(), which takes long. ThreadSanitizer does not depend on the order, and is slow: a few cases in one order.
+// Calls f(zero, true), all cases, for each type with shuffled threads, and f(zero, false), a few cases, in two other
+// orders; then once(), which is slow. ThreadSanitizer is slow and independent of the order: a few cases in one order.
 template <typename... Types, typename F, typename Once>
 int run_tests(const F& f, const Once& once) {
   return run_tests([&] {

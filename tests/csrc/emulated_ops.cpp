@@ -1,8 +1,8 @@
-// The CUDA entries as ops of the CPU, torch.ops.manualbp_emulated: the same sources, their kernels run by
-// cuda_emulation.h, their products by torch's CPU library. tests/emulation.py defines the ops, builds and loads this.
+// The CUDA entries as CPU ops, torch.ops.manualbp_emulated: the same sources, with kernels run by cuda_emulation.h and
+// products computed by torch's CPU library. tests/emulation.py defines the ops, and builds and loads this file.
 
 #define MBP_EMULATED 1
-// Small blocks of rows, where a test wants to reach the code that adds gradients over blocks.
+// Small blocks of rows let a test reach the code that adds gradients over blocks.
 #define MBP_BLOCK_BYTES 0
 #define MBP_BLOCK_MIN_ROWS rows_of_a_block()
 
@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp_emulated, CPU, m) {
   m.impl("mlp_loss", TORCH_BOX(&manualbp::cuda::mlp_loss));
 }
 
-// The names of the kernels launched since the last call, one a line.
+// The names of the kernels launched since the last call, one per line.
 extern "C" const char* manualbp_emulated_launches() {
   static std::string names;
   names.clear();

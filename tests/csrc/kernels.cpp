@@ -1,13 +1,13 @@
-// The kernels of one instruction-set level (MANUALBP_ISA) against naive loops, on memory of exactly the size that each
-// may touch: what the sanitizers run. No torch. `make asan`, `make tsan`; tests/test_sanitizers.py.
+// Compares the kernels of one instruction-set level (MANUALBP_ISA) with naive loops, on memory of exactly the size that
+// each may access. `make asan`, `make tsan` and tests/test_sanitizers.py run it with sanitizers, without torch.
 //
 //   kernels [CASES]     random shapes, strides and options, this many of each kind and dtype
-//   kernels threads     products, masks and sums cut over threads as csrc/cpu/layer.h cuts them
-//   kernels overflow    writes behind C on purpose: the address sanitizer must stop it
-//   kernels race        two threads write the same rows on purpose: the thread sanitizer must report it
+//   kernels threads     products, masks and sums split over threads as in csrc/cpu/layer.h
+//   kernels overflow    deliberate write past the end of C, which the address sanitizer must stop
+//   kernels race        deliberate race on the same rows, which the thread sanitizer must report
 //
-// Exit status 77: this machine does not have the level.
-// Numbers are small integers, so that products are exact and must be equal; losses are compared within rounding.
+// Exit status 77: this machine does not support the level.
+// Numbers are small integers, so products are exact and must be equal; losses are compared within rounding.
 
 #include <cmath>
 #include <cstdio>
@@ -47,7 +47,7 @@ struct WorkspaceFor : Workspace {
   WorkspaceFor(int64_t n, int64_t k) : Workspace(kernels<T>().workspace_bytes(n, k), 64) {}
 };
 
-// A matrix with drawn strides: rows or columns contiguous, both apart, or one of the two repeated.
+// A matrix with random strides: contiguous rows or columns, neither, or one of the two repeated.
 template <typename T>
 struct Strided {
   Strided(int64_t rows, int64_t cols, int high) : Strided(rows, cols, high, below(6), below(3)) {}
@@ -70,18 +70,18 @@ struct Strided {
   Exact<T> memory;
 };
 
-// Around the edges of the tiles; sometimes beyond a block of the depth (384) or of the columns (256).
+// A size around the edges of the tiles, sometimes beyond a block of the depth (384) or of the columns (256).
 int64_t draw_size() {
   static const int64_t edges[] = {1,  2,  3,  5,  6,  7,  8,  9,  11, 12, 13, 15,
                                   16, 17, 23, 24, 25, 31, 32, 33, 48, 63, 64, 65};
   return chance(4) ? 200 + below(300) : chance(20) ? 1 + below(130) : edges[below(sizeof edges / sizeof *edges)];
 }
 
-// C (M, N) = A (M, K) B (K, N) with all that can be asked for beside it. Out: T, or its accumulator.
+// C (M, N) = A (M, K) B (K, N) with all options. Out is T or its accumulator type.
 template <typename T, typename Out>
 void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulates, bool masks) {
   const auto& kernel = kernels<T>();
-  // One column, times one number or not, and one number have code of their own; so do few rows times a weight.
+  // One column, times one number or not, one number, and few rows times a weight have special code.
   const bool few = chance(20);
   const int64_t n = chance(10) ? 1 : draw_size(), m = few ? 1 + below(5) : n == 1 && chance(30) ? 1 : draw_size();
   const int64_t k = chance(3) ? 0 : chance(n == 1 ? 30 : 1) ? 1 : draw_size();
@@ -134,9 +134,9 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
   }
 }
 
-// Real numbers, whose sums depend on the order in which they are made: a row of h Omega^T has the same bits whatever rows
-// it is with, and whether Omega is packed. Some products are so small that they round to -0, which adding 0 would lose.
-// (Not for one number alone: its multiply-adds are fused by name, those of vectors by the compiler, from -O2 on.)
+// With real numbers, whose sums depend on their order: a row of h Omega^T has the same bits for all other rows, and
+// whether or not Omega is packed. Some products are so small that they round to -0, which adding 0 would lose. (One
+// number is excluded: its multiply-adds are fused explicitly, those of vectors by the compiler, at -O2 and above.)
 template <typename T>
 void check_rows() {
   const auto& kernel = kernels<T>();
@@ -225,7 +225,7 @@ void check_reduce(void (*reduce)(const Reduce<T, Partial>&, int64_t, int64_t)) {
   }
 }
 
-// Sums are added to a total, which takes the first as it is, and is added to the last.
+// Sums are added to a total, which starts as a copy of the first and is added to the last.
 template <typename A>
 void check_add_up(const Kernels<A>& kernel) {
   const int64_t size = draw_size(), begin = below(size), end = begin + below(size - begin + 1);
@@ -248,7 +248,7 @@ void check_add_up(const Kernels<A>& kernel) {
   }
 }
 
-// A loss by its formula in double; f and targets are real numbers.
+// Computes a loss by its formula in double; f and targets are real numbers.
 template <typename T>
 void check_loss(LossKind kind) {
   const int64_t rows = chance(5) ? 0 : draw_size() % 40, cols = draw_size();
@@ -292,7 +292,7 @@ void check_loss(LossKind kind) {
   const double rounding = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 2e-5 : 2e-2;
   const char* const names[] = {"mse", "bce_with_logits", "cross_entropy"};
   const char* what = names[int(kind)];
-  // In float the value is summed from terms of up to 20 that are rounded to float, halves or not.
+  // Except in double, the value is a sum of terms of up to 20 that are rounded to float.
   if (std::fabs(got - want) > (sizeof(T) == 8 ? 1e-11 : 2e-5) * (1 + double(rows * cols) * 20)) {
     fail(what, name_of<T>(), rows, cols, 0);
   }
@@ -304,7 +304,7 @@ void check_loss(LossKind kind) {
   }
 }
 
-// The sums of gradient flow, of integers: exact in double.
+// The sums of gradient flow on integers, which are exact in double.
 template <typename T>
 void check_flow() {
   const int64_t rows = below(40), cols = below(40);
@@ -363,7 +363,7 @@ void check_all(int cases) {
   }
 }
 
-// f(begin, end) on `threads` threads, each with an equal part of [0, n).
+// Calls f(begin, end) on `threads` threads, each with an equal part of [0, n).
 template <typename F>
 void in_parallel(int64_t n, int threads, const F& f) {
   std::vector<std::thread> team;
@@ -375,7 +375,7 @@ void in_parallel(int64_t n, int threads, const F& f) {
 }
 
 // A layer: forward by rows of the batch from one packed weight, df with d(beta) in units of rows, d(Omega) in blocks.
-// overlap: a thread computes 12 rows of its neighbour too, which is the race that must be seen.
+// With overlap, a thread also computes 12 rows of its neighbour, which is the race to detect.
 template <typename T>
 void check_threads(int threads, int64_t overlap) {
   using A = accumulator_t<T>;

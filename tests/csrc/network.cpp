@@ -1,10 +1,10 @@
-// The passes of csrc/cpu/network.h on several threads, without torch (torch_stub/): what the sanitizers run beside
-// kernels.cpp. Several threads must give the bits of one, stored activations those that are computed again, and the
-// one-pass loss those of forward and backward.
+// The passes of csrc/cpu/network.h on several threads, without torch (torch_stub/); the sanitizers run this and
+// kernels.cpp. Several threads must give the same bits as one, stored activations the same as recomputed ones, and the
+// one-pass loss the same as forward and backward.
 //
-//   network [CASES]    the networks listed below, and so many random ones, in each dtype
+//   network [CASES]    the networks listed below, and this many random ones, in each dtype
 //
-// Exit status 77: this machine does not have the level MANUALBP_ISA.
+// Exit status 77: this machine does not support the level MANUALBP_ISA.
 
 #include "../../csrc/cpu/network.h"
 
@@ -26,7 +26,7 @@ struct Case {
     for (size_t k = 0; k + 1 < sizes.size(); ++k) {
       weights.push_back(std::make_unique<Exact<T>>(sizes[k] * sizes[k + 1]));
       biases.push_back(std::make_unique<Exact<T>>(sizes[k + 1]));
-      // About six of a row are not 0: sums stay so small that they are exact in every dtype.
+      // About six numbers per row are not 0, so that sums are small enough to be exact in every dtype.
       for (int64_t i = 0; i < weights[k]->size; ++i) {
         weights[k]->data[i] = rounded<T>(below(sizes[k]) < 4 ? double(below(3) - 1) : 0.0);
       }
@@ -53,7 +53,7 @@ struct Case {
   std::vector<std::unique_ptr<Exact<T>>> weights, biases;
 };
 
-// The gradients of a network, each in memory of its own.
+// The gradients of a network, each in separate memory.
 template <typename T>
 struct Results {
   explicit Results(const Case<T>& c) : input(c.batch * c.sizes[0]) {
@@ -78,7 +78,7 @@ struct Results {
   Gradients<T> gradients;
 };
 
-// Returns in which way the batch is cut.
+// Returns how the batch is split.
 template <typename T>
 Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu) {
   const Case<T> c(batch, sizes, bias, final_relu);
@@ -125,7 +125,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
     require(stored.equals(first), "backward on threads");
     require(final_relu || (loss.equals(first_loss) && value == first_value), "loss on threads");
   }
-  // Forward, against naive loops: what everything else was compared with.
+  // Compares forward, the reference of the checks above, with naive loops.
   std::vector<double> h(size_t(batch * sizes[0]));
   for (size_t i = 0; i < h.size(); ++i) h[i] = to_double(c.input.data[i]);
   for (size_t k = 0; k + 1 < sizes.size(); ++k) {
@@ -144,7 +144,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
   }
   for (size_t i = 0; i < h.size(); ++i) require(to_double(first_output.data[i]) == h[i], "forward");
 
-  // What decides how gradients are summed must not depend on the number of threads.
+  // The conditions that decide how gradients are summed must not depend on the number of threads.
   Plan<T> plan = plan_of(batch, c.layers(), 1), other = plan_of(batch, c.layers(), 7);
   const BackwardPlan pass = plan.backward(0, true), other_pass = other.backward(0, true);
   require(plan.way == other.way && pass.slice_rows == other_pass.slice_rows &&
@@ -156,7 +156,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
 
 template <typename T>
 void check_all(int cases) {
-  // Many parameters, few rows, one row, one output, deep: every way to cut the work over threads.
+  // Many parameters, few rows, one row, one output, deep: covers every way to split the work over threads.
   const Way ways[] = {
       check<T>(1500, {33, 100, 64, 7}, true, false),
       check<T>(250, {30, 100, 90, 20}, true, true),

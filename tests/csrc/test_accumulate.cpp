@@ -1,4 +1,4 @@
-// accumulate against double: sums of terms in the accumulator type, rounded once at the end.
+// Compares accumulate with double: it sums terms in the accumulator type and rounds once at the end.
 
 #include "cuda_test.h"
 
@@ -34,7 +34,7 @@ void test_all(bool thorough) {
   }
 }
 
-// More elements than 32 bits can count: the block with the last one.
+// More elements than 32 bits can count; runs the block with the last one.
 void test_large() {
   const int64_t size = (int64_t(1) << 32) + 100;
   begin_case("accumulate, 64-bit indices", size);

@@ -1,4 +1,4 @@
-// bias_relu against the same arithmetic in double: every type, odd shapes, every alignment, special values.
+// Compares bias_relu with double: every type, odd shapes, every alignment, special values.
 
 #include "cuda_test.h"
 
@@ -41,7 +41,7 @@ void test_all(bool thorough) {
   test<T>(3, 0, 0, 0, true);
 }
 
-// More elements than 32 bits can count: the blocks with the last whole vector and with the numbers behind it.
+// More elements than 32 bits can count; runs the blocks with the last full vector and the remaining numbers.
 void test_large() {
   using T = float16;
   const int64_t cols = 61, rows = (int64_t(1) << 32) / cols + 1000, size = rows * cols;

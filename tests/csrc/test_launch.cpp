@@ -1,15 +1,15 @@
-// launch.cuh against a CUDA runtime of our own: what a launch asks for, and what comes of an error.
+// Tests launch.cuh with a fake CUDA runtime: the calls that a launch makes, and how it handles errors.
 
 #include "cuda_test.h"
 
-// Not by emulation: what is compiled here is what runs on a GPU.
+// This is not emulated, so that it compiles the code that runs on a GPU.
 #undef MBP_EMULATED
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
-// What was asked for, in order, and how the next calls end.
+// The calls so far, in order, and the results of the next calls.
 struct Runtime {
   std::vector<std::string> calls;
   int64_t opted_in = 0, shared = 0;
@@ -47,7 +47,7 @@ static void kernel(int) {}
 
 using Calls = std::vector<std::string>;
 
-// Launches on a grid; the calls it came to must be `calls`, and the error, if any, must contain `error`.
+// Launches on a grid; the calls must be `calls`, and the error, if any, must contain `error`.
 static void test(const char* name, const Grid& grid, const Calls& calls, const std::string& error = "") {
   begin_case("launch,", name);
   runtime.calls.clear();
@@ -78,7 +78,7 @@ static void test_all() {
   const dim3 block(32, 8);
   test("ordinary", {3, 2, block}, {"launch"});
   test("48 KiB of shared memory", {1, 1, block, 48 << 10}, {"launch"});
-  for (int i = 0; i < 2; ++i) {  // every time: the limit belongs to the device that is current
+  for (int i = 0; i < 2; ++i) {  // every time, since the limit belongs to the current device
     test("more than 48 KiB", {1, 1, block, (48 << 10) + 16}, {"attribute", "launch"});
   }
   test("the largest grid", {2147483647, 65535, block}, {"launch"});

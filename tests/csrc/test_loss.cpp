@@ -1,4 +1,4 @@
-// The losses and their gradients against double: every type, odd shapes, smoothing, ignored rows, special values.
+// Compares the losses and their gradients with double: every type, odd shapes, smoothing, ignored rows, special values.
 
 #include "cuda_test.h"
 
@@ -13,7 +13,7 @@ double log_sum_exp(const std::vector<double>& f, size_t first, size_t cols) {
   return largest + std::log(total);
 }
 
-// The value, and the gradient of each element in `df`.
+// Returns the value, and writes the gradient of each element to `df`.
 double expected(LossKind kind, const std::vector<double>& f, const std::vector<double>& y,
                 const std::vector<int64_t>& classes, int64_t cols, double smoothing, int64_t ignore,
                 std::vector<double>& df) {
@@ -92,7 +92,7 @@ void test(LossKind kind, int64_t rows, int64_t cols, double smoothing = 0, bool 
   }
 }
 
-// NaN and infinity of an output stay in its row, be it ignored; the class may be the one that is not finite.
+// NaN and infinity of an output stay in its row, even if ignored; the target class may be the non-finite one.
 template <typename T>
 void test_special(double value, bool ignored) {
   begin_case("cross_entropy, special value", kTypeName<T>, value, ignored);
@@ -106,7 +106,7 @@ void test_special(double value, bool ignored) {
     const bool is_nan = std::isnan(f.at(i)), expected_nan = i / 3 == 1 && !(value < 0);
     if (is_nan != expected_nan) throw std::runtime_error("NaN in the wrong place");
   }
-  // minus infinity at the class: a probability of zero, an infinite loss
+  // minus infinity at the target class gives probability zero and an infinite loss
   if (ignored ? !std::isfinite(sums[0]) : value < 0 ? sums[0] != INFINITY : !std::isnan(sums[0]))
     throw std::runtime_error("the loss hides it");
 }
@@ -143,7 +143,7 @@ void test_out_of_bounds() {
   }
 }
 
-// More elements than 32 bits can count: the block with the last row. All logits are zero but for the last.
+// More elements than 32 bits can count; runs the block with the last row. All logits but the last are zero.
 void test_large() {
   begin_case("losses, 64-bit indices");
   using T = float16;

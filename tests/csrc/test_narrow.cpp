@@ -1,4 +1,4 @@
-// The narrow kernels against double, layer by layer: every type, odd widths and depths, special values, alignments.
+// Compares the narrow kernels with double, per layer: every type, odd widths and depths, special values, alignments.
 
 #include "cuda_test.h"
 
@@ -33,8 +33,8 @@ Reference multiply(const std::vector<double>& a, const std::vector<double>& b, i
   return out;
 }
 
-// Integers must be equal; else within the rounding of the sums and of the stored number. Each layer is checked on what
-// the kernel stored of the one before: no error, and no ReLU that flips, travels on.
+// Integers must be equal, real numbers within the rounding of the sums and of the stored number. Each layer is checked
+// from what the kernel stored of the previous one, so that neither errors nor flipped ReLUs propagate.
 template <typename T>
 void expect_near(const char* what, int64_t i, double got, double want, double sum, bool integers) {
   expect(what, i, got, want, integers ? 0 : std::fabs(want) * kRounding<T> + 32 * sum * kSumRounding<T>);
@@ -70,7 +70,7 @@ void test(int64_t rows, const std::vector<int>& widths, const Options& o = {}) {
     beta.emplace_back(widths[k + 1]);
     fill(beta.back(), 2);
     fill(omega.back(), 1);
-    for (int64_t i = 0; o.integers && i < omega[k].size(); ++i) {  // few terms a row: sums stay exact in bfloat16
+    for (int64_t i = 0; o.integers && i < omega[k].size(); ++i) {  // few terms a row keep sums exact in bfloat16
       if (random.below(widths[size_t(k)]) >= 5) omega[size_t(k)].set(i, 0);
     }
     for (int64_t i = 0; o.weight != 0 && i < omega[size_t(k)].size(); ++i) omega[size_t(k)].set(i, o.weight);
@@ -92,7 +92,7 @@ void test(int64_t rows, const std::vector<int>& widths, const Options& o = {}) {
   forward.hidden = o.store ? hidden.data() : nullptr;
   forward.output = output.data();
   narrow_forward(forward, nullptr);
-  if (!o.store) return;  // the outputs were compared by another case; here only memory is
+  if (!o.store) return;  // another case compared the outputs; this one checks only memory
 
   std::vector<std::vector<double>> h(1);
   for (int64_t i = 0; i < rows * d_0; ++i) h[0].push_back(input.at(i / d_0 * input_row + i % d_0));
@@ -167,7 +167,7 @@ void test(int64_t rows, const std::vector<int>& widths, const Options& o = {}) {
   }
 }
 
-// mma against the product in double, for numbers that differ in every place: a fragment in the wrong lane shows.
+// Compares mma with the product in double; all numbers differ, so that a fragment in the wrong lane is detected.
 template <typename T>
 __global__ void mma_kernel(const Buffer<float>* out) {
   const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
@@ -225,13 +225,13 @@ void test_all(bool thorough) {
     test<T>(9, {5, 7, 3}, special);
     special.final_relu = true;
     test<T>(9, {5, 7, 3}, special);
-    special.weight = -1;  // infinity times a weight is a number then, but not times the zeros of the padding
+    special.weight = -1;  // infinity times a weight is then not NaN, but times the zeros of the padding it is
     test<T>(9, {5, 7, 3}, special);
   }
 }
 
-// More elements than 32 bits can count, in h_1: the last block of a grid that has one for each tile. All numbers are
-// zero but for the last row.
+// More elements than 32 bits can count, in h_1; runs the last block of a grid with one block per tile. All numbers but
+// the last row are zero.
 template <typename T>
 void test_large() {
   const int64_t rows = (int64_t(1) << 32) / 128 + 3;

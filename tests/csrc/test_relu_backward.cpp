@@ -1,4 +1,4 @@
-// relu_backward and reduce against double: every type, odd shapes, strides and alignments, special values.
+// Compares relu_backward and reduce with double: every type, odd shapes, strides and alignments, special values.
 
 #include "cuda_test.h"
 
@@ -7,14 +7,14 @@
 namespace manualbp::cuda {
 
 struct Options {
-  int64_t row_gap = 0;  // columns between the rows of grad
+  int64_t row_gap = 0;  // unused columns between the rows of grad
   int64_t skip = 0;
   bool expanded = false;  // grad has strides 0
   bool mask = true, out = true, sum = true, in_place = false, special = false;
   int64_t slices = 0;  // 0: as many as the launch code would choose
 };
 
-// Integers: every sum is exact, so results must be equal bit for bit.
+// With integers every sum is exact, so results must be equal bit for bit.
 template <typename T>
 void test(int64_t rows, int64_t cols, const Options& o = {}) {
   begin_case("relu_backward", kTypeName<T>, rows, "x", cols, "gap", o.row_gap, "skip", o.skip,
@@ -28,7 +28,7 @@ void test(int64_t rows, int64_t cols, const Options& o = {}) {
   for (int64_t i = 0; i < h.size(); ++i) h.set(i, std::max<double>(double(random.integer()), 0));
   if (o.special && h.size() > 3) {
     h.set(0, NAN);      // passes
-    h.set(1, -0.0);     // blocks, whatever the gradient is
+    h.set(1, -0.0);     // blocks any gradient
     grad.set(1, NAN);
     h.set(2, INFINITY);
     grad.set(2, INFINITY);
@@ -74,7 +74,7 @@ void test_all(bool thorough) {
   test<T>(9, 0);
 }
 
-// Real numbers: the error of a sum is measured against the sum of absolute values.
+// With real numbers, the error of a sum is measured against the sum of absolute values.
 template <typename T>
 void test_rounding(int64_t rows, int64_t cols) {
   begin_case("relu_backward, real numbers", kTypeName<T>, rows, "x", cols);
@@ -98,7 +98,7 @@ void test_rounding(int64_t rows, int64_t cols) {
   }
 }
 
-// More elements than 32 bits can count: the block with the last rows, that is with the last slice.
+// More elements than 32 bits can count; runs the block with the last rows, that is, the last slice.
 void test_large(int64_t cols) {
   using T = float16;
   const int64_t rows = (int64_t(1) << 32) / cols + 100, size = rows * cols;

@@ -1,8 +1,8 @@
 """The command line of the fuzzers.
 
 python -m fuzz                                    2 minutes (in tests/, with the library on the path; or `make fuzz`)
-python -m fuzz --cases 100000 --seconds 86400     the night form
-python -m fuzz --seed 4711 --cases 1              one case again
+python -m fuzz --cases 100000 --seconds 86400     for a night
+python -m fuzz --seed 4711 --cases 1              repeats one case
 """
 
 import argparse
@@ -17,7 +17,7 @@ FUZZERS = {"differential": "fuzz.differential", "arguments": "fuzz.arguments"}
 
 
 def main() -> int:
-    """Runs the fuzzers, one after the other; 1 if anything was found."""
+    """Runs the fuzzers in sequence; returns 1 if one found anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FUZZERS, help="one of the fuzzers; default: both share the time")
     parser.add_argument("--seconds", type=float, default=120.0, help="default: 120")
@@ -32,7 +32,7 @@ def main() -> int:
     for name in chosen:
         importlib.import_module(FUZZERS[name])
         start = time.monotonic()
-        # The arguments need less time: most calls end at the first check.
+        # The argument fuzzer needs less time, because most calls end at the first check.
         share = 1.0 if options.only else {"differential": 0.8, "arguments": 0.2}[name]
         with tempfile.TemporaryDirectory() as folder:
             mark = Path(folder) / "seed"

@@ -1,7 +1,7 @@
-"""Calls the ops of torch.ops.manualbp directly with arguments that do not fit: an exception each time, never a crash.
+"""Calls the ops of torch.ops.manualbp directly with invalid arguments, which must raise and never crash.
 
-A case starts from a valid call and changes some of its arguments. A single change that can't be right must be refused;
-what several changes make may be a valid call again, then its results must not depend on arguments sharing memory.
+A case starts from a valid call and changes some of its arguments. A single invalid change must be rejected. Several
+changes may result in a valid call, whose results must then not depend on arguments sharing memory.
 """
 
 import re
@@ -30,12 +30,12 @@ HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
 @dataclass(frozen=True)
 class Case:
-    """A valid call of `op` and what is changed of it: (argument, kind of change)."""
+    """A valid call of `op` and the changes to it: (argument, kind of change)."""
 
     op: str
     changes: tuple[tuple[str, str], ...]
     sizes: tuple[int, ...] = (5, 7, 3)
-    rows: int = 4  # more than 2^30: all rows are the same one in memory
+    rows: int = 4  # above 2^30, all rows are the same one in memory
     loss: str = "mse"
     final_relu: bool = False
     stored: bool = True
@@ -50,7 +50,7 @@ def _freed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# A tensor that can't be right in the place of another, if nothing else is changed …
+# Replacements of a tensor that are invalid if nothing else is changed …
 WRONG: dict[str, Callable[[Tensor], Any]] = {
     "text": lambda t: "text",
     "wider": lambda t: t.new_zeros((*t.shape[:-1], t.shape[-1] + 1)),
@@ -72,7 +72,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
     "huge first": lambda t: t.new_zeros((1,) * t.dim()).expand(2**58, *t.shape[1:]),
     "huge both": lambda t: t.new_zeros((1,) * t.dim()).expand((2 ** (62 // t.dim()),) * t.dim()),
 }
-# … and one that may be.
+# … and replacements that may be valid.
 ODD: dict[str, Callable[[Tensor], Any]] = {
     "none": lambda t: None,
     "number": lambda t: 1.5,
@@ -149,13 +149,13 @@ def draw(seed: int) -> Case:
     for _ in range(rng.choice((1, 1, 2, 3))):
         place = rng.choice(places)
         changes.append((place, rng.choice(list(_changes(case, place)))))
-    # Whatever torch itself does with a freed tensor, printing it in a message included, is a crash.
+    # Everything that torch does with a freed tensor crashes, even printing it in a message.
     changes = next(([change] for change in changes if change[1] == "freed"), changes)
     return replace(case, changes=tuple(changes))
 
 
 def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
-    """The changes that an argument can suffer."""
+    """The possible changes of an argument."""
     if place in OTHERS:
         return OTHERS[place]
     alias = {f"alias of {other}": lambda t: t for other in _places(case) if other not in OTHERS and other != place}
@@ -190,7 +190,7 @@ def _valid(case: Case) -> dict[str, Any]:
         return tensor.expand(case.rows, *tensor.shape[1:]) if case.rows > 2**30 else tensor
 
     rows = net.input.shape[0]
-    kept = (case.rows * sum(case.sizes[1:-1]) + 2**63) % 2**64 - 2**63  # as many as numbers of 64 bits say
+    kept = (case.rows * sum(case.sizes[1:-1]) + 2**63) % 2**64 - 2**63  # the count wraps in 64 bits
     input, output = tall(net.input), integers(rows, case.sizes[-1], dtype=torch.float32).abs()
     grad = tall(integers(rows, case.sizes[-1], dtype=torch.float32))
     hidden = torch.ones(kept if 0 <= kept < 2**20 else 0)
@@ -225,33 +225,33 @@ def _valid(case: Case) -> dict[str, Any]:
 
 
 def check(case: Case) -> None:
-    """Raises AssertionError if a call that can't be right returns, or one that may be right depends on shared memory."""
+    """Raises AssertionError if an invalid call returns, or if a result depends on shared memory."""
     try:
         arguments = _valid(case)
-    except RuntimeError:  # torch itself has no tensor of so many elements
+    except RuntimeError:  # torch itself cannot make a tensor of this many elements
         raise UndecidableError from None
     impossible = case.rows > 2**30 and _largest_result(case) >= 2**40
     if case.rows > 2**30 and not impossible and not case.changes:
-        raise UndecidableError  # nothing to refuse, but more to compute than anybody waits for
+        raise UndecidableError  # valid, but too much to compute
     certain = False
     for place, kind in case.changes:
         before = _get(arguments, place)
         if place not in OTHERS and not isinstance(before, Tensor):
-            continue  # changed already, or absent
+            continue  # already changed, or absent
         if isinstance(before, Tensor) and before.numel() > 2**30:
-            continue  # made huge already: torch itself would read all of it, for years, to make it sparse
+            continue  # already huge: to make it sparse, torch would read it for years
         try:
             other = _get(arguments, kind[9:]) if kind.startswith("alias of ") else None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # nested tensors are a prototype, imaginary parts are dropped
+                warnings.simplefilter("ignore")  # nested tensors are prototypes, imaginary parts are dropped
                 after = _changes(case, place)[kind](before) if other is None else other
         except (RuntimeError, IndexError, TypeError, ZeroDivisionError):
-            continue  # torch itself makes no such tensor of this one
+            continue  # torch itself cannot make such a tensor from this one
         certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
         _set(arguments, place, after)
     try:
         result = getattr(_ops, case.op)(**arguments)
-    except Exception:  # what is asked for
+    except Exception:  # as required
         return
     assert not impossible or case.changes, "more was returned than there is memory for"
     assert not (certain and len(case.changes) == 1), "accepted what can't be right"
@@ -266,14 +266,14 @@ def check(case: Case) -> None:
 
 
 def _largest_result(case: Case) -> int:
-    """Elements of the largest tensor that the unchanged call must make."""
+    """The number of elements of the largest tensor that the unchanged call must make."""
     output, hidden, input = case.sizes[-1], sum(case.sizes[1:-1]), case.sizes[0]
     widths = {
         "linear_relu": [output],
         "linear_relu_backward": [input],
         "mlp": [output, hidden * case.stored],
         "mlp_backward": [input],
-        # Classes are read, all of them, before anything is made.
+        # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
         "flow_forward": [hidden + output],
         "flow_backward": [hidden + output],
@@ -286,7 +286,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     if other.is_nested:
         return False
     same = (one.shape, one.dtype, one.layout, one.device) == (other.shape, other.dtype, other.layout, other.device)
-    is_view = other.layout is torch.strided  # others have no storage to ask
+    is_view = other.layout is torch.strided  # other layouts have no storage
     return same and not (is_view and one.untyped_storage().nbytes() != other.untyped_storage().nbytes())
 
 
@@ -316,12 +316,12 @@ def _set(arguments: dict[str, Any], place: str, value: Any) -> None:
 
 
 def prepare() -> None:
-    """What the process needs that runs the cases: so little address space that what can't be stored is refused."""
+    """Limits the address space of the process that runs the cases, so that huge allocations fail."""
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Cases that have less of something."""
+    """Yields simpler cases."""
     for k in range(len(case.changes) if len(case.changes) > 1 else 0):
         yield replace(case, changes=case.changes[:k] + case.changes[k + 1 :])
     if len(case.sizes) > 2 and not case.changes:

@@ -1,4 +1,4 @@
-"""A case: everything that is drawn about one call, its tensors, and what it calls. Its repr is Python that makes it."""
+"""A case holds all drawn options of one call; this module makes its tensors and calls. Its repr is Python code."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from torch_manualbp._losses import LossSpec
 
 NAN, INF = float("nan"), float("inf")
 
-# What is called, and whether a ReLU ends the network. loss, loss_backward and fused call more than a function.
+# The functions to call, and whether a ReLU ends the network. loss, loss_backward and fused call modules.
 FUNCTIONS = {
     "linear_relu": one_layer,
     "store": mbp.mlp,
@@ -29,9 +29,9 @@ CLOSED = ("linear_relu", "closed", "closed_recompute", "fused")
 LOSSES = ("loss", "loss_backward")
 SUM = LossSpec(reduction="sum")
 
-# Around the edges of the register tiles of all levels.
+# Sizes around the edges of the register tiles of all levels.
 EDGES = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97)
-# Powers of two that take sums of a few thousand to the ends of the range, where they stay exact.
+# Powers of two that move sums of a few thousand to the ends of the range, where they are still exact.
 EXPONENTS = {
     torch.float64: (-1074, 1000),
     torch.float32: (-149, 100),
@@ -41,7 +41,7 @@ EXPONENTS = {
 
 
 class Layout(NamedTuple):
-    """How a tensor lies in memory, as `helpers.lay_out` takes it."""
+    """The memory layout of a tensor, as arguments of `helpers.lay_out`."""
 
     order: tuple[int, ...]
     steps: tuple[int, ...]
@@ -51,26 +51,26 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One call. What belongs to a tensor is listed by its name: "input", "weights[0]", "grad_output", "target", …"""
+    """One call. Tensors are named "input", "weights[0]", "grad_output", "target", …"""
 
     seed: int = 0  # of the numbers
     entry: str = "store"
     dtype: torch.dtype = torch.float64
     leading: tuple[int, ...] = (1,)
     sizes: tuple[int, ...] = (1, 1)
-    biases: tuple[int, ...] = ()  # the layers that have one
+    biases: tuple[int, ...] = ()  # the layers that have a bias
     needs: tuple[str, ...] = ()  # the tensors that require a gradient
     data: str = "integers"  # or "normals"
     exponent: int = 0  # input and biases are multiplied by 2**exponent
-    specials: tuple[tuple[str, float, float], ...] = ()  # tensor, where in it (0 to 1), value
+    specials: tuple[tuple[str, float, float], ...] = ()  # tensor, relative position (0 to 1), value
     layouts: tuple[tuple[str, Layout], ...] = ()
     threads: int = 1
     spec: LossSpec = SUM
-    scale: float = 1.0  # the gradient that arrives at the loss
-    prior: bool = False  # .grad holds something already
+    scale: float = 1.0  # the incoming gradient of the loss
+    prior: bool = False  # .grad already holds a gradient
 
     def __repr__(self) -> str:
-        """As runnable code, without what is as usual."""
+        """Runnable code, without default values."""
         changed = [(f.name, getattr(self, f.name)) for f in fields(self)]
         usual = Case()
         return (
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the loss is inside."""
+        """Whether the call computes the loss."""
         return self.entry in LOSSES
 
     @property
@@ -94,7 +94,7 @@ class Case:
 
 
 def _code(value: Any) -> str:
-    """repr, but of floats that have no literal."""
+    """repr that also covers floats without a literal."""
     if isinstance(value, tuple) and type(value) is tuple:
         return f"({', '.join(map(_code, value))}{',' * (len(value) == 1)})"
     return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
@@ -104,7 +104,7 @@ def _code(value: Any) -> str:
 
 
 def draw(seed: int) -> Case:
-    """The case of this seed: mostly small networks, some large, all kinds of everything."""
+    """The case of this seed: mostly small networks, some large, with all kinds of options."""
     rng = random.Random(seed)
     chance = lambda share: rng.random() < share  # noqa: E731
     entry, dtype = rng.choice(ENTRIES), rng.choice(DTYPES)
@@ -119,7 +119,7 @@ def draw(seed: int) -> Case:
     spec = SUM
     if entry in LOSSES:
         spec = _loss(rng, sizes[-1], leading)
-    # On integers only the sum of squares is exact, and so are powers of two where nothing is squared.
+    # On integers, among losses only the sum of squares is exact; powers of two are exact if nothing is squared.
     exact = entry not in LOSSES or (spec.name == "mse" and spec.reduction == "sum")
     data = "integers" if exact and chance(0.6) else "normals"
     exponent = rng.choice(EXPONENTS[dtype]) if data == "integers" and entry not in LOSSES and chance(0.1) else 0
@@ -204,9 +204,9 @@ class Tensors(NamedTuple):
 
 
 def make(case: Case) -> Tensors:
-    """The tensors of a case, laid out; the same at each call.
+    """The tensors of a case in their layouts; the same at each call.
 
-    Input and biases are multiplied by 2**exponent: then every f_k and h_k is, and nothing else.
+    Input and biases are multiplied by 2**exponent, which multiplies exactly all f_k and h_k by it.
     """
     torch.manual_seed(case.seed)
     make_net = integer_net if case.data == "integers" else normal_net
@@ -240,7 +240,7 @@ def make(case: Case) -> Tensors:
 
 
 def call(case: Case, net: Net, end: Tensor) -> list[Tensor | None]:
-    """What the library answers: the output or the loss, then the gradient of each leaf, None where none is asked for."""
+    """The library's output or loss, then the gradient of each leaf, or None if it is not requested."""
     leaves = net.map(lambda tensor: tensor.detach())
     needs = [name in case.needs for name in net.names()]
     for leaf, need in zip(leaves.leaves(), needs, strict=True):
@@ -267,7 +267,7 @@ def call(case: Case, net: Net, end: Tensor) -> list[Tensor | None]:
 
 
 def _module_call(case: Case, leaves: Net, needs: list[bool], end: Tensor) -> list[Tensor | None]:
-    """The same by modules, with the tensors of the case as parameters."""
+    """The same computed by modules, with the tensors of the case as parameters."""
     layers = len(leaves.weights)
     model = mbp.MLP([1] * (layers + 1), dtype=case.dtype)
     for layer, weight, bias in zip(list(model)[::2], leaves.weights, leaves.biases, strict=True):
@@ -287,7 +287,7 @@ def _module_call(case: Case, leaves: Net, needs: list[bool], end: Tensor) -> lis
     else:
         spec = case.spec
         options = {"ignore_index": spec.ignore_index, "label_smoothing": spec.label_smoothing}
-        compute = model.loss_backward if any(needs) else model.loss  # the first raises where there is nothing to learn
+        compute = model.loss_backward if any(needs) else model.loss  # loss_backward raises if nothing is trainable
         output = compute(leaves.input, end, spec.name, spec.reduction, **options)  # type: ignore[arg-type]
         assert not output.requires_grad
     for tensor, need in zip(tensors, needs, strict=True):
@@ -296,5 +296,5 @@ def _module_call(case: Case, leaves: Net, needs: list[bool], end: Tensor) -> lis
 
 
 def assert_same(one: Tensor, other: Tensor, what: str) -> None:
-    """Bit for bit, but for the sign of zero and the payload of NaN."""
+    """Equal bits, except the sign of zero and the payload of NaN."""
     torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")

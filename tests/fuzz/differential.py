@@ -1,11 +1,11 @@
-"""Runs a case and compares it with float64 autograd on the plain composition, each layer rounded to the dtype.
+"""Runs a case and compares it with float64 autograd on the plain composition, with each layer rounded to the dtype.
 
-Every element has a bound for its error, carried through the layers beside the values:
-  integers   every sum is exact, the bound is 0: equal (a case with larger sums is undecidable)
-  normals    rounding of each sum, and what the layers make of it. The oracle is told which units were on, and checks
-             that each was a matter of rounding (a ReLU flip).
-Where the oracle has NaN or an infinity, it must be there. And whatever the numbers: one thread gives the same bits as
-several, and a second backward pass the same as the first.
+Every element has an error bound, which is propagated through the layers together with the values:
+  integers   Every sum is exact, so the bound is 0 (a case with larger sums is undecidable).
+  normals    The bound is the rounding of each sum, propagated through the layers. The oracle takes the active units
+             from the library, and checks that rounding explains each difference (a ReLU flip).
+NaN and infinities must be where the oracle has them. In all cases, one thread gives the same bits as several, and a
+second backward pass the same bits as the first.
 """
 
 import itertools
@@ -23,17 +23,17 @@ from torch_manualbp import _route
 
 __all__ = ["Case", "Layout", "LossSpec", "UndecidableError", "check", "draw", "simpler", "torch"]
 
-# Rounding of a sum of up to 3000 terms and of storing it: 32 units of 2^-53 or 2^-24. Halves are rounded once, but from
-# sums in float32: ours and the oracle's may fall on either side of a tie.
+# Rounding of a sum of up to 3000 terms and of storing it: 32 units of 2^-53 or 2^-24. Half precision is rounded once,
+# but from sums in float32: ours and the oracle's may fall on either side of a tie.
 ROUNDING = {torch.float64: 2**-48, torch.float32: 2**-19, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 class UndecidableError(Exception):
-    """The order of summation decides what comes out: sums are too large."""
+    """The result depends on the order of summation, because sums are too large."""
 
 
 def check(case: Case) -> None:
-    """Raises AssertionError if the library's answer is wrong, UndecidableError if nothing can be said."""
+    """Raises AssertionError if a result is wrong, UndecidableError if that cannot be decided."""
     _route._has_bfloat16_units = False  # our kernels, on every machine and for every network
     _route._OUTPUTS_LEFT_TO_TORCH = 0
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def check(case: Case) -> None:
 
 
 class _Item(NamedTuple):
-    """What one result should be."""
+    """The expected value of one result."""
 
     name: str
     want: Tensor
@@ -73,7 +73,7 @@ def _compare(item: _Item, got: Tensor) -> None:
 
 
 def _truth(case: Case) -> list[_Item]:
-    """Every result of a case."""
+    """The expected value of every result of a case."""
     exact = case.data == "integers"
     tensors = make(replace(case, exponent=0))
     on = (
@@ -88,7 +88,7 @@ def _truth(case: Case) -> list[_Item]:
 
 
 def _delivered(case: Case, name: str, want: Tensor) -> Tensor:
-    """A result as it comes out at the end: powers of two, the gradient that arrives at a loss, what .grad held."""
+    """The final result, after powers of two, the incoming gradient of a loss, and the prior content of .grad."""
     value = want.double()
     if name == "output" or "weights" in name:
         value = value * 2.0**case.exponent
@@ -98,7 +98,7 @@ def _delivered(case: Case, name: str, want: Tensor) -> Tensor:
 
 
 class _Oracle:
-    """The plain composition in float64, on rows, with the bounds."""
+    """The plain composition in float64 on a matrix of rows, with error bounds."""
 
     def __init__(self, case: Case, tensors: Tensors, on: list[Tensor] | None) -> None:
         self.case, self.on, self.end = case, on, tensors.end
@@ -126,7 +126,7 @@ class _Oracle:
         items = [_Item("output", value.to(case.dtype), value_error.reshape(value.shape))]
         for name, want, error in zip(names[1:], grads, errors, strict=True):
             error = error.reshape(want.shape) * abs(case.scale)
-            error = error + self.rounding * (_size(want) * abs(case.scale) + case.prior)  # what `_delivered` rounds
+            error = error + self.rounding * (_size(want) * abs(case.scale) + case.prior)  # rounding in `_delivered`
             items.append(_Item(name, want.to(case.dtype), error))
         return items, self.largest
 
@@ -137,7 +137,7 @@ class _Oracle:
         return self.rounding * total + self.smallest
 
     def forward(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """f_k and h_k, and the errors that h_k may have."""
+        """f_k, h_k, and the error bounds of h_k."""
         case, net = self.case, self.net
         h, f = [net.input.reshape(case.rows, case.sizes[0])], []
         errors = [torch.zeros_like(h[0]).detach()]
@@ -158,7 +158,7 @@ class _Oracle:
         return h, f, errors
 
     def backward(self, h: list[Tensor], df: list[Tensor], h_error: list[Tensor], error: Tensor) -> list[Tensor]:
-        """The errors that the gradients of input, weights and biases may have."""
+        """The error bounds of the gradients of input, weights and biases."""
         of_weights: list[Tensor] = [error] * self.layers
         of_biases: list[Tensor | None] = [None] * self.layers
         for k in reversed(range(self.layers)):
@@ -172,7 +172,7 @@ class _Oracle:
         return [error, *of_weights, *(bias for bias in of_biases if bias is not None)]
 
     def loss(self, output: Tensor, f_error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss, its gradient ∂ℓ/∂f, and the errors of both."""
+        """The loss, its gradient ∂ℓ/∂f, and the error bounds of both."""
         case, spec = self.case, self.case.spec
         is_class = spec.name == "cross_entropy"
         target = self.end.reshape(case.rows) if is_class else self.end.double().reshape(output.shape)
@@ -200,15 +200,15 @@ class _Oracle:
 
 
 def _size(tensor: Tensor) -> Tensor:
-    """Absolute values; NaN and infinities are compared by themselves and count for nothing here."""
+    """Absolute values, with 0 for NaN and infinities, which are compared separately."""
     return tensor.detach().abs().nan_to_num(0.0, 0.0, 0.0)
 
 
-# --- making a failing case small --------------------------------------------------------------------------------------
+# --- shrinking a failing case -----------------------------------------------------------------------------------------
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Cases that have less of something, the largest steps first."""
+    """Yields simpler cases, the largest steps first."""
     if len(case.sizes) > 2 and case.entry != "linear_relu":
         for k in range(len(case.sizes)):
             yield replace(case, sizes=case.sizes[:k] + case.sizes[k + 1 :])

@@ -1,7 +1,7 @@
-"""Goes through the cases of a fuzzer, in a process that may crash, and says how to run the one that fails.
+"""Runs the cases of a fuzzer, in a process that may crash, and reports how to repeat a failing one.
 
-A fuzzer is a module with draw(seed) → case, check(case), which raises where the library is wrong, and simpler(case) →
-cases that have less of something. The repr of a case is Python that makes it.
+A fuzzer is a module with draw(seed) → case, check(case), which raises if the library is wrong, and simpler(case) →
+simpler cases. The repr of a case is Python code that creates it.
 """
 
 import faulthandler
@@ -20,14 +20,14 @@ from typing import Any
 
 from fuzz.differential import UndecidableError
 
-CASE_SECONDS = 20.0  # what takes longer is a hang, and counts as a crash; most cases take about 10 ms
-SHRINK_SECONDS = 20.0  # to make a failing case small
-PATHS = [Path(__file__).parents[2], Path(__file__).parents[1]]  # of the library and the tests, for the other process
+CASE_SECONDS = 20.0  # a longer case is a hang, and counts as a crash; most cases take about 10 ms
+SHRINK_SECONDS = 20.0  # to shrink a failing case
+PATHS = [Path(__file__).parents[2], Path(__file__).parents[1]]  # of the library and the tests, for the child process
 
 
 @dataclass
 class Report:
-    """What came out of a run."""
+    """The results of a run."""
 
     cases: int = 0
     undecidable: int = 0
@@ -35,7 +35,7 @@ class Report:
     crashes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """One line."""
+        """A summary in one line."""
         return (
             f"{self.cases:,} cases, {self.undecidable:,} of them undecidable: "
             f"{len(self.failures)} mismatches, {len(self.crashes)} crashes or hangs"
@@ -45,7 +45,7 @@ class Report:
 def run(
     fuzzer: ModuleType, seeds: Iterator[int], seconds: float, watch: Callable[[int], None] = lambda seed: None
 ) -> Report:
-    """Checks the cases of these seeds in this process, until the first failure (made small) or the end of the time."""
+    """Checks the cases of these seeds in this process, until the first failure, which it shrinks, or the time limit."""
     report, stop = Report(), time.monotonic() + seconds
     with _warnings_as_errors():
         for seed in seeds:
@@ -65,7 +65,7 @@ def run(
 
 
 def shrink(fuzzer: ModuleType, case: Any, stop: float, watch: Callable[[], None]) -> Any:
-    """The simplest case that still fails, as far as small steps lead."""
+    """The simplest failing case that single steps can reach."""
     while True:
         for candidate in fuzzer.simpler(case):
             if time.monotonic() > stop:
@@ -80,12 +80,12 @@ def shrink(fuzzer: ModuleType, case: Any, stop: float, watch: Callable[[], None]
 
 
 def _problem(fuzzer: ModuleType, case: Any) -> Any:
-    """None, UndecidableError, or what is wrong, as text."""
+    """None, UndecidableError, or a description of the error."""
     try:
         fuzzer.check(case)
     except UndecidableError:
         return UndecidableError
-    except Exception as error:  # any other exception is a finding too
+    except Exception as error:  # any other exception is also a finding
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -94,12 +94,12 @@ def _problem(fuzzer: ModuleType, case: Any) -> Any:
 def _warnings_as_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")  # so we drew them
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")  # drawn on purpose
         yield
 
 
 def _text(fuzzer: ModuleType, seed: int, case: Any, problem: str) -> str:
-    """A failure, as what to run in tests/ to see it again."""
+    """Code that reproduces a failure when run in tests/."""
     return f"# seed {seed}: {problem}\nfrom {fuzzer.__name__} import *\ncheck({case!r})\n"
 
 
@@ -114,9 +114,9 @@ runner.child(importlib.import_module(name), int(first), int(count), float(stop),
 
 
 def child(fuzzer: ModuleType, first: int, count: int, stop: float, case_seconds: float, mark: str) -> None:
-    """What the other process runs: writes the seed that it is at into `mark`, and the report to its output.
+    """Runs in the child process: writes the current seed to `mark`, and the report to standard output.
 
-    A case that takes too long ends the process with a traceback, even where it computes outside of Python.
+    A case that takes too long ends the process with a traceback, even while it computes outside Python.
     """
     getattr(fuzzer, "prepare", lambda: None)()
     with open(mark, "wb", buffering=0) as file:
@@ -134,17 +134,17 @@ def child(fuzzer: ModuleType, first: int, count: int, stop: float, case_seconds:
 def run_apart(
     fuzzer: str, first: int, count: int, seconds: float, mark: Path, case_seconds: float = CASE_SECONDS
 ) -> Report:
-    """The same in a process of its own: a crash or a hang is a finding, and the rest of the cases follow it.
+    """Does the same in a child process: after a failure, crash or hang, it continues with the remaining cases.
 
-    A failure does not end the run either, but ten do.
+    Ten findings end the run.
     """
-    total, stop, seed = Report(), time.monotonic() + seconds, first  # both processes have this clock
+    total, stop, seed = Report(), time.monotonic() + seconds, first  # both processes share this clock
     module = sys.modules[fuzzer]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     while seed < first + count and time.monotonic() < stop and len(total.failures) + len(total.crashes) < 10:
         mark.unlink(missing_ok=True)
         arguments = [fuzzer, str(seed), str(first + count - seed), str(stop), str(case_seconds), str(mark)]
-        patience = stop - time.monotonic() + SHRINK_SECONDS + 2 * case_seconds  # it ends itself before
+        patience = stop - time.monotonic() + SHRINK_SECONDS + 2 * case_seconds  # the child normally ends earlier
         try:
             done = subprocess.run(
                 [sys.executable, "-c", _CHILD, *arguments], env=env, capture_output=True, text=True, timeout=patience

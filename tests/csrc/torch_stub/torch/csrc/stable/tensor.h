@@ -1,5 +1,5 @@
-// What csrc/tensor.h and csrc/cpu/{tensor,layer,network}.h need of torch, without torch: tensors that are malloc'ed
-// memory, and a parallel_for on std::thread, whose synchronisation the thread sanitizer sees (it does not see OpenMP's).
+// Replaces the parts of torch that csrc/tensor.h and csrc/cpu/{tensor,layer,network}.h need: tensors in malloc'ed
+// memory, and a parallel_for on std::thread, whose synchronisation the thread sanitizer sees, unlike OpenMP's.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ MBP_STUB_DTYPE(bfloat16, 15)
 
 inline int aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype) { return *dtype = tensor->dtype, 0; }
 inline int32_t aoti_torch_device_type_cpu() { return 0; }
-// Bytes only: the one tensor that a Network makes is a large Buffer.
+// Supports only bytes: the one tensor that a Network makes is a large Buffer.
 inline int aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t,
                                     int32_t, AtenTensorHandle* out) {
   const size_t bytes = dim == 1 ? size_t(sizes[0]) : 0;
@@ -83,7 +83,7 @@ inline Tensor contiguous(const Tensor& tensor) { return tensor; }
 
 inline uint32_t get_num_threads() { return stub_threads; }
 
-// [begin, end) in shares of at least `grain`, the first on the calling thread.
+// Splits [begin, end) into parts of at least `grain`; the calling thread runs the first.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   const int64_t shares = std::min<int64_t>(stub_threads, (end - begin + grain - 1) / grain);
