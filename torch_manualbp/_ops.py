@@ -85,6 +85,15 @@ def _negated(name: str) -> Callable[..., Any]:
 for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
+
+def split_hidden(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -> list[Tensor]:
+    """h_1 … h_{K−1}, each (…, D_k), as views of `hidden`, the flat result of the op `mlp`; `shape` is that of h_0."""
+    leading = shape[:-1]
+    widths = [weight.shape[0] for weight in weights[:-1]]
+    pieces = torch.split(hidden, [math.prod(leading) * width for width in widths]) if widths else ()
+    return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
-from torch_manualbp._hidden import split_hidden
 from torch_manualbp._losses import LossSpec
+from torch_manualbp._ops import split_hidden
 from torch_manualbp._route import backward_is_composed
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
 from torch_manualbp._checks import check_choice, check_tensor
-from torch_manualbp._hidden import split_hidden
 from torch_manualbp._layers import layers_of
 from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients, loss_of_example
+from torch_manualbp._ops import split_hidden
 from torch_manualbp._route import KERNELS, route, undisturbed
 
 # The most numbers that a tile of rows holds in memory: h_k and ∂ℓ/∂f_k of all layers. Norms of 784–512–512–10 with 4096

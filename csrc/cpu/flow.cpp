@@ -48,16 +48,16 @@ struct FlowNetwork {
 
   // Writes all f_k, h_1 ... h_{K-1}, and the output unless it is nullptr.
   void forward(Matrix<const T> input, const std::vector<bool>& relus, T* f, T* h_next, T* output) const {
-    run([&](int64_t first, int64_t count, const Workers& who) {
+    run([&](int64_t first, int64_t count, const Workers& workers) {
       Matrix<const T> h{input.data + first * input.row_stride, count, input.cols, input.row_stride, input.col_stride};
       for (size_t k = 0; k < layers.size(); ++k) {
         T* const f_k = at(f, k, first);
-        manualbp::forward<T>(h, layers[k], /*relu=*/false, f_k, who);
+        manualbp::forward<T>(h, layers[k], /*relu=*/false, f_k, workers);
         h = Matrix<const T>::contiguous(f_k, count, layers[k].d_out());
         const bool last = k + 1 == layers.size();
         if (last ? !output : !relus[k]) continue;
         T* const next = last ? output + first * h.cols : at(h_next, k, first);
-        relus[k] ? relu<T>(h, next, who) : copy<T>(h, next, who);
+        relus[k] ? relu<T>(h, next, workers) : copy<T>(h, next, workers);
         h = Matrix<const T>::contiguous(next, count, h.cols);
       }
     });
@@ -65,20 +65,20 @@ struct FlowNetwork {
 
   // Writes all df_k, from the gradient of the output.
   void backward(Matrix<const T> gradient, const std::vector<bool>& relus, const T* f, T* df) const {
-    run([&](int64_t first, int64_t count, const Workers& who) {
+    run([&](int64_t first, int64_t count, const Workers& workers) {
       Matrix<const T> dh{gradient.data + first * gradient.row_stride, count, gradient.cols, gradient.row_stride,
                          gradient.col_stride};
       for (size_t k = layers.size(); k-- > 0;) {
         T* const df_k = at(df, k, first);
         if (relus[k]) {
-          relu_backward<T>(dh, at(f, k, first), df_k, nullptr, who);
+          relu_backward<T>(dh, at(f, k, first), df_k, nullptr, workers);
         } else if (k + 1 == layers.size()) {
-          copy<T>(dh, df_k, who);
+          copy<T>(dh, df_k, workers);
         }
         if (k == 0) break;
         dh = Matrix<const T>::contiguous(at(df, k - 1, first), count, layers[k].d_in());
         input_gradient<T>(Matrix<const T>::contiguous(df_k, count, layers[k].d_out()), layers[k],
-                          const_cast<T*>(dh.data), who);
+                          const_cast<T*>(dh.data), workers);
       }
     });
   }

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._checks import check_tensor
-from torch_manualbp._hidden import split_hidden
 from torch_manualbp._layers import Layer, layers_of, runs_of
+from torch_manualbp._ops import split_hidden
 from torch_manualbp._route import KERNELS, route
 from torch_manualbp.inspection import _table, _verify, trace_plot
 from torch_manualbp.inspection._loss import LossFunction, TracedLoss
