@@ -202,7 +202,7 @@ def _eager(layers: Sequence[Layer], batch: int, itemsize: int) -> ModeMemory:
 
 
 def _loss_temporaries(itemsize: int) -> int:
-    """How many temporaries like the output ``F.mse_loss`` makes: differences, squares; half precision also in float32."""
+    """How many temporaries like the output ``F.mse_loss`` makes: differences, squares; twice in half precision."""
     return 2 if itemsize >= 4 else 4
 
 
