@@ -114,7 +114,7 @@ PRETEND = """
 
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(compute, "PrivateUse1")
-    # Torch's own would resize its output, which a tensor there cannot do.
+    # Torch's implementation would resize its output, which this device cannot do.
     for name in ("abs", "mse_loss"):
         op = getattr(torch.ops.aten, name).default
         aten.impl(name, lambda *args, op=op: compute(op, *args), "PrivateUse1")

@@ -215,7 +215,7 @@ def grads(way, input):
 for way in ways:
     want, whole = grads(way, small), grads(way, long)
     interrupted = False
-    for _ in range(5):  # where Python cannot raise just then, as in a finaliser, an interrupt is lost: press again
+    for _ in range(5):  # an interrupt is lost if Python cannot raise, as in a finaliser, so repeat it
         try:
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # a step takes 0.3 s
             for _ in range(4):
