@@ -35,7 +35,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
-	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures is for those that the documentation shows"
+	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures has those that the documentation shows"
 	@echo "  TORCH_FLAGS=...  options of the pip command that installs torch. Where pip's default torch is a CUDA build,"
 	@echo "                   --index-url with the address of PyTorch's CPU wheels saves gigabytes"
 
@@ -79,7 +79,7 @@ bench: $(VENV)/.bench  ## the speed table, peak memory and scaling: build/*.md, 
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
 
-bench-quick: $(VENV)/.bench  ## the same, few rounds and points and no compilers: a look, not a result (2 minutes)
+bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compilers, for a first look (2 minutes)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
 	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
@@ -111,7 +111,7 @@ nehalem: $(DRIVERS:%=build/nehalem/%)  ## the same on an x86-64 without AVX: the
 coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach: two tables (a quarter of an hour)
 	@rm -rf build/coverage
 	@mkdir -p build/coverage/package/torch_manualbp build/coverage/fast
-	@echo "==> building what counts its lines"
+	@echo "==> building with line counts"
 	@$(MAKE) $(DRIVERS:%=build/coverage/%) $(EMULATED:%=build/coverage/%)
 	@cd build/coverage/fast && $(CXX) -std=c++17 -O3 -fPIC -c $(abspath $(KERNELS))
 	@ln -s $(abspath $(wildcard torch_manualbp/[!_]* torch_manualbp/_[!C]*)) build/coverage/package/torch_manualbp
@@ -159,7 +159,7 @@ matrix: wheel  ## the wheel under CPython 3.10 to 3.13 and several torch: build/
 release-check:  ## try HEAD as a release, in a clone of it; dist/ then holds what was checked (REHEARSAL=1: no release yet)
 	@PYTHON='$(PYTHON)' TORCH='$(TORCH)' TORCH_FLAGS='$(TORCH_FLAGS)' ARGS='$(ARGS)' REHEARSAL='$(REHEARSAL)' .ci/release-check
 
-clean:  ## remove all that was made here
+clean:  ## remove everything that make created
 	@[ ! -e $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	@rm -rf build dist *.egg-info torch_manualbp/_C*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--pythons", nargs="+", default=PYTHONS)
     parser.add_argument("--torch", nargs="+", default=["oldest", "2.13", "2.14", "newest"])
-    parser.add_argument("--extra", nargs="+", default=[], help="more to install, such as 'numpy<2'")
+    parser.add_argument("--extra", nargs="+", default=[], help="additional packages, such as 'numpy<2'")
     parser.add_argument("--torch-flags", default="", help="options of the pip command that installs torch")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "matrix.md")
     args = parser.parse_args()

@@ -91,7 +91,7 @@ def main() -> None:
     """Prints the estimates as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=sorted(FLOPS), default="bfloat16")
-    parser.add_argument("--batch", type=int, help="instead of that of each workload")
+    parser.add_argument("--batch", type=int, help="batch size (default: that of each workload)")
     parser.add_argument("--kernels", metavar="NAME", help="list the kernels of this workload")
     options = parser.parse_args()
     size = ITEM_BYTES[options.dtype]

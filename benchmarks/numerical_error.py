@@ -174,7 +174,7 @@ def main() -> None:
     """Prints the tables and draws the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="random networks per row; default: 5, or 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few points: a look, not a result")
+    parser.add_argument("--quick", action="store_true", help="few points, for a first impression")
     parser.add_argument("--figure", type=Path, help="where to draw the errors in float32 (needs matplotlib)")
     options = parser.parse_args()
     draws = options.draws or (3 if options.quick else 5)
@@ -191,7 +191,8 @@ def main() -> None:
 
     print_table("float32: depth, width and batch", measure(torch.float32))
     print_table(
-        "Halves: depth, width and batch", (row for dtype in (torch.bfloat16, torch.float16) for row in measure(dtype))
+        "Half precision: depth, width and batch",
+        (row for dtype in (torch.bfloat16, torch.float16) for row in measure(dtype)),
     )
     terms = (100, 1000) if options.quick else (10, 100, 1000, 10_000)
     print_table(

@@ -118,7 +118,7 @@ def main() -> None:
     """Measures, prints or writes the JSON, and draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few points and rounds: a look, not a result")
+    parser.add_argument("--quick", action="store_true", help="few points and rounds, for a first impression")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--figure", type=Path, help="the plot; default: docs/figures/scaling.png, or none with --quick")
     options = parser.parse_args()

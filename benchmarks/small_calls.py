@@ -450,17 +450,17 @@ def seconds_of_others() -> float:
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description="Times small calls, plain PyTorch beside this library.")
+    parser = argparse.ArgumentParser(description="Times small calls of plain PyTorch and this library.")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="NAME", help=", ".join(GROUPS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a result")
+    parser.add_argument("--quick", action="store_true", help="few rounds, for a first impression")
     parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="time another, built checkout in turn with this"
+        "--against", type=Path, metavar="CHECKOUT", help="alternate with another checkout, already built"
     )
     parser.add_argument("--json", type=Path, help="write all samples to this file")
-    parser.add_argument("--markdown", type=Path, help="write what is printed to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the output to this file")
     args = parser.parse_args()
     args.rounds = args.rounds if args.rounds is not None else 5 if args.quick else 31
     if args.rounds < 1:

@@ -462,7 +462,7 @@ def environment(load: float) -> dict[str, str]:
         "machine": f"{facts['cpu']}, {facts['threads']} of {os.cpu_count()} CPUs used, {facts['platform']}",
         "instruction set": facts["instruction set"],
         "software": f"torch {facts['torch']}, torch_manualbp {facts['torch_manualbp']}, Python {facts['python']}",
-        "load at the start": f"{load:.1f} processes" + (" (others were computing: expect noise)" if load > 0.5 else ""),
+        "load at the start": f"{load:.1f} processes" + (" (the machine was busy: expect noise)" if load > 0.5 else ""),
         "environment": " ".join(f"{name}={value}" for name, value in settings.items()) or "defaults",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -511,15 +511,15 @@ def as_json(
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description="Times a training step of ReLU networks, peer beside peer.")
+    parser = argparse.ArgumentParser(description="Times a training step of ReLU networks and compares peers.")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few rounds, no compilers: a look, not a result")
+    parser.add_argument("--quick", action="store_true", help="few rounds without compilers, for a first impression")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile and JAX out")
-    parser.add_argument("--keep-memory", action="store_true", help="malloc never gives memory back to the system")
+    parser.add_argument("--keep-memory", action="store_true", help="malloc never returns memory to the system")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
-    parser.add_argument("--markdown", type=Path, help="write what is printed to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the output to this file")
     args = parser.parse_args()
     args.rounds = args.rounds if args.rounds is not None else 5 if args.quick else 31
     if args.rounds < 1:

@@ -300,7 +300,7 @@ def _rows(tensor):
 
 def _check_units(f, on, rounding):
     wrong = ((f > 0) != on) & (f.abs() > rounding)
-    assert not wrong.any(), f"{int(wrong.sum())} units are on or off against a pre-activation that is not near 0"
+    assert not wrong.any(), f"{int(wrong.sum())} units contradict a pre-activation that is not near 0"
 
 
 def assert_equal(got, want):

@@ -75,7 +75,7 @@ def test_an_input_on_another_device_than_the_weights_raises_as_torch_does():
             function(torch.empty(2, 4, device="meta"))
 
 
-# --- a device of our own --------------------------------------------------------------------------------------------
+# --- an unknown device ----------------------------------------------------------------------------------------------
 
 PRETEND = """
     import torch
@@ -84,13 +84,13 @@ PRETEND = """
 
     _setup_privateuseone_for_python_backend("pretend")
     computed = []
-    memory = {}  # storage of a tensor there -> the tensor here that has its numbers
+    memory = {}  # maps a storage of the device to a CPU tensor with its numbers
 
     def wrap(value):
         if not isinstance(value, torch.Tensor):
             return value
         tensor = torch._C._acc.create_empty_tensor(value.shape, value.dtype)
-        memory[tensor.untyped_storage()._cdata] = value.contiguous()  # which is all that `tensor` says about strides
+        memory[tensor.untyped_storage()._cdata] = value.contiguous()  # `tensor` reports contiguous strides
         return tensor
 
     def on_cpu(tensor):
@@ -109,12 +109,12 @@ PRETEND = """
             return args[1]
         given = {id(unwrap(arg)): arg for arg in args if isinstance(arg, torch.Tensor)}
         results = op(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-        # An op in place returns the tensor that it was given.
+        # An in-place op returns its argument.
         return tree_map(lambda result: given[id(result)] if id(result) in given else wrap(result), results)
 
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(compute, "PrivateUse1")
-    # Torch's own would resize its output, which a tensor there cannot do.
+    # Torch's implementation would resize its output, which this device cannot do.
     for name in ("abs", "mse_loss"):
         op = getattr(torch.ops.aten, name).default
         aten.impl(name, lambda *args, op=op: compute(op, *args), "PrivateUse1")

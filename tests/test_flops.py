@@ -82,7 +82,7 @@ import importlib.util, sys, torch, {first}
 finders = len(sys.meta_path)
 import torch_manualbp
 assert ("torch.utils.flop_counter" in sys.modules) == ({first!r} == "torch.utils.flop_counter")
-importlib.util.find_spec("torch.utils.flop_counter")  # only asked whether it is there
+importlib.util.find_spec("torch.utils.flop_counter")  # checks only that it exists
 from torch.utils.flop_counter import FlopCounterMode
 assert len(sys.meta_path) == finders - ({first!r} == "torch_manualbp")
 with FlopCounterMode(display=False) as counter:

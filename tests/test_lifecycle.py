@@ -189,7 +189,7 @@ def test_workers_of_a_data_loader_train_after_this_process_did(start):
     want = torch.stack([dataset[k] for k in range(6)])
     loader = DataLoader(dataset, batch_size=3, num_workers=2 if start == "fork" else 1, multiprocessing_context=start)
     assert_equal(torch.cat(list(loader)), want)
-    assert_equal(dataset[0], want[0])  # and this process goes on
+    assert_equal(dataset[0], want[0])  # this process still works
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_an_interrupt_in_a_long_step_is_raised_after_the_pass_and_all_goes_on():
     # An op itself is never interrupted. After an interrupted autograd step, each gradient is complete or absent.
     code = """
 import os, signal, threading, torch, torch.nn.functional as F, torch_manualbp as mbp
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = mbp.MLP([64, 256, 256, 64])
@@ -215,7 +215,7 @@ def grads(way, input):
 for way in ways:
     want, whole = grads(way, small), grads(way, long)
     interrupted = False
-    for _ in range(5):  # where Python cannot raise just then, as in a finaliser, an interrupt is lost: press again
+    for _ in range(5):  # an interrupt is lost if Python cannot raise, as in a finaliser, so repeat it
         try:
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # a step takes 0.3 s
             for _ in range(4):
@@ -244,7 +244,7 @@ x = torch.randn(5000, 8)
 graph = model(x).sum()
 value = model.loss(x, torch.randn(5000, 4))
 value.backward()
-def work():  # goes on while the main thread has ended; a daemon thread would end eager programs in an abort, too
+def work():  # continues after the main thread has ended; a daemon thread would abort eager programs too
     for _ in range(100):
         model.loss_backward(x[:100], torch.zeros(100, 4))
 threading.Thread(target=work).start()
@@ -253,7 +253,7 @@ threading.Thread(target=work).start()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# --- no memory left ---------------------------------------------------------------------------------------------------
+# --- exhausted memory -------------------------------------------------------------------------------------------------
 
 TOO_TALL = 2**45
 
@@ -390,7 +390,7 @@ for name, call in calls.items():
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_steps():
-    # The short form of benchmarks/memory_growth.py.
+    # This is a short version of benchmarks/memory_growth.py.
     code = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -398,7 +398,7 @@ import memory_growth
 torch.set_num_threads(1)
 for way in memory_growth.WAYS:
     held = memory_growth.growth(way, 2000)
-    # The first half may load code and fill caches, and the system may hand out a huge page: a leak is in both quarters.
+    # The first half may load code and fill caches; a quarter may get a huge page. A leak appears in both quarters.
     half, quarters = len(held) // 2, len(held) * 3 // 4
     print(min(held[-1] - held[quarters], held[quarters] - held[half]))
 """

@@ -607,7 +607,7 @@ def test_shared_parameters_are_trained_by_another_process(start):
     model = nn.ModuleList([ours_mlp(), ours_fused()]).double()
     twins = [plain_twin(part) for part in model]
     input, target = data()
-    training_step(model[0], input, target)  # in this process first
+    training_step(model[0], input, target)  # trains in this process first
     model.share_memory()
     for part, twin in zip(model, twins, strict=True):
         assert all(parameter.is_shared() for parameter in part.parameters())

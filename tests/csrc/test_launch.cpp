@@ -62,7 +62,7 @@ static void test(const char* name, const Grid& grid, const Calls& calls, const s
     throw std::runtime_error("the error is '" + message + "', expected one with '" + error + "'");
   }
   if (runtime.calls != calls) throw std::runtime_error("other calls than expected");
-  if (runtime.last != cudaSuccess) throw std::runtime_error("leaves the error for whoever asks next");
+  if (runtime.last != cudaSuccess) throw std::runtime_error("the error was not cleared");
   if (calls.empty() || calls.back() != "launch") return;
   expect("grid.x", 0, runtime.grid.x, double(grid.x));
   expect("grid.y", 0, runtime.grid.y, double(grid.y));

@@ -21,10 +21,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FUZZERS, help="one of the fuzzers; default: both share the time")
     parser.add_argument("--seconds", type=float, default=120.0, help="default: 120")
-    parser.add_argument(
-        "--cases", type=int, default=10**9, help="of each fuzzer; default: as many as there is time for"
-    )
-    parser.add_argument("--seed", type=int, help="of the first case; default: from the clock, and printed")
+    parser.add_argument("--cases", type=int, default=10**9, help="cases per fuzzer; default: as many as time allows")
+    parser.add_argument("--seed", type=int, help="seed of the first case; default: from the clock, and printed")
     options = parser.parse_args()
     first = int(time.time()) * 1000 if options.seed is None else options.seed
     chosen = [options.only] if options.only else list(FUZZERS)

@@ -291,7 +291,7 @@ def _module_call(case: Case, leaves: Net, needs: list[bool], end: Tensor) -> lis
         output = compute(leaves.input, end, spec.name, spec.reduction, **options)  # type: ignore[arg-type]
         assert not output.requires_grad
     for tensor, need in zip(tensors, needs, strict=True):
-        assert (tensor.grad is not None) == need, "a gradient that nobody asked for, or none where one was asked for"
+        assert (tensor.grad is not None) == need, "an unrequested gradient, or a missing one"
     return [output, *(tensor.grad for tensor in tensors)]
 
 

@@ -151,7 +151,7 @@ class _Oracle:
                 h.append(F.relu(f[k]))
             else:
                 flipped = ((f[k] > 0) != self.on[k]) & (f[k].abs() > error)
-                assert not flipped.any(), f"{int(flipped.sum())} units of layer {k} are on or off against their f"
+                assert not flipped.any(), f"{int(flipped.sum())} units of layer {k} contradict their f"
                 h.append(f[k].where(self.on[k], 0))
                 error = error * self.on[k]
             errors.append(error)

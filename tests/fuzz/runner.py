@@ -103,7 +103,7 @@ def _text(fuzzer: ModuleType, seed: int, case: Any, problem: str) -> str:
     return f"# seed {seed}: {problem}\nfrom {fuzzer.__name__} import *\ncheck({case!r})\n"
 
 
-# --- in a process of its own ------------------------------------------------------------------------------------------
+# --- in a child process -----------------------------------------------------------------------------------------------
 
 _CHILD = """
 import importlib, sys
