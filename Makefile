@@ -22,7 +22,7 @@ BINARY := torch_manualbp/_C.abi3.so
 DRIVERS := kernels network
 # Tests use one thread each, so two processes halve the time. All tests of a file run in one process, because they may
 # share something compiled or trained. ARGS='-n 0' runs everything in one process, as a debugger requires.
-IN_TWO := -n 2 --dist loadfile
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # There is a stamp per TORCH and TORCH_FLAGS, so that changing them installs another torch.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 

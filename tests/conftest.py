@@ -33,11 +33,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=_is_in_fast_module)  # slow modules first, so that no process waits for one at the end
     device = config.getoption("device")
     for item in items:
         for marker in filter(None, map(item.get_closest_marker, EXCLUDED[device])):
             (reason,) = marker.args
             item.add_marker(pytest.mark.skip(reason=f"not with --device={device}: {reason}"))
+
+
+def _is_in_fast_module(item):
+    return all(mark.name != "slow" for mark in item.getparent(pytest.Module).own_markers)
 
 
 @pytest.fixture
