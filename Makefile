@@ -172,7 +172,10 @@ on_the_baseline = for run in "kernels 40" "network 1"; do \
   said=$$(MANUALBP_ISA= $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "default: $${run\#* } passed" ] || exit 1; done
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
 COUNTED := -O0 -w --coverage -fprofile-update=atomic
-build/asan/%: DRIVER_FLAGS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# Unoptimised, because these checks take most of the time of a compilation; but the passes run on the default kernels.
+build/asan/%: DRIVER_FLAGS := -O0 $(ASAN)
+build/asan/csrc/cpu/kernels/default.o: DRIVER_FLAGS := $(ASAN)
 build/tsan/%: DRIVER_FLAGS := -fsanitize=thread
 # The programs are static, so that the emulator needs no libraries. Only kernels are optimised as in setup.py, because
 # g++ 12 for Arm crashes on the drivers at -O3.

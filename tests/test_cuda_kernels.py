@@ -29,7 +29,7 @@ SANITIZERS = {
 Result = subprocess.CompletedProcess[str]
 
 
-def run(source: Path, sanitizer: str, optimise: str = "-O1", root: Path = ROOT) -> Result:
+def run(source: Path, sanitizer: str, optimise: str = "-O0", root: Path = ROOT) -> Result:
     """Builds and runs a program."""
     program = compiled(source, optimise, *SANITIZERS[sanitizer], root=root)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
