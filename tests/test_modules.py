@@ -664,7 +664,7 @@ def test_frozen_layers_below_keep_no_activations():
     assert kept[0] == kept[1] == 100 * 64
 
 
-class Doubled(torch.Tensor):
+class DoublingTensor(torch.Tensor):
     """Gives `linear` another meaning."""
 
     @classmethod
@@ -673,15 +673,15 @@ class Doubled(torch.Tensor):
         return output + output if function is F.linear else output
 
 
-class ToDoubled(nn.Module):
+class ToDoubling(nn.Module):
     def forward(self, input):
-        return input.as_subclass(Doubled)
+        return input.as_subclass(DoublingTensor)
 
 
 def test_a_module_between_two_runs_may_return_a_subclass_of_tensor():
-    theirs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), ToDoubled(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    theirs = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), ToDoubling(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     ours, input = mbp.fuse(copy.deepcopy(theirs)), torch.randn(5, 4)
-    assert type(ours(input)) is Doubled
+    assert type(ours(input)) is DoublingTensor
     torch.testing.assert_close(ours(input).as_subclass(torch.Tensor), theirs(input).as_subclass(torch.Tensor))
 
 
