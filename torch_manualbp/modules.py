@@ -144,14 +144,15 @@ def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
         raise error from None
 
 
-def _steps_of(children: list[nn.Module]) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]]:
+def _steps_of(
+    children: list[nn.Module], kinds: list[type | None]
+) -> tuple[list[_Run | nn.Module], list[Tensor], list[Tensor | None]]:
     """The steps of the forward pass, each a run or a child that is called; the weights and biases of all runs."""
     steps: list[_Run | nn.Module] = []
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     run: _Run | None = None
-    for child in children:
-        kind = _fusable_kind(child)
+    for child, kind in zip(children, kinds, strict=True):
         if kind is None or (run is None and kind is nn.ReLU):
             run = None
             steps.append(child)
@@ -206,7 +207,7 @@ class _Plan:
     def __init__(self, modules: dict[str, Any]) -> None:
         children = list(modules.values())
         kinds = [_fusable_kind(child) for child in children]
-        self.steps, _, _ = _steps_of(children)
+        self.steps, _, _ = _steps_of(children, kinds)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
         self.stamp = _hook_counter.next_id
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
@@ -339,7 +340,7 @@ class FusedForward(nn.Sequential):
 
     def extra_repr(self) -> str:
         """Which children one call computes at present: a hook or a parametrization keeps a layer out."""
-        names, steps = list(self._modules), _steps_of(list(self._modules.values()))[0]
+        names, steps = list(self._modules), _Plan(self._modules).steps
         calls, position = [], 0
         for step in steps:
             first, position = position, position + (len(step.modules) if isinstance(step, _Run) else 1)
@@ -360,7 +361,7 @@ class FusedForward(nn.Sequential):
     def _planned(
         self, input: Any, may_leave: bool = True
     ) -> tuple[str, list[_Run | nn.Module], list[Tensor], list[Tensor | None]] | None:
-        """Who computes the runs, the steps, and the weights and biases of all runs. None: call the children in turn.
+        """What computes the runs, the steps, and the weights and biases of all runs. None: call the children in turn.
 
         While Dynamo traces, nothing is kept: the plan becomes part of the graph. Small inputs are left to torch if
         `may_leave`.
@@ -372,7 +373,9 @@ class FusedForward(nn.Sequential):
         elif (way := route(input)) is TORCH:
             return None
         if way is GRAPH:
-            return None if global_hooks_exist() else (GRAPH, *_steps_of(list(self)))
+            children = list(self)
+            kinds = [_fusable_kind(child) for child in children]
+            return None if global_hooks_exist() else (GRAPH, *_steps_of(children, kinds))
         modules = own["_modules"]
         if plan is None or plan.stamp != _hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
