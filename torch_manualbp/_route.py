@@ -1,4 +1,4 @@
-"""Who computes a call: our kernels, one op of a captured graph, or plain torch. No other module decides it.
+"""What computes a call: our kernels, one op of a captured graph, or plain torch. No other module decides it.
 
 `route` answers, and the functions of `_compute` act on the answer. A new way to compute (under autocast, under vmap, on
 another device) is one more answer here and one more branch there.
@@ -30,7 +30,7 @@ is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_l
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
 _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 _count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
@@ -39,7 +39,7 @@ PLAIN_OR_NONE: frozenset[type] = PLAIN | {type(None)}
 
 
 def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
-    """Who computes linear layers with ReLUs between them: `KERNELS`, `GRAPH` or `TORCH`.
+    """What computes linear layers with ReLUs between them: `KERNELS`, `GRAPH` or `TORCH`.
 
     The answer is `TORCH` for one of these reasons, which are checked in this order:
 
@@ -118,7 +118,7 @@ def layers_are_torchs() -> bool:
         and nn.Module._call_impl is _call_impl
         and nn.Sequential.forward is _sequential_forward
         and nn.Sequential.__iter__ is _sequential_iter
-        and not (count_function_modes() and _function_modes_matter())
+        and not (_count_function_modes() and _function_modes_matter())
     )
 
 
@@ -170,7 +170,7 @@ def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
 
 
 def route_in_graph(input: Tensor, weights: Sequence[Tensor]) -> str:
-    """Who computes the op of a captured graph, once it is lowered, on torch's stand-ins for tensors, or run as it is.
+    """What computes the op of a captured graph, once it is lowered, on torch's stand-ins for tensors, or run as it is.
 
     Where every product has a dimension of 1, inductor makes one loop of the network, and wins (`_graph`).
     """

@@ -2,7 +2,7 @@
 
 Dynamo captures the graph of torch calls, in whatever style the model was written. Here each chain of linear layers with
 ReLUs between them is replaced by one call of this library. Parameters, state_dict and everything else stay as they are.
-When such a call is executed, `_route` decides who computes it.
+When such a call is executed, `_route` decides what computes it.
 
 torch finds the backend by its entry point (pyproject.toml), so that importing torch_manualbp does not load Dynamo.
 """

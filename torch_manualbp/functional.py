@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, ask `_route` who computes, and call `_compute`.
+"""The public functions: they check their arguments, ask `_route` what computes the call, and use `_compute`.
 
 All are differentiable and take any leading dimensions. Where our kernels do not apply, plain torch computes.
 """
