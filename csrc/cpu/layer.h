@@ -14,7 +14,7 @@
 //
 // The relative error of sums over rows stays below 1e-6 at any number of rows: parts of 48 rows, the parts of a unit,
 // and units up to a few thousand rows are added in the accumulator type, everything beyond in double (see Sums in
-// network.h).
+// backward.h).
 #pragma once
 
 #include <algorithm>

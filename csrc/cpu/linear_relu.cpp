@@ -35,8 +35,9 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
     const auto h = as_matrix<T>(input, keep_input);
     std::vector<Tensor> asked;
     const auto grads = allocate_gradients<T>(op, input, {weight}, needs, /*flat=*/false, asked);
-    Network<T>(h.rows, {{as_matrix<T>(weight), {}}}, /*final_relu=*/true)
-        .backward(h, nullptr, /*recompute=*/false, as_matrix<T>(grad_output, keep_grad), const_data<T>(output), grads);
+    Network<T> net(h.rows, {{as_matrix<T>(weight), {}}}, /*final_relu=*/true);
+    backward<T>(net, h, nullptr, /*recompute=*/false, as_matrix<T>(grad_output, keep_grad), const_data<T>(output),
+                grads);
     return asked;
   });
 }

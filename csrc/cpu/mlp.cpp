@@ -1,4 +1,4 @@
-// mlp on the CPU: checks the arguments, allocates the results, and calls Network (network.h).
+// mlp on the CPU: checks the arguments, allocates the results, and calls the passes (network.h, backward.h).
 //
 // B is the number of rows of the input, however many dimensions it has; layer k maps D_k to D_{k+1} features.
 // Stored activations: h_1 ... h_{K-1} lie one after another in one flat tensor.
@@ -44,8 +44,8 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
     }
     std::vector<Tensor> asked;
     const auto grads = allocate_gradients<T>(op, input, weights, needs, /*flat=*/false, asked);
-    net.backward(h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
-                 as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads);
+    backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
+                as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads);
     return asked;
   });
 }

@@ -3,7 +3,7 @@
 
 #include "../checks.h"
 #include "../gradients.h"
-#include "network.h"
+#include "backward.h"
 
 namespace manualbp {
 

@@ -1,4 +1,4 @@
-// mlp_loss on the CPU: forward, loss and backward in one pass over blocks of rows (Network::loss_backward).
+// mlp_loss on the CPU: forward, loss and backward in one pass over blocks of rows (LossPass in backward.h).
 // The activations of a block are overwritten by the next one, so memory does not grow with the batch.
 
 #include "mlp.h"
@@ -57,7 +57,7 @@ std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> we
     terms.gradient = results.size() > 1;
     const auto& kernel = kernels<T>();
     auto net = network<T>(h.rows, weights, biases, /*final_relu=*/false);
-    const double sum = net.loss_backward(h, kernel.loss(kind), terms, grads);
+    const double sum = LossPass<T>(net, kernel.loss(kind), grads).run(h, terms);
     kernel.store(mean ? sum / double(count) : sum, data<T>(results[0]));
     return results;
   });

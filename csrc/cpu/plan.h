@@ -1,5 +1,5 @@
 // How the batch of a network is cut, and how much memory its passes take: computed from sizes alone, without torch.
-// Network (network.h) cuts and allocates as the plan says; the op `plan` (plan.cpp) reports it.
+// The passes (network.h, backward.h) cut and allocate as the plan says; the op `plan` (plan.cpp) reports it.
 //
 // Layer k maps D_k to D_{k+1} features; B is the number of rows of the batch. The terms, from the outside in:
 //   slice   the rows whose gradients are summed in one buffer, on one thread if there are several slices; the sums of

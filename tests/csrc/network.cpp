@@ -1,4 +1,4 @@
-// The passes of csrc/cpu/network.h on several threads, without torch (torch_stub/); the sanitizers run this and
+// The passes of csrc/cpu/network.h and backward.h on several threads, without torch (torch_stub/); the sanitizers run this and
 // kernels.cpp. Several threads must give the same bits as one, stored activations the same as recomputed ones, and the
 // one-pass loss the same as forward and backward.
 //
@@ -6,7 +6,7 @@
 //
 // Exit status 77: this machine does not support the level MANUALBP_ISA.
 
-#include "../../csrc/cpu/network.h"
+#include "../../csrc/cpu/backward.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -102,20 +102,24 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
     require(Results<T>::equal(output, again), "forward without stored activations");
     Results<T> stored(c), recomputed(c), loss(c);
     const T* const mask = final_relu ? output.data : nullptr;
-    c.network().backward(input, hidden.data, false, end, mask, stored.gradients);
-    c.network().backward(input, nullptr, true, end, mask, recomputed.gradients);
+    auto net = c.network();
+    backward<T>(net, input, hidden.data, false, end, mask, stored.gradients);
+    backward<T>(net, input, nullptr, true, end, mask, recomputed.gradients);
     require(stored.equals(recomputed), "backward that computes the activations again");
     double value = 0;
     if (!final_relu) {
       Loss<T> terms{};
       terms.cols = sizes.back(), terms.scale = 1, terms.gradient = true;
       terms.target = c.end.data, terms.target_row = sizes.back(), terms.target_col = 1;
-      value = c.network().loss_backward(input, kernels<T>().loss(LossKind::mse), terms, loss.gradients);
+      LossPass<T> pass(net, kernels<T>().loss(LossKind::mse), loss.gradients);
+      const double once = pass.run(input, terms);
+      value = pass.run(input, terms);
+      require(value == once, "loss, computed twice in the same memory");
     }
     if (threads == 1) {
       std::memcpy(first_output.data, output.data, size_t(output.size) * sizeof(T));
       std::memcpy(first_hidden.data, hidden.data, size_t(hidden.size) * sizeof(T));
-      c.network().backward(input, hidden.data, false, end, mask, first.gradients);
+      backward<T>(net, input, hidden.data, false, end, mask, first.gradients);
       first_value = value;
       std::swap(first_loss.input.data, loss.input.data);
       first_loss.parameters.swap(loss.parameters);

@@ -1,4 +1,4 @@
-// Sums of sums, each in a fixed order: over the slices of a batch, and from chunk to chunk (see Sums in network.h).
+// Sums of sums, each in a fixed order: over the slices of a batch, and from chunk to chunk (see Sums in backward.h).
 
 template <typename T, typename Partial>
 static void reduce(const Reduce<T, Partial>& p, int64_t begin, int64_t end) {
