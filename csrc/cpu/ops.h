@@ -1,4 +1,5 @@
-// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp and plan.cpp.
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp,
+// optimizer.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -36,6 +37,10 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
                      Tensor df, Tensor copies);
 
 Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
+
+bool update(StringHandle rule, std::vector<Tensor> parameters, std::vector<Tensor> gradients,
+            std::vector<Tensor> states, std::vector<double> options, std::vector<int64_t> groups,
+            std::vector<bool> fresh);
 
 std::vector<int64_t> plan(int64_t batch, std::vector<int64_t> widths, int64_t item_size, int64_t threads,
                           std::vector<bool> needs, bool store, int64_t recomputed);

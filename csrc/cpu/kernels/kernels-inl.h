@@ -12,4 +12,6 @@
 
 #include "flow-inl.h"
 
+#include "update-inl.h"
+
 #include "table-inl.h"

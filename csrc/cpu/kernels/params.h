@@ -112,6 +112,35 @@ struct Moments {
   double sum, square;
 };
 
+// An optimizer step of a parameter. The scalars are in double, as Python computes them; the kernel rounds each to the
+// accumulator type, as torch does with a Python number.
+struct UpdateScalars {
+  double step_size;  // SGD: lr; Adam: lr / (1 - beta1^t)
+  double weight_decay;  // added to the gradient, times the parameter; 0: none
+  double shrink = 1;  // decoupled weight decay, 1 - lr weight_decay: the parameter is multiplied by it; 1: none
+  double momentum = 0;  // SGD
+  double gain = 1;  // SGD: 1 - dampening
+  double weight1 = 0;  // Adam: 1 - beta1
+  double beta2 = 0;  // Adam
+  double weight2 = 0;  // Adam: 1 - beta2
+  double correction2 = 1;  // Adam: (1 - beta2^t)^(1/2)
+  double eps = 0;  // Adam
+  double gradient_scale = 1;  // the gradient is multiplied by it, and rounded to T; 1: not at all
+  bool maximize = false;  // the gradient is then negated
+  bool nesterov = false;  // SGD
+};
+// The tensors as runs of numbers in the same order, whatever their shape.
+struct Update {
+  void* parameter;
+  const void* gradient;
+  void* first;  // momentum_buffer or exp_avg; nullptr: SGD without momentum
+  void* second;  // exp_avg_sq; nullptr: SGD
+  void* largest;  // max_exp_avg_sq; nullptr: not amsgrad
+  bool fresh;  // `first` is a momentum buffer that holds nothing yet
+};
+// Updates the numbers begin ... end - 1. Bits do not depend on how a run is cut.
+using UpdateKernel = void (*)(const Update&, const UpdateScalars&, int64_t begin, int64_t end);
+
 // The kernels of one storage type at one instruction-set level. Each runs on the calling thread.
 template <typename T>
 struct Kernels {
@@ -133,6 +162,7 @@ struct Kernels {
   void (*store)(double value, T* out);
   FlowSums (*layer_flow)(const LayerFlow<T>&);
   Moments (*moments)(const T* x, const T* y, T* copy, int64_t size);
+  UpdateKernel update;
 };
 
 // One instruction-set level; isa.cpp chooses among them.

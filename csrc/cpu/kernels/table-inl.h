@@ -18,6 +18,7 @@ static constexpr Kernels<T> kernels_of() {
   kernels.store = store_scalar<T>;
   kernels.layer_flow = layer_flow<T>;
   kernels.moments = moments<T>;
+  kernels.update = update<T>;
   return kernels;
 }
 static constexpr KernelTable table_of_level() {

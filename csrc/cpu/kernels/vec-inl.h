@@ -46,8 +46,9 @@ MBP_INLINE A relu_scalar(A v) {
   return v < A(0) ? A(0) : v;
 }
 
-// a b + c, rounded as the compiler rounds `c += a * b` of vectors: once, if the level has the instruction. (In a loop
-// over scalars the compiler may decide otherwise.)
+// a b + c, rounded once if the level has the instruction; else the product is rounded as well. Of vectors and of numbers
+// alike: the last few numbers of a run get the same bits as if they were in a vector. (`c += a * b` of vectors, which
+// the compiler turns into this, is left to it: it may not do so in a loop over numbers, nor below -O2.)
 #if MBP_VECTOR_BYTES >= 32 || defined(__FP_FAST_FMAF)
 MBP_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MBP_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -55,6 +56,58 @@ MBP_INLINE double multiply_add(double a, double b, double c) { return __builtin_
 MBP_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
 MBP_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
+// Square roots are instructions too: a library function would set errno for numbers below 0. (The masks avoid a warning
+// of GCC 12 about its own header.)
+#if MBP_VECTOR_BYTES == 64
+MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+MBP_INLINE vec<float> square_root(vec<float> v) { return _mm512_maskz_sqrt_ps(__mmask16(-1), v); }
+MBP_INLINE vec<double> square_root(vec<double> v) { return _mm512_maskz_sqrt_pd(__mmask8(-1), v); }
+#elif MBP_VECTOR_BYTES == 32
+MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+MBP_INLINE vec<float> square_root(vec<float> v) { return _mm256_sqrt_ps(v); }
+MBP_INLINE vec<double> square_root(vec<double> v) { return _mm256_sqrt_pd(v); }
+#elif defined(__x86_64__)
+MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return a * b + c; }
+MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
+MBP_INLINE vec<float> square_root(vec<float> v) { return _mm_sqrt_ps(v); }
+MBP_INLINE vec<double> square_root(vec<double> v) { return _mm_sqrt_pd(v); }
+#elif defined(__aarch64__)
+MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return vfmaq_f32(c, a, b); }
+MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return vfmaq_f64(c, a, b); }
+MBP_INLINE vec<float> square_root(vec<float> v) { return vsqrtq_f32(v); }
+MBP_INLINE vec<double> square_root(vec<double> v) { return vsqrtq_f64(v); }
+#else
+template <typename A>
+MBP_INLINE vec<A> multiply_add(vec<A> a, vec<A> b, vec<A> c) {
+  for (int i = 0; i < kLanes<A>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
+  return a;
+}
+MBP_INLINE vec<float> square_root(vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+MBP_INLINE vec<double> square_root(vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+MBP_INLINE float square_root(float x) { return square_root(vec<float>{x})[0]; }
+MBP_INLINE double square_root(double x) { return square_root(vec<double>{x})[0]; }
+
+// A product that the compiler must not fuse with the addition that follows.
+template <typename V>
+MBP_INLINE V rounded(V product) {
+#if defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
 
 // Shuffles two registers of L lanes by constant indices; an index of L or more refers to the second.
 #if defined(__clang__)
