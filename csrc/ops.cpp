@@ -51,6 +51,14 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "update(str rule, Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] states, float[] options,"
       " int[] groups, bool[] fresh) -> bool");
+  // Training steps, losses.numel() of them or fewer once `seconds` have passed, on batch after batch of `batch_size` rows,
+  // in the order given: loss, backward (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and update, in place.
+  // groups: of weight 0, bias 0, weight 1, ... as in update; negative: not trained. Returns how many steps were made;
+  // without a change -1, if dtypes or layouts are not for it.
+  m.def(
+      "train(Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] weights, Tensor(b!)?[] biases,"
+      " str loss, bool mean, int ignore_index, float label_smoothing, str rule, Tensor(c!)[] states, float[] options,"
+      " int[] groups, bool[] fresh, float? max_grad_norm, Tensor(d!) losses, float seconds) -> int");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:
@@ -71,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("flow_backward", TORCH_BOX(&manualbp::flow_backward));
   m.impl("flow_update", TORCH_BOX(&manualbp::flow_update));
   m.impl("update", TORCH_BOX(&manualbp::update));
+  m.impl("train", TORCH_BOX(&manualbp::train));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {

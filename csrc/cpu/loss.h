@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../checks.h"
-#include "kernels/params.h"
+#include "isa.h"
 
 namespace manualbp {
 

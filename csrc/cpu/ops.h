@@ -42,6 +42,12 @@ bool update(StringHandle rule, std::vector<Tensor> parameters, std::vector<Tenso
             std::vector<Tensor> states, std::vector<double> options, std::vector<int64_t> groups,
             std::vector<bool> fresh);
 
+int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
+              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
+              double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
+              std::vector<int64_t> groups, std::vector<bool> fresh, std::optional<double> max_grad_norm, Tensor losses,
+              double seconds);
+
 std::vector<int64_t> plan(int64_t batch, std::vector<int64_t> widths, int64_t item_size, int64_t threads,
                           std::vector<bool> needs, bool store, int64_t recomputed);
 

@@ -155,7 +155,7 @@ class Training {
     Pass& pass = pass_of(count);
     const Workers& workers = pass.loss.workers();
     const auto h = input_.batch(first, count, workers);
-    Target<T> target;
+    Target<T> target{};
     if (has_class_target(loss_.kind)) {
       target.classes = classes_.batch(first, count, workers);
     } else {
@@ -221,9 +221,8 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
   const int64_t cols = weights.back().size(0);
   check_loss(op, input, target, cols, loss.kind, label_smoothing);
   check_dtype(op, {"losses"}, losses, input);
-  MBP_CHECK(losses.dim() == 1 && losses.is_contiguous(), op, ": `losses` must be contiguous and of one dimension, got ",
-            shape_of(losses));
-  MBP_CHECK(batch_size >= 0, op, ": `batch_size` must not be negative, got ", batch_size);
+  MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
+  MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
   MBP_CHECK(groups.size() == 2 * weights.size(), op, ": `groups` must have 2 x ", weights.size(), " items, got ",
             groups.size());
   for (size_t k = 0; k < weights.size(); ++k) {
@@ -235,8 +234,8 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     const auto h = as_matrix<T>(input, keep_input);
     if (order) check_order(op, *order, h.rows);
     const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
-    MBP_CHECK(steps <= 1 || batch_size == 0 || (steps - 1) <= rows / batch_size, op, ": `losses` has ", steps,
-              " items, but ", rows, " rows make fewer batches of ", batch_size);
+    MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
+              " rows make fewer batches of ", batch_size);
     const StepGradients<T> grads(weights, biases, groups);
     std::vector<Tensor> parameters;
     std::vector<int64_t> group_of;
@@ -249,8 +248,9 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     for (size_t i = 0; i < parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
     std::optional<Clip<T>> clip;
     if (max_grad_norm) clip.emplace(grads, *max_grad_norm);
-    Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target), order ? const_data<int64_t>(*order) : nullptr,
-                         std::min(batch_size, rows), weights, biases, loss, grads, updater, clip);
+    Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target),
+                         order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows), weights, biases,
+                         loss, grads, updater, clip);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
