@@ -46,10 +46,11 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       " bool has_f, Tensor(b!) df, Tensor(c!) copies) -> Tensor");
   // The norm of the difference between each weight and its copy, float64 (K).
   m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
-  // A step of an optimizer for all parameters in turn, in place: torch's SGD ("sgd") or Adam and AdamW ("adam"). Without
-  // a change, False if the dtypes or layouts are not for it. Options of each group and lists of states: update.h.
+  // One step of an optimizer for all parameters, in place: torch's SGD (rule: sgd), or Adam and AdamW (adam). Returns
+  // False, and changes nothing, if torch's own step must run. The options of each group and the lists of states are
+  // described in cpu/update.h.
   m.def(
-      "update(str rule, Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] states, float[] options,"
+      "update(Tensor(a!)[] parameters, Tensor[] gradients, str rule, Tensor(b!)[] states, float[] options,"
       " int[] groups, bool[] fresh) -> bool");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
@@ -74,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {
+  m.impl("update", TORCH_BOX(&manualbp::update_elsewhere));
   m.impl("plan", TORCH_BOX(&manualbp::plan));
   m.impl("isa", TORCH_BOX(&manualbp::isa));
 }
