@@ -46,19 +46,21 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       " bool has_f, Tensor(b!) df, Tensor(c!) copies) -> Tensor");
   // The norm of the difference between each weight and its copy, float64 (K).
   m.def("flow_update(Tensor[] weights, Tensor copies) -> Tensor");
-  // A step of an optimizer for all parameters in turn, in place: torch's SGD ("sgd") or Adam and AdamW ("adam"). Without
-  // a change, False if the dtypes or layouts are not for it. Options of each group and lists of states: update.h.
+  // One step of an optimizer for all parameters, in place: torch's SGD (rule: sgd), or Adam and AdamW (adam). Returns
+  // False, and changes nothing, if torch's own step must run. The options of each group and the lists of states are
+  // described in cpu/update.h.
   m.def(
-      "update(str rule, Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] states, float[] options,"
+      "update(Tensor(a!)[] parameters, Tensor[] gradients, str rule, Tensor(b!)[] states, float[] options,"
       " int[] groups, bool[] fresh) -> bool");
-  // Training steps, losses.numel() of them or fewer once `seconds` have passed, on batch after batch of `batch_size` rows,
-  // in the order given: loss, backward (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and update, in place.
-  // groups: of weight 0, bias 0, weight 1, ... as in update; negative: not trained. Returns how many steps were made;
-  // without a change -1, if dtypes or layouts are not for it.
+  // Training steps, losses.numel() of them or fewer once `seconds` have passed, on one batch of `batch_size` rows after
+  // another, in the order given: loss and gradients (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and
+  // update, in place. needs: which of weight 0, bias 0, weight 1, ... are trained; these are the parameters of the
+  // arguments that follow, as for update. Returns how many steps were made; without a change -1, if dtypes or layouts are
+  // not for it.
   m.def(
       "train(Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] weights, Tensor(b!)?[] biases,"
-      " str loss, bool mean, int ignore_index, float label_smoothing, str rule, Tensor(c!)[] states, float[] options,"
-      " int[] groups, bool[] fresh, float? max_grad_norm, Tensor(d!) losses, float seconds) -> int");
+      " str loss, bool mean, int ignore_index, float label_smoothing, bool[] needs, str rule, Tensor(c!)[] states,"
+      " float[] options, int[] groups, bool[] fresh, float? max_grad_norm, Tensor(d!) losses, float seconds) -> int");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:
@@ -83,6 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {
+  m.impl("update", TORCH_BOX(&manualbp::update_elsewhere));
   m.impl("plan", TORCH_BOX(&manualbp::plan));
   m.impl("isa", TORCH_BOX(&manualbp::isa));
 }

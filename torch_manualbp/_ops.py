@@ -59,6 +59,7 @@ mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
+update = torch.ops.manualbp.update.default
 plan = torch.ops.manualbp.plan.default
 isa = torch.ops.manualbp.isa.default
 
@@ -67,7 +68,7 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update",
+    "flow_update", "update",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -84,6 +85,10 @@ def _negated(name: str) -> Callable[..., Any]:
 
 for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
+
+# Torch's own step reads such gradients; torch's fallbacks would copy the parameters, and the op would update the copies.
+for _key in ("Negative", "Conjugate", "ZeroTensor"):
+    _library.impl("update", lambda *args: False, _key)  # type: ignore[no-untyped-call]
 
 
 def split_hidden(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -> list[Tensor]:

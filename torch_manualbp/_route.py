@@ -7,6 +7,7 @@ Private functions of torch are looked up here, each with a safe default: a torch
 wrong.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, Final
@@ -299,3 +300,44 @@ def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Seque
         return True
     fits = all(a == b or 1 in (a, b) for a, b in zip(shape[::-1], wanted[::-1], strict=False))
     return spec.loss.broadcasts and not fits
+
+
+# --- steps of an optimizer ------------------------------------------------------------------------------------------
+
+_profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_optimizer_module = vars(sys.modules[torch.optim.Optimizer.__module__])  # torch.optim does not give it away
+_step_pre_hooks: Any = _optimizer_module.get("_global_optimizer_pre_hooks", True)
+_step_post_hooks: Any = _optimizer_module.get("_global_optimizer_post_hooks", True)
+
+
+def route_step(optimizer: torch.optim.Optimizer, plain: type[Any]) -> str:
+    """What computes the step of a fused optimizer whose class in torch is `plain`: `KERNELS` or `TORCH`.
+
+    The answer is `TORCH` if torch.compile captures the step, if somebody has replaced that of torch's class, where a
+    mode, a transform or a tracer must see each operation, and if ``GradScaler`` has left its scale to the optimizer.
+    (`optimizers` looks at the options and tensors, and the op at dtypes and layouts.)
+    """
+    if (
+        is_dynamo_compiling()
+        or getattr(plain.step, "__globals__", None) is not _optimizer_module
+        or _count_dispatch_modes()
+        or (_count_function_modes() and _function_modes_matter())
+        or transforms_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+        or is_tracing()
+        or "found_inf" in optimizer.__dict__
+        or "grad_scale" in optimizer.__dict__
+    ):
+        return TORCH
+    return KERNELS
+
+
+def step_is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step has hooks, its own or those of all optimizers, or is to be seen in a profile."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _step_pre_hooks
+        or _step_post_hooks
+        or _profiler_enabled()
+    )

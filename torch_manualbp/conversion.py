@@ -1,7 +1,8 @@
-"""`fuse` and `unfuse`: switch every ``nn.Sequential`` of a model to fused computation, and back.
+"""`fuse` and `unfuse`: switch every ``nn.Sequential`` of a model, or an optimizer, to fused computation, and back.
 
 Only the class of a Sequential changes, to a subclass of its own class with a fused forward. Children, parameters, hooks
-and state_dict keys stay as they are. `safe_globals` lists the classes that a saved model of this kind refers to.
+and state_dict keys stay as they are. So it is with an optimizer, whose step is fused (`optimizers`). `safe_globals`
+lists the classes that a saved model of this kind refers to.
 """
 
 import copyreg
@@ -9,21 +10,28 @@ import functools
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.optim import Optimizer
 
 from torch_manualbp._checks import check_activations
 from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
+from torch_manualbp.optimizers import fuse_optimizer, unfuse_optimizer
 
 _M = TypeVar("_M", bound=nn.Module)
+_O = TypeVar("_O", bound=Optimizer)
 
 
-def fuse(module: _M, *, activations: str = "store") -> _M:
-    """Computes every run of Linear / ReLU in the Sequentials of `module` fused from now on; in place.
+@overload
+def fuse(module: _M, *, activations: str = "store") -> _M: ...
+@overload
+def fuse(module: _O) -> _O: ...
+def fuse(module: Any, *, activations: str = "store") -> Any:
+    """Computes every run of Linear / ReLU in the Sequentials of `module` fused from now on; or an optimizer's step.
 
-    Parameters stay the same objects, state_dict keys and hooks stay as they are. Layers with hooks or parametrizations,
+    **A model** is changed in place. Parameters stay the same objects, state_dict keys and hooks stay as they are. Layers with hooks or parametrizations,
     and subclasses of ``nn.Linear``, run as plain modules. A Sequential does not change if
 
     - no ``nn.Linear`` in it is directly followed by a ReLU: there is nothing to fuse. (After adding such layers, call
@@ -31,25 +39,37 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
     - it does not call its children in turn as ``nn.Sequential`` does, but has its own ``forward`` or ``__iter__``.
     - torch recognises its class by identity, as ``convert`` does with ``torch.ao.nn.intrinsic.LinearReLU``.
 
+    **An optimizer** of the class ``torch.optim.SGD``, ``Adam`` or ``AdamW`` is changed in place, too: its ``step``
+    updates all parameters in one call, in each dtype (half types in float32, with one rounding). Parameter groups,
+    state, checkpoints, hooks, closures, schedulers and all options stay as they are. It does what torch's step does, to
+    the last bit for SGD and within rounding for Adam; version counters of parameters tell autograd. Parameters on CUDA,
+    sparse gradients and the other cases listed in `torch_manualbp.optimizers.FusedAdam.step` are left to torch's own
+    step. An optimizer of another class, or whose ``step`` somebody has replaced, does not change.
+
     Args:
-        module: any model.
-        activations: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only. An
+        module: any model, or an optimizer.
+        activations: of a model: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only. An
             `MLP` in the model is fused already, and keeps its own setting.
 
     Returns:
-        `module` itself. If it is one of the Sequentials, its type changes to a subclass of its type.
+        `module` itself. If it is one of the Sequentials, or an optimizer, its type changes to a subclass of its type.
 
     Raises:
-        TypeError: `module` is not an ``nn.Module``.
+        TypeError: `module` is neither an ``nn.Module`` nor an ``Optimizer``.
         ValueError: unknown `activations`.
 
     Example:
         >>> model = fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
-        >>> type(unfuse(model)) is nn.Sequential
-        True
+        >>> optimizer = fuse(torch.optim.Adam(model.parameters()))
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> type(unfuse(optimizer)) is torch.optim.Adam, type(unfuse(model)) is nn.Sequential
+        (True, True)
     """
-    _check_module("fuse", module)
     check_activations("fuse", activations)
+    if isinstance(module, Optimizer):
+        return fuse_optimizer(module)
+    _check_module("fuse", module)
     fused: Callable[[type], type] = functools.cache(_fused_kind)  # modules that share a class go on sharing one
     for child in module.modules():
         if isinstance(child, nn.Sequential) and "forward" not in child.__dict__ and _has_run(child):
@@ -59,20 +79,24 @@ def fuse(module: _M, *, activations: str = "store") -> _M:
     return module
 
 
-def unfuse(module: _M) -> _M:
-    """The inverse of `fuse`: every Sequential that it changed gets its original class back; in place.
+@overload
+def unfuse(module: _M) -> _M: ...
+@overload
+def unfuse(module: _O) -> _O: ...
+def unfuse(module: Any) -> Any:
+    """The inverse of `fuse`: every Sequential that it changed, or the optimizer, gets its original class back; in place.
 
     An `MLP` stays an `MLP`, since it was not made by `fuse`; ``nn.Sequential(*model)`` is its plain network. Whatever
     ``fully_shard``, ``replicate`` or ``parametrize`` have added to a class, before `fuse` or after it, is kept.
 
     Args:
-        module: any model.
+        module: any model, or an optimizer.
 
     Returns:
         `module` itself.
 
     Raises:
-        TypeError: `module` is not an ``nn.Module``.
+        TypeError: `module` is neither an ``nn.Module`` nor an ``Optimizer``.
         RuntimeError: since `fuse`, the forward of a Sequential was replaced, or its class by one that is derived from
             the fused class. Nothing is changed then.
 
@@ -81,6 +105,8 @@ def unfuse(module: _M) -> _M:
         >>> type(unfuse(fuse(model))) is nn.Sequential
         True
     """
+    if isinstance(module, Optimizer):
+        return unfuse_optimizer(module)
     _check_module("unfuse", module)
     unfused: Callable[[type], type] = functools.cache(_unfused_kind)
     changed = [(child, unfused(type(child))) for child in module.modules() if isinstance(child, _Fused)]
@@ -131,7 +157,7 @@ def safe_globals(*classes: type) -> list[Any]:
 
 def _check_module(op: str, module: Any) -> None:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{op}: `module` must be an nn.Module, got {type(module).__name__}")
+        raise TypeError(f"{op}: `module` must be an nn.Module or an Optimizer, got {type(module).__name__}")
 
 
 # All methods and attributes that a call of an nn.Sequential uses, down to the calls of its children.

@@ -38,15 +38,20 @@ Tensor flow_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weigh
 
 Tensor flow_update(std::vector<Tensor> weights, Tensor copies);
 
-bool update(StringHandle rule, std::vector<Tensor> parameters, std::vector<Tensor> gradients,
+bool update(std::vector<Tensor> parameters, std::vector<Tensor> gradients, StringHandle rule,
             std::vector<Tensor> states, std::vector<double> options, std::vector<int64_t> groups,
             std::vector<bool> fresh);
 
 int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
               std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
-              double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
-              std::vector<int64_t> groups, std::vector<bool> fresh, std::optional<double> max_grad_norm, Tensor losses,
-              double seconds);
+              double label_smoothing, std::vector<bool> needs, StringHandle rule, std::vector<Tensor> states,
+              std::vector<double> options, std::vector<int64_t> groups, std::vector<bool> fresh,
+              std::optional<double> max_grad_norm, Tensor losses, double seconds);
+
+// The same for tensors that are not dense tensors on the CPU: false, since the CPU's is the only one.
+bool update_elsewhere(std::vector<Tensor> parameters, std::vector<Tensor> gradients, StringHandle rule,
+                      std::vector<Tensor> states, std::vector<double> options, std::vector<int64_t> groups,
+                      std::vector<bool> fresh);
 
 std::vector<int64_t> plan(int64_t batch, std::vector<int64_t> widths, int64_t item_size, int64_t threads,
                           std::vector<bool> needs, bool store, int64_t recomputed);

@@ -52,39 +52,33 @@ class Rows {
   std::optional<Buffer<T>> copies_;
 };
 
-// A parameter that is trained, and where its gradient lies.
-struct Learner {
-  Tensor parameter;
-  int64_t offset;  // in the memory of all gradients
-};
-
-// The gradients of one step, in one block of memory. No gradient of the input is computed.
+// The parameters that are trained, and their gradients of one step in one block of memory.
 template <typename T>
 struct StepGradients {
   StepGradients(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                const std::vector<int64_t>& groups) {
+                const std::vector<bool>& needs) {
     constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
     int64_t size = 0;
-    const auto add = [&](const Tensor& parameter, int64_t group) {
-      if (group < 0) return;
-      learners.push_back({parameter, size});
+    const auto add = [&](const Tensor& parameter) {
+      parameters.push_back(parameter);
+      offsets.push_back(size);
       size += round_up(parameter.numel(), kAlign);
     };
     for (size_t k = 0; k < weights.size(); ++k) {
-      add(weights[k], groups[2 * k]);
-      if (biases[k]) add(*biases[k], groups[2 * k + 1]);
+      if (needs[2 * k]) add(weights[k]);
+      if (needs[2 * k + 1] && biases[k]) add(*biases[k]);
     }
     memory = empty({size}, dtype_of(weights[0]));
     size_t next = 0;
-    const auto place = [&](int64_t group) { return group < 0 ? nullptr : at(next++); };
     for (size_t k = 0; k < weights.size(); ++k) {
-      pointers.omega.push_back(place(groups[2 * k]));
-      pointers.beta.push_back(biases[k] ? place(groups[2 * k + 1]) : nullptr);
+      pointers.omega.push_back(needs[2 * k] ? at(next++) : nullptr);
+      pointers.beta.push_back(needs[2 * k + 1] && biases[k] ? at(next++) : nullptr);
     }
   }
-  T* at(size_t i) const { return data<T>(memory) + learners[i].offset; }
+  T* at(size_t i) const { return data<T>(memory) + offsets[i]; }
 
-  std::vector<Learner> learners;  // in the order of layers, each weight before its bias
+  std::vector<Tensor> parameters;  // in the order of layers, each weight before its bias
+  std::vector<int64_t> offsets;  // of their gradients
   Tensor memory;
   Gradients<T> pointers;
 };
@@ -95,11 +89,10 @@ template <typename T>
 class Clip {
  public:
   Clip(const StepGradients<T>& grads, double max_norm) : max_norm_(max_norm) {
-    const int64_t count = int64_t(grads.learners.size());
-    norms_ = empty({count}, dtype_of(grads.memory));
-    for (const Learner& learner : grads.learners) {
-      const int64_t size = learner.parameter.numel();
-      views_.push_back(seen_as(grads.memory, {size}, {1}, learner.offset));
+    const size_t count = grads.parameters.size();
+    norms_ = empty({int64_t(count)}, dtype_of(grads.memory));
+    for (size_t i = 0; i < count; ++i) {
+      views_.push_back(seen_as(grads.memory, {grads.parameters[i].numel()}, {1}, grads.offsets[i]));
     }
   }
   double factor() const {
@@ -211,9 +204,9 @@ void check_order(const char* op, const Tensor& order, int64_t rows) {
 
 int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
               std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
-              double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
-              std::vector<int64_t> groups, std::vector<bool> fresh, std::optional<double> max_grad_norm, Tensor losses,
-              double seconds) {
+              double label_smoothing, std::vector<bool> needs, StringHandle rule, std::vector<Tensor> states,
+              std::vector<double> options, std::vector<int64_t> groups, std::vector<bool> fresh,
+              std::optional<double> max_grad_norm, Tensor losses, double seconds) {
   const char* op = "train";
   const std::string rule_name = take_text(rule);
   const LossOptions loss{parse_loss(op, take_text(loss_name)), mean, ignore_index, label_smoothing};
@@ -223,8 +216,8 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
   check_dtype(op, {"losses"}, losses, input);
   MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
   MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
-  MBP_CHECK(groups.size() == 2 * weights.size(), op, ": `groups` must have 2 x ", weights.size(), " items, got ",
-            groups.size());
+  MBP_CHECK(needs.size() == 2 * weights.size(), op, ": `needs` must have 2 x ", weights.size(), " items, got ",
+            needs.size());
   for (size_t k = 0; k < weights.size(); ++k) {
     if (!weights[k].is_contiguous() || (biases[k] && !biases[k]->is_contiguous())) return -1;
   }
@@ -236,16 +229,10 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
     MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
               " rows make fewer batches of ", batch_size);
-    const StepGradients<T> grads(weights, biases, groups);
-    std::vector<Tensor> parameters;
-    std::vector<int64_t> group_of;
-    for (const Learner& learner : grads.learners) parameters.push_back(learner.parameter);
-    for (size_t i = 0; i < groups.size(); ++i) {
-      if (groups[i] >= 0 && (i % 2 == 0 || biases[i / 2])) group_of.push_back(groups[i]);
-    }
-    Updater updater(op, rule_name, parameters, states, options, group_of, fresh);
+    const StepGradients<T> grads(weights, biases, needs);
+    Updater updater(op, rule_name, grads.parameters, states, options, groups, fresh);
     if (!updater.fits() || !updater.counts()) return -1;
-    for (size_t i = 0; i < parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
+    for (size_t i = 0; i < grads.parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
     std::optional<Clip<T>> clip;
     if (max_grad_norm) clip.emplace(grads, *max_grad_norm);
     Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target),

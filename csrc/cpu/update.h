@@ -92,6 +92,7 @@ class Updater {
       Item item{};
       item.group = groups[size_t(i)];
       item.size = parameter.numel();
+      item.bytes = item_size(dtype_of(parameter));
       fits_ = fits_ && is_dense(parameter) && set_kernel(item, dtype_of(parameter));
       item.update.parameter = memory(parameter, {"parameters", i});
       const auto state = [&](int64_t index) {
@@ -114,25 +115,12 @@ class Updater {
       items_.push_back(item);
     }
     cut();
+    apart_ = total_ < kParallel || are_apart();
   }
 
-  // Whether the tensors are of the dtypes and layouts that the kernels take; if not, nothing else may be called.
+  // Whether the dtypes and layouts are those that the kernels take, and the counters and betas of Adam ordinary (else
+  // Python would divide by zero, which is an error there). If not, only torch's own step may run.
   bool fits() const { return fits_; }
-
-  // The parameters are updated by torch's own step if one of its numbers is a special case: a division by zero, which
-  // is an error in Python.
-  bool counts() const {
-    for (const Item& item : items_) {
-      if (!adam_) break;
-      const double* o = options(item.group);
-      const double step = item.step32 ? double(*item.step32) : *item.step64;
-      if (!(step > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
-            o[AdamOption::beta2] < 1)) {
-        return false;
-      }
-    }
-    return true;
-  }
 
   // index: SgdOption or AdamOption. (Not momentum from or to 0, nor amsgrad: they change the list of states.)
   void set_option(int64_t group, int64_t index, double value) { options_[size_t(group * columns_ + index)] = value; }
@@ -166,7 +154,7 @@ class Updater {
       if (i > 0 && step == last_step && item.group == items_[i - 1].group) {
         item.scalars = items_[i - 1].scalars;
       } else {
-        item.scalars = &scalars_[i];
+        item.scalars = i;
         scalars_[i] = adam_ ? adam_scalars(item.group, step) : sgd_scalars(item.group);
         last_step = step;
       }
@@ -175,11 +163,11 @@ class Updater {
 
   // Updates all parameters, on torch's threads if that is worthwhile.
   void run() const {
-    if (total_ < kParallel || tasks() < 2) return run(0, tasks());
+    if (total_ < kParallel || !apart_) return run(0, tasks());
     torch::stable::parallel_for(0, tasks(), 1, [this](int64_t begin, int64_t end) { run(begin, end); });
   }
 
-  // Updates a part of them. Each task writes numbers of its own.
+  // Updates a part of them: tasks begin ... end - 1.
   int64_t tasks() const { return int64_t(chunks_.size()) - 1; }
   void run(int64_t begin, int64_t end) const {
     Position at = chunks_[size_t(begin)];
@@ -195,8 +183,8 @@ class Updater {
   struct Item {
     Update update;
     UpdateKernel kernel;
-    const UpdateScalars* scalars;
-    int64_t size, group;
+    size_t scalars;  // index
+    int64_t size, bytes, group;  // bytes of one number
     float* step32;  // the counter, float or double
     double* step64;
     bool fresh;  // in the next step
@@ -237,7 +225,12 @@ class Updater {
       item.step64 = static_cast<double*>(data);
     } else {
       fits_ = false;
+      return;
     }
+    const double* o = options(item.group);
+    const double steps = item.step32 ? double(*item.step32) : *item.step64;
+    fits_ = fits_ && steps > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
+            o[AdamOption::beta2] < 1;
   }
 
   UpdateScalars sgd_scalars(int64_t group) const {
@@ -290,12 +283,27 @@ class Updater {
     if (filled > 0) chunks_.push_back({items_.size(), 0});
   }
 
+  // Whether no two parameters share memory. If they do (torch lets a group contain a parameter twice, and warns), they
+  // are updated one after another, as torch does.
+  bool are_apart() const {
+    std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+    for (const Item& item : items_) {
+      const auto begin = reinterpret_cast<uintptr_t>(item.update.parameter);
+      ranges.emplace_back(begin, begin + uintptr_t(item.size * item.bytes));
+    }
+    std::sort(ranges.begin(), ranges.end());
+    for (size_t i = 1; i < ranges.size(); ++i) {
+      if (ranges[i].first < ranges[i - 1].second) return false;
+    }
+    return true;
+  }
+
   void update(const Item& item, int64_t begin, int64_t end) const {
-    if (begin < end) item.kernel(item.update, *item.scalars, begin, end);
+    if (begin < end) item.kernel(item.update, scalars_[item.scalars], begin, end);
   }
 
   const char* op_;
-  bool adam_, fits_ = true;
+  bool adam_, fits_ = true, apart_ = true;
   int64_t columns_, total_ = 0;
   double gradient_scale_ = 1;
   std::vector<double> options_;

@@ -346,6 +346,96 @@ void check_flow() {
   }
 }
 
+// A step of SGD or Adam on part of a run, against the equations in double, and the same step cut in two, bit for bit.
+template <typename T>
+void check_update() {
+  const int64_t size = chance(20) ? 200 + below(600) : draw_size(), begin = below(size),
+                end = begin + below(size - begin);
+  const bool adam = chance(60), amsgrad = adam && chance(40), momentum = !adam && chance(70);
+  const auto number = [](double low, double high) { return low + (high - low) * double(below(1001)) / 1000; };
+  UpdateScalars s{};
+  s.step_size = number(0, 0.5), s.maximize = chance(30), s.nesterov = chance(50);
+  if (chance(50)) s.weight_decay = number(0, 0.5);
+  if (chance(50)) s.gradient_scale = number(0, 1);
+  if (adam && chance(30)) s.shrink = number(0.5, 1);
+  s.momentum = number(0, 1), s.gain = number(0, 1), s.weight1 = number(0, 1), s.beta2 = number(0, 1);
+  s.weight2 = 1 - s.beta2, s.correction2 = number(0.1, 1), s.eps = chance(50) ? 1e-8 : 0.1;
+  Exact<T> p(size), g(size), first(size), second(size), largest(size);
+  for (Exact<T>* each : {&p, &g, &first}) {
+    for (int64_t i = 0; i < size; ++i) each->data[i] = rounded<T>(number(-2, 2));
+  }
+  for (Exact<T>* each : {&second, &largest}) {
+    for (int64_t i = 0; i < size; ++i) each->data[i] = rounded<T>(number(0.5, 2));
+  }
+  Update u{};
+  u.parameter = p.data, u.gradient = g.data;
+  if (adam || momentum) u.first = first.data;
+  if (adam) u.second = second.data;
+  if (amsgrad) u.largest = largest.data;
+  u.fresh = momentum && chance(30);
+  Exact<T>* const written[] = {&p, &first, &second, &largest};
+  std::vector<double> want[4], scale[4];  // scale: what an error is relative to
+  for (int k = 0; k < 4; ++k) {
+    for (int64_t i = 0; i < size; ++i) want[k].push_back(to_double(written[k]->data[i]));
+    scale[k].assign(size_t(size), 0.0);
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    double &x = want[0][size_t(i)], &m = want[1][size_t(i)], &v = want[2][size_t(i)], &l = want[3][size_t(i)];
+    double gradient = to_double(g.data[i]);
+    if (s.gradient_scale != 1) gradient = to_double(rounded<T>(gradient * s.gradient_scale));
+    if (s.maximize) gradient = -gradient;
+    const double terms = std::fabs(gradient) + s.weight_decay * std::fabs(x) + std::fabs(m);
+    gradient += s.weight_decay * x;
+    double change;
+    if (adam) {
+      x *= s.shrink;
+      m += s.weight1 * (gradient - m);
+      v = s.beta2 * v + s.weight2 * gradient * gradient;
+      if (amsgrad) l = std::max(l, v);
+      const double denominator = std::sqrt(amsgrad ? l : v) / s.correction2 + s.eps;
+      change = s.step_size * m / denominator;
+      scale[0][size_t(i)] = std::fabs(x) + s.step_size * terms / denominator + std::fabs(change) * terms * terms / v;
+    } else {
+      const double b = u.fresh ? gradient : s.momentum * m + s.gain * gradient;
+      if (momentum) m = b;
+      change = s.step_size * (!momentum ? gradient : s.nesterov ? gradient + s.momentum * b : b);
+      scale[0][size_t(i)] = std::fabs(x) + 2 * s.step_size * terms;
+    }
+    x -= change;
+    scale[1][size_t(i)] = terms, scale[2][size_t(i)] = scale[3][size_t(i)] = std::fabs(v) + terms * terms;
+  }
+  std::vector<std::vector<char>> start;
+  for (Exact<T>* each : written) {
+    const char* bytes = reinterpret_cast<const char*>(each->data);
+    start.emplace_back(bytes, bytes + size * int64_t(sizeof(T)));
+  }
+  kernels<T>().update(u, s, begin, end);
+  const double rounding = sizeof(T) == 8                ? 1e-14
+                          : sizeof(T) == 4              ? 2e-6
+                          : std::is_same_v<T, bfloat16> ? 1.01 / 256
+                                                        : 1.01 / 2048;
+  std::vector<std::vector<char>> whole;
+  for (int k = 0; k < 4; ++k) {
+    for (int64_t i = 0; i < size; ++i) {
+      const double error = std::fabs(to_double(written[k]->data[i]) - want[k][size_t(i)]);
+      if (!(error <= rounding * (scale[k][size_t(i)] + std::fabs(want[k][size_t(i)]) * (i >= begin && i < end)))) {
+        fail(adam ? "update by Adam" : "update by SGD", name_of<T>(), size, begin, end);
+      }
+    }
+    const char* bytes = reinterpret_cast<const char*>(written[k]->data);
+    whole.emplace_back(bytes, bytes + start[size_t(k)].size());
+    std::memcpy(written[k]->data, start[size_t(k)].data(), start[size_t(k)].size());
+  }
+  const int64_t cut = begin + below(end - begin + 1);
+  kernels<T>().update(u, s, begin, cut);
+  kernels<T>().update(u, s, cut, end);
+  for (int k = 0; k < 4; ++k) {
+    if (std::memcmp(written[k]->data, whole[size_t(k)].data(), whole[size_t(k)].size()) != 0) {
+      fail("update in two parts", name_of<T>(), size, begin, end);
+    }
+  }
+}
+
 template <typename T>
 void check_all(int cases) {
   const auto& kernel = kernels<T>();
@@ -360,6 +450,7 @@ void check_all(int cases) {
     if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) check_add_up<T>(kernels<T>());
     check_loss<T>(LossKind(i % 3));
     check_flow<T>();
+    check_update<T>();
   }
 }
 

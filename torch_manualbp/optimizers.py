@@ -1,0 +1,286 @@
+"""Torch's SGD, Adam and AdamW with a ``step()`` that updates all parameters in one call of our op.
+
+``fuse(optimizer)`` in `conversion` changes the class of an optimizer to one of these. Parameter groups, state, hooks,
+schedulers and checkpoints are those of torch. Only ``step`` is replaced, and what it cannot do, torch's own step does.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+
+from torch_manualbp import _ops
+from torch_manualbp._route import PLAIN, TORCH, route_step, step_is_observed
+
+_O = TypeVar("_O", bound=Optimizer)
+
+
+class Arguments(NamedTuple):
+    """What our ops need of an optimizer beside parameters and gradients, in their order (csrc/cpu/update.h)."""
+
+    rule: str
+    states: list[Tensor]
+    options: list[float]
+    groups: list[int]
+    fresh: list[bool]
+
+
+def arguments_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Arguments | None:
+    """What an op needs for a step of `optimizer` that updates `parameters`; None if ``optimizer.step()`` must run.
+
+    It must run if the optimizer is not fused, has hooks, or has another ``step`` than the one of its class (a scheduler
+    may have wrapped that), if a parameter is in none of its groups, and where torch's own step must. Missing state is
+    created, as ``step`` does. After the op, call `finish`.
+
+    Args:
+        optimizer: any optimizer.
+        parameters: leaf tensors, in any order.
+    """
+    if not (
+        isinstance(optimizer, _FusedStep)
+        and ("step" not in optimizer.__dict__ or _is_scheduled(optimizer))
+        and route_step(optimizer, optimizer._plain) is not TORCH
+        and not step_is_observed(optimizer)
+    ):
+        return None
+    group_of = {id(each): k for k, group in enumerate(optimizer.param_groups) for each in group["params"]}
+    groups = [group_of.get(id(parameter), -1) for parameter in parameters]
+    return None if -1 in groups else _arguments(optimizer, parameters, groups)
+
+
+def finish(optimizer: Optimizer, parameters: Sequence[Tensor], arguments: Arguments) -> None:
+    """What remains after an op has updated `parameters`: version counters, new momentum buffers, the scheduler's flag.
+
+    Args:
+        optimizer: as for `arguments_of`.
+        parameters: as for `arguments_of`.
+        arguments: what `arguments_of` returned.
+    """
+    increment_version([*parameters, *arguments.states])
+    if True in arguments.fresh:
+        count = len(arguments.options) // len(optimizer.param_groups)
+        having = [p for p, k in zip(parameters, arguments.groups, strict=True) if arguments.options[k * count + 1] != 0]
+        for parameter, buffer in zip(having, arguments.states, strict=True):
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+    if "step" in optimizer.__dict__:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _update(optimizer: "_FusedStep") -> bool:
+    """Updates all parameters that have a gradient; False, and no change, if torch's own step must."""
+    parameters: list[Tensor] = []
+    gradients: list[Tensor] = []
+    groups: list[int] = []
+    for k, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                parameters.append(parameter)
+                gradients.append(gradient)
+                groups.append(k)
+    if not parameters:
+        return True
+    if not (parameters[0].is_cpu and PLAIN.issuperset(map(type, gradients))):
+        return False
+    arguments = _arguments(optimizer, parameters, groups)
+    if arguments is None or not _ops.update(parameters, gradients, *arguments):
+        return False
+    finish(optimizer, parameters, arguments)
+    return True
+
+
+_NUMBERS = frozenset({float, int, bool})
+
+
+def _arguments(optimizer: "_FusedStep", parameters: Sequence[Tensor], groups: list[int]) -> Arguments | None:
+    options: list[float] = []
+    for group in optimizer.param_groups:
+        if group["differentiable"] or group.get("capturable"):
+            return None
+        options += optimizer._options(group)
+    if not _NUMBERS.issuperset(map(type, options)) and not all(isinstance(each, float | int) for each in options):
+        return None  # tensors, or numpy's scalars other than float64
+    arguments = optimizer._collect(parameters, options, groups)
+    if arguments is None:
+        return None
+    tensors = [*parameters, *arguments.states]
+    # Torch does not let inference tensors be written outside of inference mode.
+    is_plain = PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_inference, tensors))
+    return arguments if is_plain else None
+
+
+class _FusedStep(Optimizer):
+    """The mix-in of `fuse`."""
+
+    _plain: ClassVar[type[Optimizer]]  # torch's class
+    _plain_step: ClassVar[Callable[..., Any]]  # its step, without hooks and without the decorator that sets grad mode
+    _options: ClassVar[Callable[[dict[str, Any]], tuple[float, ...]]]  # of a parameter group, as the op takes them
+
+    def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments | None:
+        raise NotImplementedError
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Performs a single optimization step: that of torch's class, in one call of our op.
+
+        Torch's own step runs if parameters are not on the CPU (on CUDA, always), are complex or subclasses of Tensor; if
+        a gradient is sparse, or its strides are not those of its parameter; if the learning rate or a beta is a tensor;
+        with ``capturable`` or ``differentiable``; where ``torch.compile``, a transform of ``torch.func`` or a mode must
+        see all operations; and if ``GradScaler`` leaves unscaling to the optimizer (``fused=True``).
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What `closure` returns, or None.
+        """
+        if route_step(self, self._plain) is TORCH:
+            return super().step(closure)  # type: ignore[arg-type]
+        if step_is_observed(self):
+            return self._observed_step(closure)
+        if closure is None and _update(self):  # the usual case, one call less
+            return None
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch then does not add a hooks' wrapper, which takes 10 µs a call
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not _update(self):
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                type(self)._plain_step(self)
+        return loss
+
+    _observed_step = Optimizer.profile_hook_step(_step)  # runs the hooks, and has a name in the profiler
+
+
+class FusedSGD(_FusedStep, SGD):
+    """``torch.optim.SGD`` after `fuse`."""
+
+    _plain = SGD
+    _plain_step = staticmethod(inspect.unwrap(SGD.step))
+
+    @staticmethod
+    def _options(group: dict[str, Any]) -> tuple[float, ...]:
+        return (
+            *(group["lr"], group["momentum"], group["dampening"], group["weight_decay"]),
+            *(group["nesterov"], group["maximize"]),
+        )
+
+    def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments:
+        buffers: list[Tensor] = []
+        fresh: list[bool] = []
+        for parameter, k in zip(parameters, groups, strict=True):
+            if options[6 * k + 1] != 0:
+                buffer = self.state[parameter].get("momentum_buffer")
+                fresh.append(buffer is None)
+                buffers.append(torch.empty_like(parameter) if buffer is None else buffer)
+        return Arguments("sgd", buffers, options, groups, fresh)
+
+
+class _AdamStep(_FusedStep):
+    @staticmethod
+    def _options(group: dict[str, Any]) -> tuple[float, ...]:
+        return (
+            *(group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
+            *(group["decoupled_weight_decay"], group["amsgrad"], group["maximize"]),
+        )
+
+    def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments | None:
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        steps: list[Tensor] = []
+        largest: list[Tensor] = []
+        states = self.state
+        for parameter, k in zip(parameters, groups, strict=True):
+            state = states[parameter]
+            if not state and not _begin_adam(state, parameter, self.param_groups[k]):
+                return None
+            first.append(state["exp_avg"])
+            second.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+            if options[8 * k + 6]:
+                largest.append(state["max_exp_avg_sq"])
+        return Arguments("adam", first + second + steps + largest, options, groups, [])
+
+
+def _begin_adam(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> bool:
+    """Creates the state of a parameter as ``Adam._init_group`` does; False if torch must, or raises an error there."""
+    gradient = parameter.grad
+    if not (parameter.is_cpu and parameter.is_floating_point() and (gradient is None or not gradient.is_sparse)):
+        return False
+    is_double = torch.get_default_dtype() is torch.float64 and not group["fused"]
+    state["step"] = torch.tensor(0.0, dtype=torch.float64 if is_double else torch.float32, device="cpu")
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]:
+        state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return True
+
+
+class FusedAdam(_AdamStep, Adam):
+    """``torch.optim.Adam`` after `fuse`."""
+
+    _plain = Adam
+    _plain_step = staticmethod(inspect.unwrap(Adam.step))
+
+
+class FusedAdamW(_AdamStep, AdamW):
+    """``torch.optim.AdamW`` after `fuse`."""
+
+    _plain = AdamW
+    _plain_step = staticmethod(inspect.unwrap(AdamW.step))
+
+
+_FUSED: dict[type, type[_FusedStep]] = {kind._plain: kind for kind in (FusedSGD, FusedAdam, FusedAdamW)}
+
+
+def fuse_optimizer(optimizer: _O) -> _O:
+    """`fuse` for an optimizer."""
+    return _exchanged(optimizer, _FUSED.get(type(optimizer)))
+
+
+def unfuse_optimizer(optimizer: _O) -> _O:
+    """`unfuse` for an optimizer."""
+    return _exchanged(optimizer, optimizer._plain if type(optimizer) in _FUSED.values() else None)
+
+
+def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
+    """The optimizer with this class, unless there is none for it, or somebody else has replaced its step."""
+    scheduled = "step" in optimizer.__dict__
+    if kind is None or (scheduled and not _is_scheduled(optimizer)):
+        return optimizer
+    optimizer.__class__ = kind  # type: ignore[assignment]
+    if scheduled:
+        optimizer.step = _scheduled_step(optimizer)  # type: ignore[method-assign]
+    return optimizer
+
+
+def _is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step`` is the wrapper of a scheduler (torch's, or `_scheduled_step`) around its class's step."""
+    step: Any = optimizer.__dict__["step"]
+    return (
+        getattr(step, "__globals__", None) in (vars(lr_scheduler), globals())
+        and getattr(step, "_wrapped_by_lr_sched", False)
+        and inspect.unwrap(step) is inspect.unwrap(type(optimizer).step)
+    )
+
+
+def _scheduled_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """What an ``LRScheduler`` puts in the place of ``optimizer.step``, in order to know that it was called."""
+    reference, function = weakref.ref(optimizer), type(optimizer).step
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        optimizer._opt_called = True
+        return function(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step
