@@ -133,7 +133,8 @@ class History:
     @property
     def step_losses(self) -> Tensor:
         """The loss of each step before its update (steps,), float64, also of an epoch that was not finished."""
-        self._step_losses = [torch.cat(self._step_losses)]
+        if len(self._step_losses) > 1:
+            self._step_losses = [torch.cat(self._step_losses)]
         return self._step_losses[0]
 
     @property
@@ -153,9 +154,9 @@ class History:
         """All of it as plain numbers, strings and lists, for JSON or a table."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
-            "loss": self.loss,
-            "validation_loss": self.validation_loss,
-            "learning_rate": self.learning_rate,
+            "loss": list(self.loss),
+            "validation_loss": list(self.validation_loss),
+            "learning_rate": list(self.learning_rate),
             "step_losses": self.step_losses.tolist(),
             "best_epoch": self.best_epoch,
             "stopped": self.stopped,
@@ -261,8 +262,8 @@ def fit(
     The model is in train mode in the steps and in eval mode for the validation; afterwards each of its modules has the
     mode that it had before. ``.grad`` is not touched.
 
-    Ctrl-C ends the training after the current step. The ``KeyboardInterrupt`` has the `History` so far as its attribute
-    ``history``. (A second Ctrl-C, for a step that takes too long, interrupts the step.)
+    Ctrl-C ends the training between two steps, at most 20 ms or one step later. The ``KeyboardInterrupt`` has the
+    `History` so far as its attribute ``history``. A second Ctrl-C interrupts a step that takes too long.
 
     Args:
         model: any module.
