@@ -131,14 +131,33 @@ class LossInside(nn.Module):
 
 
 @contextlib.contextmanager
-def refused(wrapper, *models):
-    """Asserts that loss_backward raises and sets no gradient."""
-    with pytest.raises(RuntimeError, match=f"MLP.loss_backward: {wrapper} combines the gradients of this network"):
+def refused(wrapper, *models, op="MLP.loss_backward"):
+    """Asserts that `op` raises and sets no gradient."""
+    with pytest.raises(RuntimeError, match=f"^{op}: {wrapper} combines the gradients of this network"):
         yield
     assert all(parameter.grad is None for model in models for parameter in model.parameters())
 
 
 FUSED = ["mlp", "mlp_backward"]
+
+
+def assert_trains_like_one_process(rank, model):
+    """Checks train_step of a wrapped network with each process's share of the batch, and fit, against a plain loop."""
+    plain, (input, target), (mine, wanted) = nn.Sequential(*network()), batch(), share(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        mbp.train_step(model, mine, wanted, optimizer, max_grad_norm=0.1)
+    mbp.fit(model, mine, wanted, optimizer, epochs=2, shuffle=False, max_grad_norm=0.1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.mse_loss(plain(input), target).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        one = one.full_tensor() if hasattr(one, "full_tensor") else one
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 # --- DistributedDataParallel ----------------------------------------------------------------------------------------
@@ -264,6 +283,26 @@ def ddp_refuses_loss_backward_in_its_forward(rank):
     model, (input, target) = DDP(LossInside(network(), by_hand=True)), share(rank)
     with refused("DistributedDataParallel", model):
         model(input, target)
+
+
+@check
+def ddp_train_step(rank):
+    for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+        assert_trains_like_one_process(rank, DDP(network(), **options))
+    assert_trains_like_one_process(rank, DDP(mbp.fuse(nn.Sequential(*network()))))
+
+
+@check
+def ddp_refuses_train_step(rank):
+    model, fused = DDP(network()), DDP(mbp.fuse(nn.Sequential(*network())))
+    optimizer = torch.optim.SGD([*model.parameters(), *fused.parameters()], lr=0.1)
+    with refused("DistributedDataParallel", model, op="MLP.train_step"):
+        model.module.train_step(*share(rank), optimizer)
+    for inner in (model.module, fused.module):
+        with refused("DistributedDataParallel", model, fused, op="train_step"):
+            mbp.train_step(inner, *share(rank), optimizer)
+        with refused("DistributedDataParallel", model, fused, op="fit"):
+            mbp.fit(inner, *share(rank), optimizer)
 
 
 @check
@@ -432,6 +471,11 @@ def fsdp_clips_and_steps_like_one_process(rank):
             optimizer.step()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.full_tensor(), other, rtol=1e-9, atol=1e-12)
+
+
+@check
+def fsdp_train_step(rank):
+    assert_trains_like_one_process(rank, sharded(network()))
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------------------------

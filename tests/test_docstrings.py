@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import torch_manualbp as mbp
-from torch_manualbp import _layers, compile_backend, conversion, functional, lecture, modules, per_sample, reference
+from torch_manualbp import (
+    _layers,
+    compile_backend,
+    conversion,
+    functional,
+    lecture,
+    modules,
+    per_sample,
+    reference,
+    training,
+)
 from torch_manualbp.inspection import monitor
 
 # The names of these modules are also names of functions.
@@ -16,7 +26,7 @@ INSPECTION = [
     importlib.import_module(f"torch_manualbp.inspection.{name}") for name in ("trace", "gradient_flow", "memory")
 ]
 MODULES = (
-    *(functional, modules, conversion, compile_backend, reference, per_sample, lecture, _layers, monitor),
+    *(functional, modules, conversion, compile_backend, reference, per_sample, training, lecture, _layers, monitor),
     *INSPECTION,
 )
 

@@ -14,13 +14,16 @@ from torch_manualbp.inspection.monitor import GradientFlowMonitor
 from torch_manualbp.inspection.trace import trace
 from torch_manualbp.modules import MLP, LinearReLU
 from torch_manualbp.per_sample import clipped_gradients, per_sample_gradient_norms, per_sample_gradients
+from torch_manualbp.training import History, fit, train_step
 
 __all__ = [
     "MLP",
     "GradientFlowMonitor",
+    "History",
     "LinearReLU",
     "__version__",
     "clipped_gradients",
+    "fit",
     "fuse",
     "gradient_flow",
     "linear_relu",
@@ -31,6 +34,7 @@ __all__ = [
     "per_sample_gradients",
     "safe_globals",
     "trace",
+    "train_step",
     "unfuse",
 ]
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 ACTIVATION_MODES = ("store", "recompute")
 REDUCTIONS = ("mean", "sum")
@@ -49,3 +50,27 @@ def check_choice(op: str, name: str, value: str, choices: Collection[str]) -> No
 def check_activations(op: str, activations: str) -> None:
     """Raises ValueError unless `activations` names a memory mode."""
     check_choice(op, "activations", activations, ACTIVATION_MODES)
+
+
+def check_optimizer(op: str, optimizer: Any) -> None:
+    """Raises TypeError unless `optimizer` is one of torch's, or has their ``step`` and ``param_groups``."""
+    if isinstance(optimizer, Optimizer):
+        return
+    if (
+        isinstance(optimizer, type)
+        or not callable(getattr(optimizer, "step", None))
+        or not isinstance(getattr(optimizer, "param_groups", None), Sequence)
+    ):
+        kind = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        got = f"the class {kind}" if isinstance(optimizer, type) else kind
+        raise TypeError(f"{op}: `optimizer` must be a torch.optim.Optimizer, or wrap one, got {got}")
+
+
+def check_max_grad_norm(op: str, value: Any) -> None:
+    """Raises unless `value` is None or a positive number."""
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: `max_grad_norm` must be a number or None, got {type(value).__name__}")
+    if not value > 0:  # true of NaN, too
+        raise ValueError(f"{op}: `max_grad_norm` must be positive, got {value}")

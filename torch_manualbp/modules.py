@@ -472,16 +472,7 @@ class MLP(FusedForward):
             >>> model[0].weight.grad.shape
             torch.Size([8, 4])
         """
-        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        if (parameters := self._whole(input)) is None or not target_is_ours(input, target, spec):
-            return spec.of(self(input), target)
-        try:
-            value = _compute.loss(KERNELS, input, target, *parameters, spec)
-        except RuntimeError as error:
-            return cast(Tensor, _instead(error, self._loss_by_torch, input, target, spec))
-        if torch.is_grad_enabled():
-            self._tell(input, target, spec)
-        return value
+        return loss_of(self, input, target, loss_spec(loss, reduction, ignore_index, label_smoothing))
 
     def loss_backward(
         self,
@@ -510,76 +501,125 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[2].bias.grad.shape
             (False, torch.Size([1]))
         """
-        if torch.is_inference_mode_enabled():  # .grad must not become an inference tensor: nothing can be added to one
-            with torch.inference_mode(False):
-                return self.loss_backward(
-                    input, target, loss, reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
-                )
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        if _distributed.is_initialized():
-            _distributed.refuse_data_parallel("MLP.loss_backward", self)
-        parameters = self._whole(input)
-        learners = None
-        if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec):
-            learners = unwatched(*parameters)
-        if parameters is None or not learners:
-            return self._backward_by_autograd(input, target, spec)
-        weights, biases = parameters
-        needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
-        try:
-            value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
-        except RuntimeError as error:
-            return cast(Tensor, _instead(error, self._backward_by_autograd, input, target, spec))
-        self._tell(input, target, spec)
-        accumulate(learners, grads)
-        return value
+        return loss_backward(self, input, target, spec, "MLP.loss_backward")
 
-    def _loss_by_torch(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
-        output = self(input)
-        if not spec.loss.of_classes and target.shape != output.shape:  # torch would broadcast
-            raise ValueError
-        return spec.of(output, target)
+    def train_step(
+        self,
+        input: Tensor,
+        target: Tensor,
+        optimizer: Any,
+        loss: str = "mse",
+        reduction: str = "mean",
+        *,
+        max_grad_norm: float | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """One step of training, forward, loss, backward and update: see `torch_manualbp.train_step`.
 
-    def _backward_by_autograd(self, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
-        options: Any = {"ignore_index": spec.ignore_index, "label_smoothing": spec.label_smoothing}
-        with torch.enable_grad():
-            value = self.loss(input, target, spec.name, spec.reduction, **options)
-        with ADDING:
-            learners = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in learners]
-            try:
-                value.backward()  # type: ignore[no-untyped-call]
-            except BaseException:  # from a hook, for example, after some parameters have received their gradients
-                for parameter, grad, numbers in before:
-                    parameter.grad = grad
-                    if grad is not None and numbers is not None:
-                        grad.detach().copy_(numbers)
-                raise
-        return value.detach()
+        Example:
+            >>> model = MLP([4, 8, 1])
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> value = model.train_step(torch.randn(5, 4), torch.randn(5, 1), optimizer)
+            >>> value.requires_grad, model[0].weight.grad
+            (False, None)
+        """
+        from torch_manualbp._steps import Steps  # which is built on this module
 
-    def _whole(self, input: Any) -> _Parameters | None:
-        """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
-        planned = None if self._is_observed() else self._planned(input, may_leave=False)
-        if planned is None or planned[0] is not KERNELS:
-            return None
-        if type(self).forward is not FusedForward.forward or "forward" in self.__dict__:
-            return None
-        _, steps, weights, biases = planned
-        run = steps[0] if len(steps) == 1 else None
-        return (weights, biases) if isinstance(run, _Run) and not run.relu else None
-
-    def _is_observed(self) -> bool:
-        own = self.__dict__
-        return bool(
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        )
-
-    def _tell(self, input: Tensor, target: Tensor, spec: LossSpec) -> None:
-        for watcher in self.__dict__.get("_manualbp_watchers", ()):
-            watcher.after_loss(input, target, spec)
+        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+        return Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
+
+
+# --- a fused network and its loss in one call: functions, as a method might replace one of the fused class's own ------
+
+
+def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
+    """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
+    own = network.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    planned = network._planned(input, may_leave=False)
+    if planned is None or planned[0] is not KERNELS:
+        return None
+    if type(network).forward is not FusedForward.forward or "forward" in own:
+        return None
+    _, steps, weights, biases = planned
+    run = steps[0] if len(steps) == 1 else None
+    return (weights, biases) if isinstance(run, _Run) and not run.relu else None
+
+
+def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+    """The loss of the network's output, and its gradients, in one pass over the batch if possible."""
+    if (parameters := whole_network(network, input)) is None or not target_is_ours(input, target, spec):
+        return spec.of(network(input), target)
+    try:
+        value = _compute.loss(KERNELS, input, target, *parameters, spec)
+    except RuntimeError as error:
+        return cast(Tensor, _instead(error, _loss_by_torch, network, input, target, spec))
+    if torch.is_grad_enabled():
+        tell(network, input, target, spec)
+    return value
+
+
+def loss_backward(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec, op: str) -> Tensor:
+    """Adds the gradients of the loss to ``.grad`` of the parameters, without a graph if that makes no difference.
+
+    op: the public function that errors name.
+    """
+    if torch.is_inference_mode_enabled():  # .grad must not become an inference tensor: nothing can be added to one
+        with torch.inference_mode(False):
+            return loss_backward(network, input, target, spec, op)
+    if _distributed.is_initialized():
+        _distributed.refuse_data_parallel(op, network)
+    parameters = whole_network(network, input)
+    learners = None
+    if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec):
+        learners = unwatched(*parameters)
+    if parameters is None or not learners:
+        return _backward_by_autograd(network, input, target, spec)
+    weights, biases = parameters
+    needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
+    try:
+        value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
+    except RuntimeError as error:
+        return cast(Tensor, _instead(error, _backward_by_autograd, network, input, target, spec))
+    tell(network, input, target, spec)
+    accumulate(learners, grads)
+    return value
+
+
+def tell(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> None:
+    """Reports a pass that computed the loss together with its gradients."""
+    for watcher in network.__dict__.get("_manualbp_watchers", ()):
+        watcher.after_loss(input, target, spec)
+
+
+def _loss_by_torch(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+    output = network(input)
+    if not spec.loss.of_classes and target.shape != output.shape:  # torch would broadcast
+        raise ValueError
+    return spec.of(output, target)
+
+
+def _backward_by_autograd(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+    with torch.enable_grad():
+        value = loss_of(network, input, target, spec)
+    with ADDING:
+        learners = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in learners]
+        try:
+            value.backward()  # type: ignore[no-untyped-call]
+        except BaseException:  # from a hook, for example, after some parameters have received their gradients
+            for parameter, grad, numbers in before:
+                parameter.grad = grad
+                if grad is not None and numbers is not None:
+                    grad.detach().copy_(numbers)
+            raise
+    return value.detach()
