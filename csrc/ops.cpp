@@ -55,8 +55,8 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   // Training steps, losses.numel() of them or fewer once `seconds` have passed, on one batch of `batch_size` rows after
   // another, in the order given: loss and gradients (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and
   // update, in place. needs: which of weight 0, bias 0, weight 1, ... are trained; these are the parameters of the
-  // arguments that follow, as for update. Returns how many steps were made; without a change -1, if dtypes or layouts are
-  // not for it.
+  // arguments that follow, as for update. Returns how many steps were made: all before one that fails. Without a
+  // change: -1, if dtypes or layouts are not for it, or an error, if the first step fails.
   m.def(
       "train(Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] weights, Tensor(b!)?[] biases,"
       " str loss, bool mean, int ignore_index, float label_smoothing, bool[] needs, str rule, Tensor(c!)[] states,"

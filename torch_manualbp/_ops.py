@@ -60,6 +60,7 @@ flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
 update = torch.ops.manualbp.update.default
+train = torch.ops.manualbp.train.default
 plan = torch.ops.manualbp.plan.default
 isa = torch.ops.manualbp.isa.default
 
@@ -68,7 +69,7 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update",
+    "flow_update", "update", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 

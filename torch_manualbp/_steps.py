@@ -11,15 +11,20 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_manualbp import _distributed, _ops
 from torch_manualbp._checks import check_max_grad_norm, check_optimizer
+from torch_manualbp._gradients import unwatched
 from torch_manualbp._losses import LossSpec
-from torch_manualbp.modules import FusedForward, loss_backward
+from torch_manualbp._route import rows_of, target_is_ours
+from torch_manualbp.modules import FusedForward, loss_backward, whole_network
+from torch_manualbp.optimizers import arguments_of, finish
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,6 +60,9 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
+        losses = torch.empty((), dtype=input.dtype)
+        if self._by_kernels(input, target, None, max(rows_of(input), 1), losses) == 1:
+            return losses
         with self._own_gradients() as parameters:
             return self._compose(input, target, parameters)
 
@@ -73,14 +81,53 @@ class Steps:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.run(input, target, order, batch_size, losses, first)
+        if input.dim() == 2:
+            done = first * batch_size
+            rows = (input, target, order[done:]) if order is not None else (input[done:], target[done:], None)
+            if (made := self._by_kernels(*rows, batch_size, losses[first:])) > 0:
+                return first + made
         until = perf_counter() + _SECONDS
         with self._own_gradients() as parameters:
             for k in range(first, len(losses)):
-                rows = batch_of(input, order, batch_size, k), batch_of(target, order, batch_size, k)
-                losses[k] = self._compose(*rows, parameters)
+                batch = batch_of(input, order, batch_size, k), batch_of(target, order, batch_size, k)
+                losses[k] = self._compose(*batch, parameters)
                 if perf_counter() > until:
                     return k + 1
         return len(losses)
+
+    def _by_kernels(self, input: Tensor, target: Tensor, order: Tensor | None, batch_size: int, losses: Tensor) -> int:
+        """Steps in one call of the op `train`, for about `_SECONDS`. Returns their number; -1: the composition must.
+
+        It must wherever `loss_backward` builds a graph and ``optimizer.step()`` is torch's own, or somebody observes.
+        """
+        network, loss, optimizer = self._model, self._loss, self._optimizer
+        if not (isinstance(network, FusedForward) and isinstance(loss, LossSpec)) or network.__dict__.get(
+            "_manualbp_watchers"
+        ):
+            return -1
+        parameters = whole_network(network, input)
+        if parameters is None or input.requires_grad or not target_is_ours(input, target, loss):
+            return -1
+        weights, biases = parameters
+        if _distributed.is_initialized() or not unwatched(weights, biases):
+            return -1
+        in_turn = [each for layer in zip(weights, biases, strict=True) for each in layer]
+        needs = [parameter is not None and parameter.requires_grad for parameter in in_turn]
+        learners = list(compress(in_turn, needs))
+        if (arguments := arguments_of(optimizer, learners)) is None:
+            return -1
+        options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
+        clip = self._max_grad_norm
+        try:
+            made: int = _ops.train(
+                *(input, target, order, batch_size, weights, biases, *options, needs, *arguments),
+                *(clip, losses, _SECONDS),
+            )
+        except RuntimeError:  # nothing has been changed: the composition raises the error of torch, or computes
+            return -1
+        if made > 0:
+            finish(optimizer, learners, arguments)
+        return made
 
     @contextmanager
     def _own_gradients(self) -> Iterator[list[Tensor]]:

@@ -25,6 +25,14 @@ class Rows {
     if (order) copies_.emplace(batch * all.cols);
   }
 
+  // Raises an error unless rows [first, first + count) of the order are rows of the data.
+  void check(const char* op, int64_t first, int64_t count) const {
+    for (int64_t i = first; order_ && i < first + count; ++i) {
+      MBP_CHECK(order_[i] >= 0 && order_[i] < all_.rows, op, ": `order` must hold rows of `input`, 0 to ",
+                all_.rows - 1, ", got ", order_[i]);
+    }
+  }
+
   // Rows [first, first + count) of the order.
   Matrix<const T> batch(int64_t first, int64_t count, const Workers& workers) const {
     if (!order_) return rows_of(all_, first, count);
@@ -145,6 +153,7 @@ class Training {
 
   // One step on rows [first, first + count); writes the loss of before the update.
   void step(int64_t first, int64_t count, T* loss) {
+    input_.check(op_, first, count);
     Pass& pass = pass_of(count);
     const Workers& workers = pass.loss.workers();
     const auto h = input_.batch(first, count, workers);
@@ -190,14 +199,10 @@ class Training {
   std::optional<Pass> pass_;
 };
 
-void check_order(const char* op, const Tensor& order, int64_t rows) {
+void check_order(const char* op, const Tensor& order) {
   MBP_CHECK(dtype_of(order) == aoti_torch_dtype_int64() && order.dim() == 1 && order.is_contiguous(), op,
             ": `order` must be a contiguous int64 tensor of one dimension, got ", dtype_name(dtype_of(order)), " ",
             shape_of(order));
-  const int64_t* const at = const_data<int64_t>(order);
-  for (int64_t i = 0; i < order.numel(); ++i) {
-    MBP_CHECK(at[i] >= 0 && at[i] < rows, op, ": `order` must hold rows of `input`, 0 to ", rows - 1, ", got ", at[i]);
-  }
 }
 
 }  // namespace
@@ -225,13 +230,13 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     using T = decltype(zero);
     Tensor keep_input, keep_target;
     const auto h = as_matrix<T>(input, keep_input);
-    if (order) check_order(op, *order, h.rows);
+    if (order) check_order(op, *order);
     const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
     MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
               " rows make fewer batches of ", batch_size);
     const StepGradients<T> grads(weights, biases, needs);
     Updater updater(op, rule_name, grads.parameters, states, options, groups, fresh);
-    if (!updater.fits() || !updater.counts()) return -1;
+    if (!updater.fits()) return -1;
     for (size_t i = 0; i < grads.parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
     std::optional<Clip<T>> clip;
     if (max_grad_norm) clip.emplace(grads, *max_grad_norm);
@@ -242,7 +247,12 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     int64_t step = 0;
     while (step < steps) {
       const int64_t first = step * batch_size;
-      training.step(first, std::min(batch_size, rows - first), data<T>(losses) + step);
+      try {
+        training.step(first, std::min(batch_size, rows - first), data<T>(losses) + step);
+      } catch (...) {  // a row or a class out of bounds: nothing of this step has been done
+        if (step == 0) throw;
+        break;  // the next call will begin with the step that fails
+      }
       ++step;
       if (step < steps && std::chrono::steady_clock::now() >= deadline) break;
     }
