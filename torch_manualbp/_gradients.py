@@ -11,7 +11,7 @@ from torch_manualbp._route import PLAIN
 # Held while gradients are added, as torch's engine does: two threads may train one network.
 ADDING = threading.RLock()
 # The number of C++ references to a tensor: 1 is that of its Python object. Should torch no longer tell it: too many.
-_use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
+use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
 
 
 def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
@@ -31,7 +31,7 @@ def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor
             parameter._backward_hooks
             or parameter._post_accumulate_grad_hooks
             or not parameter.is_leaf
-            or _use_count(parameter) > 1
+            or use_count(parameter) > 1
             or getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype
         ):
             return None

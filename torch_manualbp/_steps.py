@@ -11,7 +11,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import compress
+from itertools import chain
+from operator import is_, methodcaller
 from time import perf_counter
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
 from torch_manualbp._checks import check_max_grad_norm, check_optimizer
-from torch_manualbp._gradients import unwatched
+from torch_manualbp._gradients import unwatched, use_count
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import rows_of, target_is_ours
-from torch_manualbp.modules import FusedForward, loss_backward, whole_network
-from torch_manualbp.optimizers import arguments_of, finish
+from torch_manualbp.modules import FusedForward, hook_counter, loss_backward, whole_network
+from torch_manualbp.optimizers import Arguments, arguments_of, finish, steps_by_kernels
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -109,24 +110,25 @@ class Steps:
         if parameters is None or input.requires_grad or not target_is_ours(input, target, loss):
             return -1
         weights, biases = parameters
-        if _distributed.is_initialized() or not unwatched(weights, biases):
+        if _distributed.is_initialized():
             return -1
-        in_turn = [each for layer in zip(weights, biases, strict=True) for each in layer]
-        needs = [parameter is not None and parameter.requires_grad for parameter in in_turn]
-        learners = list(compress(in_turn, needs))
-        if (arguments := arguments_of(optimizer, learners)) is None:
+        kept: _Kept | None = optimizer.__dict__.get("_manualbp_kept")
+        if kept is None or not kept.holds(optimizer, weights, biases):
+            if (kept := _Kept.of(optimizer, weights, biases)) is None:
+                return -1
+            optimizer.__dict__["_manualbp_kept"] = kept
+        elif not steps_by_kernels(optimizer):
             return -1
         options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
-        clip = self._max_grad_norm
         try:
             made: int = _ops.train(
-                *(input, target, order, batch_size, weights, biases, *options, needs, *arguments),
-                *(clip, losses, _SECONDS),
+                *(input, target, order, batch_size, weights, biases, *options, kept.needs, *kept.arguments),
+                *(self._max_grad_norm, losses, _SECONDS),
             )
         except RuntimeError:  # nothing has been changed: the composition raises the error of torch, or computes
             return -1
         if made > 0:
-            finish(optimizer, learners, arguments)
+            finish(optimizer, kept.learners, kept.arguments)
         return made
 
     @contextmanager
@@ -183,6 +185,98 @@ class Steps:
             else:
                 nn.utils.clip_grad_norm_(model.parameters(), self._max_grad_norm)
         return value
+
+
+_values = methodcaller("values")
+_requires_grad: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_is_leaf: Any = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+
+
+class _Kept:
+    """What the op needs of an optimizer for a network, kept between calls, because collecting it takes 10 µs.
+
+    It holds while nothing that was read has been exchanged: weights, parameter groups, options, state. No hook has been
+    registered since (`stamp`). These comparisons run without a line of Python per parameter.
+    """
+
+    __slots__ = (
+        "arguments",
+        "biases",
+        "frozen",
+        "learners",
+        "members",
+        "needs",
+        "options",
+        "stamp",
+        "states",
+        "weights",
+    )
+
+    arguments: Arguments
+    stamp: float
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    learners: list[Tensor]
+    frozen: list[Tensor]
+    needs: list[bool]
+    members: list[Any]
+    options: list[Any]
+    states: list[Any]
+
+    @staticmethod
+    def of(optimizer: Any, weights: list[Tensor], biases: list[Tensor | None]) -> "_Kept | None":
+        """None: the composition must compute the step, as a graph or torch's own ``step`` is needed."""
+        kept = _Kept()
+        kept.stamp = hook_counter.next_id
+        if not unwatched(weights, biases):
+            return None
+        in_turn = [each for layer in zip(weights, biases, strict=True) for each in layer]
+        kept.weights, kept.biases = weights, biases
+        kept.needs = [each is not None and each.requires_grad for each in in_turn]
+        kept.learners = [each for each in in_turn if each is not None and each.requires_grad]
+        kept.frozen = [each for each in in_turn if each is not None and not each.requires_grad]
+        arguments = arguments_of(optimizer, kept.learners)
+        if arguments is None:
+            return None
+        kept.arguments = arguments
+        kept.members, kept.options, kept.states = _read(optimizer)
+        if True in arguments.fresh:  # momentum buffers that are part of the state only after this step
+            kept.stamp = float("nan")
+        return kept
+
+    def holds(self, optimizer: Any, weights: list[Tensor], biases: list[Tensor | None]) -> bool:
+        """Whether `of` would return an equal object."""
+        if not (
+            self.stamp == hook_counter.next_id
+            and len(weights) == len(self.weights)
+            and all(map(is_, weights, self.weights))
+            and all(map(is_, biases, self.biases))
+            and all(map(_requires_grad, self.learners))
+            and not any(map(_requires_grad, self.frozen))
+            and all(map(_is_leaf, self.learners))
+            and max(map(use_count, self.learners)) == 1
+            and not torch.is_anomaly_enabled()
+        ):
+            return False
+        members, options, states = _read(optimizer)
+        return (
+            options == self.options
+            and len(members) == len(self.members)
+            and all(map(is_, members, self.members))
+            and len(states) == len(self.states)
+            and all(map(is_, states, self.states))
+        )
+
+
+def _read(optimizer: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """What `_Kept` compares, a flat list each: the parameters of all groups, the options, the state."""
+    state, members, options = optimizer.state, [], []
+    for group in optimizer.param_groups:
+        members += group["params"]
+        options += optimizer._options(group)
+        options += len(members), group["differentiable"], group.get("capturable")
+    options += map(type, options)  # a tensor may equal a number
+    return members, options, [*state, *chain.from_iterable(map(_values, state.values()))]
 
 
 def batch_of(rows: Tensor, order: Tensor | None, batch_size: int, k: int) -> Tensor:

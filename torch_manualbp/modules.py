@@ -191,7 +191,7 @@ class _Uncounted:
 
 
 # Torch numbers the hooks that are registered on any module or tensor. Should it stop, every call makes a new plan.
-_hook_counter: Any = RemovableHandle if isinstance(getattr(RemovableHandle, "next_id", None), int) else _Uncounted
+hook_counter: Any = RemovableHandle if isinstance(getattr(RemovableHandle, "next_id", None), int) else _Uncounted
 
 
 class _Plan:
@@ -209,7 +209,7 @@ class _Plan:
         kinds = [_fusable_kind(child) for child in children]
         self.steps, _, _ = _steps_of(children, kinds)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
-        self.stamp = _hook_counter.next_id
+        self.stamp = hook_counter.next_id
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
             self.stamp, self.left_to_torch = _NAN, 0.0  # removing a hook leaves no trace: look at every call
         # Each child and its class; for children in a run also their attributes and the number of these.
@@ -377,7 +377,7 @@ class FusedForward(nn.Sequential):
             kinds = [_fusable_kind(child) for child in children]
             return None if global_hooks_exist() else (GRAPH, *_steps_of(children, kinds))
         modules = own["_modules"]
-        if plan is None or plan.stamp != _hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
+        if plan is None or plan.stamp != hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
                 return None
             if way is TORCH and (way := route(input)) is TORCH:  # the plan that left it to torch is outdated

@@ -42,16 +42,22 @@ def arguments_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Argument
         optimizer: any optimizer.
         parameters: leaf tensors, in any order.
     """
-    if not (
+    if not steps_by_kernels(optimizer):
+        return None
+    assert isinstance(optimizer, _FusedStep)
+    group_of = {id(each): k for k, group in enumerate(optimizer.param_groups) for each in group["params"]}
+    groups = [group_of.get(id(parameter), -1) for parameter in parameters]
+    return None if -1 in groups else _arguments(optimizer, parameters, groups)
+
+
+def steps_by_kernels(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step()`` is ours, and nobody sees or replaces a call of it."""
+    return (
         isinstance(optimizer, _FusedStep)
         and ("step" not in optimizer.__dict__ or _is_scheduled(optimizer))
         and route_step(optimizer, optimizer._plain) is not TORCH
         and not step_is_observed(optimizer)
-    ):
-        return None
-    group_of = {id(each): k for k, group in enumerate(optimizer.param_groups) for each in group["params"]}
-    groups = [group_of.get(id(parameter), -1) for parameter in parameters]
-    return None if -1 in groups else _arguments(optimizer, parameters, groups)
+    )
 
 
 def finish(optimizer: Optimizer, parameters: Sequence[Tensor], arguments: Arguments) -> None:
