@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_manualbp._checks import check_max_grad_norm, check_optimizer
+from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor
 from torch_manualbp._losses import LossSpec
 from torch_manualbp.modules import FusedForward, loss_backward
 
@@ -55,6 +55,8 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
+        check_tensor(self._op, "input", input)
+        check_tensor(self._op, "target", target)
         with self._own_gradients() as parameters:
             return self._compose(input, target, parameters)
 
