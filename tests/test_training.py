@@ -706,6 +706,12 @@ def test_without_patience_the_last_weights_stay():
     assert model[0].weight.item() == 6
 
 
+def test_an_equal_loss_is_no_improvement():
+    model = mbp.MLP(SIZES)
+    history = mbp.fit(model, *data(), still(model), epochs=9, patience=3, validation=data())
+    assert (len(history.loss), history.stopped, history.best_epoch) == (4, "patience", 0)
+
+
 def test_nan_is_no_improvement():
     model = mbp.MLP(SIZES)
     x, y = data()
