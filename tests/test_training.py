@@ -365,6 +365,16 @@ def test_an_optimizer_of_the_user_gets_the_closure_that_it_needs():
     assert_same_training(model, ours, twin, theirs)
 
 
+def test_a_step_without_a_signature_gets_no_closure():
+    class Compiled:
+        step, param_groups = staticmethod(vars), []  # like other functions written in C, `vars` has none
+
+    model = mbp.MLP(SIZES)
+    batch = data()
+    want = model.loss(*batch).detach()
+    assert_equal(model.train_step(*batch, Compiled()), want)
+
+
 def test_clipping_is_left_to_a_model_that_does_it_itself():
     class Sharded(nn.Sequential):
         def clip_grad_norm_(self, max_norm):
@@ -406,6 +416,8 @@ def test_an_optimizer_that_steps_during_backward():
         ({"max_grad_norm": math.nan}, ValueError, r"`max_grad_norm` must be positive, got nan"),
         ({"max_grad_norm": "1"}, TypeError, r"`max_grad_norm` must be a number or None, got str"),
         ({"max_grad_norm": True}, TypeError, r"`max_grad_norm` must be a number or None, got bool"),
+        ({"input": [[1.0]]}, TypeError, r"train_step: `input` must be a Tensor, got list"),
+        ({"target": None}, TypeError, r"train_step: `target` must be a Tensor, got NoneType"),
         ({"loss": "l1"}, ValueError, r"train_step: `loss` must be one of 'mse'.*, got 'l1'"),
         ({"loss": 3}, TypeError, r"train_step: `loss` must be one of 'mse'.* or a function .*, got int"),
         ({"loss": F.l1_loss, "reduction": "sum"}, ValueError, r"options of the losses that have a name"),
@@ -526,7 +538,6 @@ def test_batches_without_shuffling_draw_no_random_numbers():
 
 
 def test_a_generator_leaves_the_default_one_alone():
-    before = torch.get_rng_state()
     model = Recorder()
     before = torch.get_rng_state()
     mbp.fit(model, *numbered(7), still(model), generator=torch.Generator().manual_seed(4))
@@ -693,6 +704,12 @@ def test_without_patience_the_last_weights_stay():
     history = mbp.fit(model, torch.ones(4, 1), torch.ones(4), optimizer, loss=distance_from_three(model), epochs=6)
     assert (history.stopped, history.restored, history.best_epoch) == ("epochs", False, 3)
     assert model[0].weight.item() == 6
+
+
+def test_an_equal_loss_is_no_improvement():
+    model = mbp.MLP(SIZES)
+    history = mbp.fit(model, *data(), still(model), epochs=9, patience=3, validation=data())
+    assert (len(history.loss), history.stopped, history.best_epoch) == (4, "patience", 0)
 
 
 def test_nan_is_no_improvement():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
-from torch_manualbp._checks import check_max_grad_norm, check_optimizer
+from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor
 from torch_manualbp._gradients import unwatched, use_count
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import rows_of, target_is_ours
@@ -29,6 +29,7 @@ from torch_manualbp.optimizers import Arguments, arguments_of, finish, steps_by_
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
+_MOST = 1 << 16  # steps in one call of the op
 _SECONDS = 0.02  # after which `run` returns, so that Python handles signals and shows progress
 
 
@@ -61,6 +62,8 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
+        check_tensor(self._op, "input", input)
+        check_tensor(self._op, "target", target)
         losses = torch.empty((), dtype=input.dtype)
         if self._by_kernels(input, target, None, max(rows_of(input), 1), losses) == 1:
             return losses
@@ -82,10 +85,12 @@ class Steps:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.run(input, target, order, batch_size, losses, first)
-        if input.dim() == 2:
+        if input.dim() == 2 and first < len(losses):
             done = first * batch_size
             rows = (input, target, order[done:]) if order is not None else (input[done:], target[done:], None)
-            if (made := self._by_kernels(*rows, batch_size, losses[first:])) > 0:
+            values = torch.empty(min(len(losses) - first, _MOST), dtype=input.dtype)
+            if (made := self._by_kernels(*rows, batch_size, values)) > 0:
+                losses[first : first + made] = values[:made]
                 return first + made
         until = perf_counter() + _SECONDS
         with self._own_gradients() as parameters:
