@@ -280,7 +280,7 @@ def _read(optimizer: Any) -> tuple[list[Any], list[Any], list[Any]]:
         members += group["params"]
         options += optimizer._options(group)
         options += len(members), group["differentiable"], group.get("capturable")
-    options += map(type, options)  # a tensor may equal a number
+    options += [*map(type, options)]  # a tensor may equal a number
     return members, options, [*state, *chain.from_iterable(map(_values, state.values()))]
 
 
