@@ -52,6 +52,8 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, amsgrad=True),
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
+    "fused SGD": lambda parameters: mbp.fuse(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2)),
+    "fused Adam": lambda parameters: mbp.fuse(torch.optim.Adam(parameters, lr=0.02)),
     "LBFGS": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3),
 }
 LOSSES = {

@@ -115,15 +115,13 @@ class Steps:
         if parameters is None or input.requires_grad or not target_is_ours(input, target, loss):
             return -1
         weights, biases = parameters
-        if _distributed.is_initialized():
+        if _distributed.is_initialized() or not steps_by_kernels(optimizer):
             return -1
         kept: _Kept | None = optimizer.__dict__.get("_manualbp_kept")
         if kept is None or not kept.holds(optimizer, weights, biases):
             if (kept := _Kept.of(optimizer, weights, biases)) is None:
                 return -1
             optimizer.__dict__["_manualbp_kept"] = kept
-        elif not steps_by_kernels(optimizer):
-            return -1
         options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
         try:
             made: int = _ops.train(

@@ -1,0 +1,409 @@
+"""A training step in one op equals its composition bit for bit, and where it would not, the composition computes."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parametrize
+
+import torch_manualbp as mbp
+from helpers import DTYPES
+from torch_manualbp import _ops, _steps
+from torch_manualbp._losses import loss_spec
+
+pytestmark = pytest.mark.cpu_only
+
+RULES = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.2, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, maximize=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, weight_decay=0.1, eps=1e-4),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, eps=1e-4),
+}
+SIZES = [5, 19, 8, 3]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The steps that each call of the op has made."""
+    counts = []
+    train = _ops.train
+
+    def counted(*args):
+        counts.append(train(*args))
+        return counts[-1]
+
+    monkeypatch.setattr(_ops, "train", counted)
+    return counts
+
+
+def data(rows=23, loss="mse", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(rows, SIZES[0], generator=generator).to(dtype)
+    if loss == "cross_entropy":
+        return input, torch.randint(SIZES[-1], (rows,), generator=generator)
+    return input, torch.rand(rows, SIZES[-1], generator=generator).to(dtype)
+
+
+def network(dtype=torch.float32, sizes=SIZES, **options):
+    torch.manual_seed(1)
+    return mbp.MLP(sizes, **options).to(dtype)
+
+
+def composed(model, optimizer, input, target, loss="mse", max_grad_norm=None):
+    """The step by its parts."""
+    model.zero_grad()
+    value = model.loss_backward(input, target, loss)
+    if max_grad_norm is not None:
+        clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    model.zero_grad()
+    return value
+
+
+def numbers(model, optimizer):
+    state = optimizer.state_dict()["state"]
+    return [
+        *model.parameters(),
+        *(value for key in sorted(state) for value in state[key].values() if value is not None),
+    ]
+
+
+def assert_same(model, optimizer, other, other_optimizer):
+    pairs = zip(numbers(model, optimizer), numbers(other, other_optimizer), strict=True)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def twins(rule="Adam", dtype=torch.float32, **options):
+    model = network(dtype, **options)
+    other = copy.deepcopy(model)
+    return model, mbp.fuse(RULES[rule](model.parameters())), other, mbp.fuse(RULES[rule](other.parameters()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_has_the_bits_of_its_parts(made, rule, dtype):
+    model, optimizer, other, other_optimizer = twins(rule, dtype)
+    for step in range(4):
+        input, target = data(20 + step, dtype=dtype)
+        clip = 0.05 if step % 2 else None
+        value = model.train_step(input, target, optimizer, max_grad_norm=clip)
+        assert torch.equal(value, composed(other, other_optimizer, input, target, max_grad_norm=clip))
+    assert made == [1] * 4
+    assert_same(model, optimizer, other, other_optimizer)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
+@pytest.mark.parametrize("sizes", [[5, 3], [5, 1, 3], [5, 300, 3], [5, 64, 64, 3]])
+@pytest.mark.parametrize("rows", [1, 64, 3000])
+def test_every_loss_on_every_kind_of_batch(made, loss, sizes, rows):
+    model, optimizer, other, other_optimizer = twins(sizes=sizes)
+    input, target = data(rows, loss)
+    for _ in range(2):
+        value = model.train_step(input, target, optimizer, loss, max_grad_norm=0.1)
+        assert torch.equal(value, composed(other, other_optimizer, input, target, loss, max_grad_norm=0.1))
+    assert made == [1, 1]
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("seconds", [0.0, 10.0], ids=["one step a call", "one call"])
+def test_steps_of_an_epoch_are_single_steps(made, monkeypatch, loss, ordered, seconds):
+    monkeypatch.setattr(_steps, "_SECONDS", seconds)
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data(23, loss)
+    order = torch.randperm(23) if ordered else torch.arange(23)
+    losses = torch.zeros(5, dtype=torch.float64)
+    steps = _steps.Steps(model, optimizer, loss_spec(loss, "mean", -100, 0.0), 0.5, "fit")
+    step = 0
+    while step < 5:
+        step = steps.run(input, target, order if ordered else None, 5, losses, step)
+    assert made == ([1] * 5 if seconds == 0 else [5])
+    for k in range(5):
+        rows = order[5 * k : 5 * k + 5]
+        assert losses[k] == composed(other, other_optimizer, input[rows], target[rows], loss, max_grad_norm=0.5)
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_strided_data_need_no_copy(made):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data(46)
+    mbp.fit(model, input[::2], target.t().contiguous().t()[::2], optimizer, batch_size=7, shuffle=False)
+    mbp.fit(other, input[::2].contiguous(), target[::2].contiguous(), other_optimizer, batch_size=7, shuffle=False)
+    assert sum(made) == 8
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_frozen_and_missing_parameters(made):
+    model, optimizer, other, other_optimizer = twins(bias=False)
+    for each in (model, other):
+        each[2].weight.requires_grad_(False)
+    frozen = model[2].weight.clone()
+    input, target = data()
+    for _ in range(3):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+    assert made == [1] * 3
+    assert torch.equal(model[2].weight, frozen)
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_groups_have_options_of_their_own(made):
+    def grouped(model):
+        weights = [p for p in model.parameters() if p.dim() == 2]
+        biases = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": weights, "weight_decay": 0.3}, {"params": biases, "lr": 0.5}]
+        return mbp.fuse(torch.optim.AdamW(groups, lr=0.01))
+
+    model, other = network(), network()
+    optimizer, other_optimizer = grouped(model), grouped(other)
+    input, target = data()
+    for _ in range(3):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+    assert made == [1] * 3
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def change_lr(model, optimizer):
+    optimizer.param_groups[0]["lr"] = 0.3
+
+
+def change_to_amsgrad(model, optimizer):
+    optimizer.param_groups[0]["amsgrad"] = True
+    for state in optimizer.state.values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+
+def freeze(model, optimizer):
+    model[0].weight.requires_grad_(False)
+
+
+def load_state(model, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def forget_state(model, optimizer):
+    optimizer.state.clear()
+
+
+def exchange_storage(model, optimizer):
+    model[2].weight.data = model[2].weight.data * 2
+
+
+def exchange_a_state(model, optimizer):
+    optimizer.state[model[0].weight]["exp_avg"] = torch.ones_like(model[0].weight)
+
+
+def replace_a_layer(model, optimizer):
+    torch.manual_seed(5)
+    model[2] = nn.Linear(19, 8)
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.2})
+
+
+def write_into_a_weight(model, optimizer):
+    with torch.no_grad():
+        model[4].weight.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(change_lr, change_to_amsgrad, freeze, load_state, forget_state, exchange_storage, exchange_a_state),
+        *(replace_a_layer, write_into_a_weight),
+    ],
+)
+def test_a_change_between_steps_counts(made, change):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    for step in range(4):
+        if step == 2:
+            change(model, optimizer)
+            change(other, other_optimizer)
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+    assert made == [1] * 4
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def parameter_hook(model, optimizer):
+    model[0].weight.register_hook(lambda grad: grad * 2)
+
+
+def post_accumulate_hook(model, optimizer):
+    def hook(parameter):
+        parameter.grad.mul_(3)
+
+    model[0].bias.register_post_accumulate_grad_hook(hook)
+
+
+def module_hook(model, optimizer):
+    model[2].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def step_hook(model, optimizer):
+    def hook(optimizer, args, kwargs):
+        model[0].bias.grad.zero_()
+
+    optimizer.register_step_pre_hook(hook)
+
+
+def parametrization(model, optimizer):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    original = model[0].weight
+    parametrize.register_parametrization(model[0], "weight", Double())
+    assert model[0].parametrizations.weight.original is original
+
+
+def tensor_lr(model, optimizer):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+
+
+def transposed_weight(model, optimizer):
+    model[2].weight.data = model[2].weight.data.t().contiguous().t()
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = optimizer.state[model[2].weight]
+        state[name] = torch.empty_like(model[2].weight).copy_(state[name])
+
+
+def unfused(model, optimizer):
+    mbp.unfuse(optimizer)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        *(parameter_hook, post_accumulate_hook, module_hook, step_hook, parametrization, tensor_lr, transposed_weight),
+        unfused,
+    ],
+)
+def test_what_the_op_does_not_know_takes_the_composition(made, disturb):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    for step in range(4):
+        if step == 2:
+            disturb(model, optimizer)
+            disturb(other, other_optimizer)
+        value = model.train_step(input, target, optimizer)
+        assert torch.equal(value, composed(other, other_optimizer, input, target))
+    assert [count for count in made if count > 0] == [1, 1]
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_a_hook_on_the_accumulating_node_takes_the_composition(made):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    node = model[0].weight.expand_as(model[0].weight).grad_fn.next_functions[0][0]
+    seen = []
+    node.register_hook(lambda *args: seen.append(1))
+    model.train_step(input, target, optimizer)
+    assert made == [1] and seen == [1]
+
+
+def test_an_input_that_requires_a_gradient_gets_it(made):
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    input.requires_grad_()
+    model.train_step(input, target, optimizer)
+    assert made == [] and input.grad is not None
+
+
+def test_parameters_of_no_group_take_the_composition(made):
+    model = network()
+    optimizer = mbp.fuse(torch.optim.Adam(model[0].parameters()))
+    others = [parameter.clone() for parameter in model[2].parameters()]
+    model.train_step(*data(), optimizer)
+    assert made == []
+    assert all(map(torch.equal, model[2].parameters(), others))
+
+
+def test_two_networks_of_one_optimizer(made):
+    one, two = network(), network(sizes=[5, 7, 3])
+    optimizer = mbp.fuse(torch.optim.Adam([*one.parameters(), *two.parameters()], lr=0.01))
+    alone, copied = copy.deepcopy(one), copy.deepcopy(two)
+    optimizers = [mbp.fuse(torch.optim.Adam(each.parameters(), lr=0.01)) for each in (alone, copied)]
+    input, target = data()
+    for _ in range(2):
+        one.train_step(input, target, optimizer)
+        two.train_step(input, target, optimizer)
+        composed(alone, optimizers[0], input, target)
+        composed(copied, optimizers[1], input, target)
+    assert made == [1] * 4
+    assert all(map(torch.equal, [*one.parameters(), *two.parameters()], [*alone.parameters(), *copied.parameters()]))
+
+
+def test_an_error_in_a_step_leaves_the_model_at_the_end_of_the_step_before(made):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data(20, "cross_entropy")
+    target[12] = 77
+    with pytest.raises(IndexError, match="77"):
+        mbp.fit(model, input, target, optimizer, loss="cross_entropy", batch_size=5, shuffle=False)
+    for k in range(2):
+        composed(other, other_optimizer, input[5 * k : 5 * k + 5], target[5 * k : 5 * k + 5], "cross_entropy")
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_a_graph_of_before_the_step_is_stale():
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    output = model(input).sum()
+    model.train_step(input, target, optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_a_scheduler_knows_that_a_step_was_made(recwarn):
+    model, optimizer, _, _ = twins()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    model.train_step(*data(), optimizer)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.005
+    assert not recwarn.list
+
+
+def test_steps_do_not_depend_on_threads():
+    results = []
+    for threads, (sizes, rows) in itertools.product((1, 2, 3), (([5, 64, 64, 3], 64), ([5, 300, 300, 3], 500))):
+        torch.set_num_threads(threads)
+        model = network(sizes=sizes)
+        optimizer = mbp.fuse(torch.optim.Adam(model.parameters(), lr=0.01))
+        history = mbp.fit(model, *data(1100), optimizer, batch_size=rows, generator=torch.Generator().manual_seed(3))
+        results.append([*model.parameters(), history.step_losses])
+    torch.set_num_threads(2)
+    for k in (0, 1):
+        for other in results[k + 2 :: 2]:
+            assert all(map(torch.equal, results[k], other))
+
+
+@pytest.mark.parametrize("case", ["order", "losses", "batch_size", "needs", "states", "target"])
+def test_errors_of_the_op_name_the_argument(case):
+    model, optimizer, _, _ = twins("SGD")
+    input, target = data()
+    weights, biases = [each.weight for each in model[::2]], [each.bias for each in model[::2]]
+    arguments = {
+        "input": input, "target": target, "order": torch.arange(23), "batch_size": 5, "weights": weights,
+        "biases": biases, "loss": "mse", "mean": True, "ignore_index": -100, "label_smoothing": 0.0,
+        "needs": [True] * 6, "rule": "sgd", "states": [], "options": [0.1, 0, 0, 0, 0, 0], "groups": [0] * 6,
+        "fresh": [], "max_grad_norm": None, "losses": torch.empty(5), "seconds": 1.0,
+    }  # fmt: skip
+    assert _ops.train(*arguments.values()) == 5
+    wrong = {
+        "order": torch.tensor([0, 23, 1]), "losses": torch.empty(6), "batch_size": 0, "needs": [True] * 5,
+        "states": [input], "target": target[:, :2],
+    }  # fmt: skip
+    arguments[case] = wrong[case]
+    if case == "order":
+        arguments["losses"] = torch.empty(1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=f"train: `{case}"):
+        _ops.train(*arguments.values())
+    assert all(map(torch.equal, before, model.parameters()))
