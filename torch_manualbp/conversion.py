@@ -87,7 +87,7 @@ def unfuse(module: _M) -> _M: ...
 @overload
 def unfuse(module: _O) -> _O: ...
 def unfuse(module: Any) -> Any:
-    """The inverse of `fuse`: every Sequential that it changed, or the optimizer, gets its original class back; in place.
+    """The inverse of `fuse`: each Sequential that it changed, or the optimizer, gets its class back; in place.
 
     An `MLP` stays an `MLP`, since it was not made by `fuse`; ``nn.Sequential(*model)`` is its plain network. Whatever
     ``fully_shard``, ``replicate`` or ``parametrize`` have added to a class, before `fuse` or after it, is kept.

@@ -263,7 +263,7 @@ def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
 
 
 def _is_scheduled(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` is the wrapper of a scheduler (torch's, or `_scheduled_step`) around its class's step."""
+    """Whether ``optimizer.step`` is what a scheduler (or `_scheduled_step`) has put around the step of its class."""
     step: Any = optimizer.__dict__["step"]
     return (
         getattr(step, "__globals__", None) in (vars(lr_scheduler), globals())
