@@ -38,6 +38,33 @@ def mlp_loss_args(loss, dtype=torch.float64, leading=B, sizes=SIZES):
     return (net.input, target, *net[1:], loss, True, -100, 0.1)
 
 
+def update_args(rule, dtype=torch.float32):
+    """Arguments of update, for a matrix and a vector in two groups; of these, the second has amsgrad or a momentum."""
+    parameters = [torch.randn(3, 5).to(dtype), torch.randn(7).to(dtype)]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    if rule == "sgd":
+        return (
+            parameters,
+            gradients,
+            "sgd",
+            [torch.ones(7).to(dtype)],
+            [0.1, 0, 0, 0, 0, 0, 0.1, 0.9, 0, 0, 0, 0],
+            [0, 1],
+            [False],
+        )
+    states = [torch.ones_like(parameter) for _ in range(2) for parameter in parameters]
+    options = [0.1, 0.9, 0.99, 1e-8, 0, 0, 0, 0, 0.1, 0.9, 0.99, 1e-8, 0, 0, 1, 0]
+    return (
+        parameters,
+        gradients,
+        "adam",
+        [*states, torch.tensor(1.0), torch.tensor(2.0), torch.ones(7).to(dtype)],
+        options,
+        [0, 1],
+        [],
+    )
+
+
 # --- the needs mask -------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +160,12 @@ def test_opcheck_of_mlp(final_relu):
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
 def test_opcheck_of_mlp_loss(loss):
     opcheck(_ops.mlp_loss, (*mlp_loss_args(loss), [True, False, True, True, False, True, True], False))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_opcheck_of_update(rule):
+    # Not traced: torch.compile and others capture torch's own step.
+    opcheck(_ops.update, update_args(rule), test_utils=("test_schema", "test_autograd_registration"))
 
 
 def same_metadata(fake, real):
@@ -256,6 +289,83 @@ def test_mlp_backward_errors_name_the_argument(case):
     assert len(_ops.mlp_backward(**args)) == 7
     with pytest.raises(RuntimeError, match="mlp_backward: " + message):
         _ops.mlp_backward(**{**args, **changes})
+
+
+UPDATE_ERRORS = {
+    "rule": ("adam", {"rule": "lamb"}, r"`rule` must be sgd or adam, got lamb"),
+    "options length": ("sgd", {"options": [0.1] * 7}, r"`options` must have 6 items for each group, got 7"),
+    "groups length": ("sgd", {"groups": [0]}, r"`groups` must have one item per parameter \(2\), got 1"),
+    "group": ("adam", {"groups": [0, 2]}, r"`groups` must be between 0 and 1, got 2"),
+    "negative group": ("adam", {"groups": [-1, 0]}, r"`groups` must be between 0 and 1, got -1"),
+    "states of sgd": ("sgd", {"states": []}, r"`states` must have 1 items, got 0"),
+    "states of adam": ("adam", {"states": [torch.ones(7)] * 8}, r"`states` must have 7 items, got 8"),
+    "fresh of sgd": ("sgd", {"fresh": []}, r"`fresh` must have 1 items, got 0"),
+    "fresh of adam": ("adam", {"fresh": [True]}, r"`fresh` must have 0 items, got 1"),
+    "gradients length": (
+        "sgd",
+        {"gradients": [torch.ones(3, 5)]},
+        r"`gradients` must have one item per parameter \(2\)",
+    ),
+    "gradient shape": (
+        "sgd",
+        {"gradients": [torch.ones(3, 5), torch.ones(6)]},
+        r"`gradients\[1\]` must have the shape of `parameters\[1\]` \(7,\), got \(6,\)",
+    ),
+    "state shape": (
+        "sgd",
+        {"states": [torch.ones(1, 7)]},
+        r"`states\[0\]` must have the shape of `parameters\[1\]` \(7,\), got \(1, 7\)",
+    ),
+    "step": (
+        "adam",
+        {"states": [*update_args("adam")[3][:4], torch.ones(2), *update_args("adam")[3][5:]]},
+        r"`states\[4\]` must be a single number, got \(2,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UPDATE_ERRORS)
+def test_update_errors_name_the_argument(case):
+    rule, changes, message = UPDATE_ERRORS[case]
+    names = ("parameters", "gradients", "rule", "states", "options", "groups", "fresh")
+    args = dict(zip(names, update_args(rule), strict=True))
+    assert _ops.update(**args)
+    with pytest.raises(RuntimeError, match="update: " + message):
+        _ops.update(**{**args, **changes})
+
+
+@pytest.mark.parametrize("name", ["parameters", "gradients", "states"])
+def test_update_of_freed_storage_is_an_error(name):
+    names = ("parameters", "gradients", "rule", "states", "options", "groups", "fresh")
+    args = dict(zip(names, update_args("adam"), strict=True))
+    args[name][1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=rf"update: `{name}\[1\]` has no memory: its storage was freed"):
+        _ops.update(**args)
+
+
+LEFT_TO_TORCH = {
+    "dtype of a gradient": lambda p, g, s: g.__setitem__(1, g[1].double()),
+    "dtype of a state": lambda p, g, s: s.__setitem__(1, s[1].double()),
+    "dtype of a parameter": lambda p, g, s: p.__setitem__(1, p[1].to(torch.complex64)),
+    "strides of a gradient": lambda p, g, s: g.__setitem__(0, g[0].t().contiguous().t()),
+    "strides of a state": lambda p, g, s: s.__setitem__(2, s[2].t().contiguous().t()),
+    "memory with gaps": lambda p, g, s: p.__setitem__(1, p[1].repeat_interleave(2)[::2]),
+    "expanded memory": lambda p, g, s: p.__setitem__(1, p[1][:1].expand(7)),
+    "gradient that is the parameter": lambda p, g, s: g.__setitem__(1, p[1]),
+    "count in integers": lambda p, g, s: s.__setitem__(4, s[4].long()),
+    "count that is not a number": lambda p, g, s: s.__setitem__(4, torch.tensor(float("nan"))),
+    "another device": lambda p, g, s: g.__setitem__(0, g[0].to("meta")),
+    "sparse": lambda p, g, s: g.__setitem__(0, g[0].to_sparse()),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_TO_TORCH)
+def test_update_changes_nothing_if_it_returns_false(case):
+    parameters, gradients, rule, states, *rest = update_args("adam")
+    LEFT_TO_TORCH[case](parameters, gradients, states)
+    before = [tensor.clone() for tensor in (*parameters, *states)]
+    assert not _ops.update(parameters, gradients, rule, states, *rest)
+    assert_equal([*parameters, *states], before)
 
 
 def test_mlp_without_weights_or_with_too_few_biases_is_an_error():

@@ -4,12 +4,10 @@ Parity is checked step by step from equal states, so that a difference is not th
 """
 
 import copy
-import inspect
 import io
 import itertools
 import pickle
 import platform
-import warnings
 import weakref
 
 import pytest
@@ -85,7 +83,7 @@ def parameters_of(shapes=SHAPES, dtype=torch.float32):
 
 def pair(kind, options, parameters):
     """A fused optimizer of these parameters, and a plain one of equal parameters."""
-    twin = copy.deepcopy(parameters)
+    twin = [nn.Parameter(each.detach().clone()) if each.requires_grad else each.clone() for each in parameters]
     return mbp.fuse(kind(parameters, **options)), kind(twin, **options)
 
 
@@ -109,6 +107,10 @@ def state_of(optimizer):
     return found
 
 
+def tensors_of(optimizer):
+    return [tensor for _, tensor in state_of(optimizer)]
+
+
 def assert_same_state(ours, theirs):
     """Equal bits, and the same layout of the state."""
     one, other = ours.state_dict(), theirs.state_dict()
@@ -116,7 +118,7 @@ def assert_same_state(ours, theirs):
     assert [(k, list(state)) for k, state in one["state"].items()] == [
         (k, list(state)) for k, state in other["state"].items()
     ]
-    for (_, a), (_, b) in zip(state_of(ours), state_of(theirs), strict=True):
+    for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
         assert_equal(a, b)
 
@@ -128,31 +130,37 @@ SAME_ROUNDING = platform.machine() != "x86_64" or (
 
 
 def assert_steps_agree(ours, theirs):
-    """Performs a step of both, from equal states, and compares all that it changes within 2 units of the last place.
+    """Performs a step of both, from equal states, and compares all that it changes.
 
-    The unit is that of the largest number that was added. Moments of float32 and float64, and parameters of SGD, are
-    equal; Adam's divide by a square root that torch leaves to MKL, which may return a neighbour of the nearest number.
+    Moments and the parameters of SGD are equal, bit for bit, unless torch computes them in another order (``fused``).
+    Adam divides by a square root that torch leaves to MKL, which may return a neighbour of the nearest number: of five
+    million parameters, the largest difference was 2.3 eps of the numbers that are added, with lr=1 in float32.
     """
     draw_gradients(ours, theirs)
-    before = {id(parameter): parameter.detach().clone() for parameter in all_parameters(theirs)}
-    states = {name: [] for name in ("exp_avg", "momentum_buffer")}
+    before = [parameter.detach().double().clone() for parameter in all_parameters(theirs)]
+    is_exact = SAME_ROUNDING and not any(group["fused"] for group in theirs.param_groups)
     ours.step()
     theirs.step()
-    for one, other in zip(all_parameters(ours), all_parameters(theirs), strict=True):
-        old, gradient = before[id(other)].double().abs(), other.grad.double().abs()
-        sizes = {"parameter": torch.maximum(old, other.detach().double().abs())}
-        sizes["exp_avg"] = sizes["momentum_buffer"] = gradient + old + 1
-        sizes["exp_avg_sq"] = sizes["max_exp_avg_sq"] = (gradient + old) ** 2 + 1
-        mine, wanted = {"parameter": one, **ours.state[one]}, {"parameter": other, **theirs.state[other]}
+    for one, other, old in zip(all_parameters(ours), all_parameters(theirs), before, strict=True):
+        gradient, change = other.grad.double().abs() + old.abs(), (other.detach().double() - old).abs()
+        sizes = {"parameter": old.abs() + change, "exp_avg": gradient + 1, "momentum_buffer": gradient + 1}
+        if not SAME_ROUNDING:  # then gradient and weight decay may cancel to other small numbers
+            sizes["parameter"] += gradient + 1
+        sizes["exp_avg_sq"] = sizes["max_exp_avg_sq"] = gradient**2 + 1
+        mine, wanted = (
+            {"parameter": one.detach(), **ours.state[one]},
+            {"parameter": other.detach(), **theirs.state[other]},
+        )
         assert list(mine) == list(wanted)
         for name, got in mine.items():
             want = wanted[name]
             assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
-            if name == "step" or (SAME_ROUNDING and (name != "parameter" or isinstance(ours, SGD))):
-                assert_equal(got.detach(), want.detach())
+            if name == "step" or (is_exact and (name != "parameter" or isinstance(ours, SGD))):
+                assert_equal(got, want)
             else:
-                error = (got.detach().double() - want.detach().double()).abs()
-                assert (error <= 2 * torch.finfo(got.dtype).eps * sizes[name]).all(), name
+                assert ((got.double() - want.double()).abs() <= 3 * torch.finfo(got.dtype).eps * sizes[name]).all(), (
+                    name
+                )
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
     with torch.no_grad():
         for one, other in zip(all_parameters(ours), all_parameters(theirs), strict=True):
@@ -183,7 +191,7 @@ def test_half_types_are_float32_rounded_once(case, dtype, updates):
             other.grad = one.grad.float()
         ours.step()
         theirs.step()
-        for (_, got), (_, want) in zip(state_of(ours), state_of(theirs), strict=True):
+        for got, want in zip(tensors_of(ours), tensors_of(theirs), strict=True):
             assert_equal(got, want.to(got.dtype))
             want.copy_(got)
     assert updates == [True] * 2 * STEPS
@@ -192,14 +200,14 @@ def test_half_types_are_float32_rounded_once(case, dtype, updates):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", FUSED)
 def test_half_types_are_near_torch(kind, dtype):
-    options = {"lr": 0.1, "momentum": 0.9} if kind is SGD else {"lr": 0.01, "eps": 1e-3}
+    """Near its kernels in float32 (``fused=True``), where these are right; SGD's are not, in torch 2.13."""
+    options = {"lr": 0.1, "momentum": 0.9} if kind is SGD else {"lr": 0.01, "fused": True}
     ours, theirs = pair(kind, options, parameters_of(dtype=dtype))
     for _ in range(STEPS):
         draw_gradients(ours, theirs)
         ours.step()
         theirs.step()
-    for one, other in zip(all_parameters(ours), all_parameters(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(tensors_of(ours), tensors_of(theirs), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("info", [each for each in optim_db if each.optim_cls in FUSED], ids=lambda info: info.name)
@@ -254,7 +262,7 @@ def test_parameters_without_a_gradient_are_left_alone(kind, updates):
 @pytest.mark.parametrize("kind", FUSED)
 def test_dtypes_may_be_mixed(kind, updates):
     parameters = [nn.Parameter(torch.randn(5, 3).to(dtype)) for dtype in DTYPES]
-    ours, theirs = pair(kind, {"lr": 0.1}, parameters)
+    ours, theirs = pair(kind, {"lr": 0.1, "fused": True}, parameters)
     draw_gradients(ours, theirs)
     ours.step()
     theirs.step()
@@ -300,8 +308,7 @@ def test_a_gradient_with_other_strides_is_left_to_torch(kind, updates):
             if transposed:
                 parameter.grad = parameter.grad.t().contiguous().t()
             optimizer.step()
-    for (_, one), (_, other) in zip(state_of(ours), state_of(theirs), strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(tensors_of(ours), tensors_of(theirs))
     assert updates[0] is False
 
 
@@ -317,8 +324,7 @@ def test_special_values_are_those_of_torch(kind):
             for optimizer in (ours, theirs):
                 all_parameters(optimizer)[0].grad = gradient.clone()
                 optimizer.step()
-            for (_, one), (_, other) in zip(state_of(ours), state_of(theirs), strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
+            torch.testing.assert_close(tensors_of(ours), tensors_of(theirs), rtol=1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -334,7 +340,7 @@ def test_the_number_of_threads_changes_no_bit(kind, dtype):
         for _ in range(3):
             draw_gradients(optimizer)
             optimizer.step()
-        found.append(state_of(optimizer))
+        found.append(tensors_of(optimizer))
     for others in found[1:]:
         assert_equal(others, found[0])
 
@@ -649,11 +655,11 @@ def test_a_graph_that_needs_the_old_parameters_is_stale_after_a_step(kind):
     loss = parameter.pow(2).sum()
     parameter.grad = torch.ones(3)
     optimizer.step()
-    versions = [tensor._version for _, tensor in state_of(optimizer)]
+    versions = [tensor._version for tensor in tensors_of(optimizer)]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     optimizer.step()
-    assert all(tensor._version > version for (_, tensor), version in zip(state_of(optimizer), versions, strict=True))
+    assert all(tensor._version > version for tensor, version in zip(tensors_of(optimizer), versions, strict=True))
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -665,7 +671,7 @@ def test_gradients_with_a_graph(kind, updates):
         parameter.grad = gradient
         optimizer.step()
     torch.testing.assert_close(all_parameters(ours), all_parameters(theirs))
-    assert all(not tensor.requires_grad for name, tensor in state_of(ours))
+    assert not any(tensor.requires_grad for tensor in tensors_of(ours))
     assert updates == [True]
 
 
@@ -710,7 +716,7 @@ def test_unusual_gradients(kind, change, updates):
                     optimizer.step()
             else:
                 optimizer.step()
-    torch.testing.assert_close([tensor for _, tensor in state_of(ours)], [tensor for _, tensor in state_of(theirs)])
+    torch.testing.assert_close(tensors_of(ours), tensors_of(theirs))
     assert True not in updates
 
 
@@ -734,7 +740,7 @@ def test_unusual_parameters(kind, which, updates):
     ours.step()
     theirs.step()
     if which != "meta":
-        torch.testing.assert_close([t for _, t in state_of(ours)], [t for _, t in state_of(theirs)])
+        torch.testing.assert_close(tensors_of(ours), tensors_of(theirs))
     assert True not in updates
 
 
@@ -804,6 +810,7 @@ def test_modes_see_all_operations(updates):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", FUSED)
 def test_torch_compile_captures_torchs_step(kind, updates):
     ours, theirs = pair(kind, {"lr": 0.1}, parameters_of([(3, 4), (5,)]))
@@ -812,7 +819,7 @@ def test_torch_compile_captures_torchs_step(kind, updates):
         draw_gradients(ours, theirs)
         compiled()
         theirs.step()
-    torch.testing.assert_close([t for _, t in state_of(ours)], [t for _, t in state_of(theirs)])
+    torch.testing.assert_close(tensors_of(ours), tensors_of(theirs))
     assert not updates
     ours.step()
     assert updates == [True]
@@ -852,8 +859,7 @@ def test_arguments_of_any_parameters_in_any_order(kind):
         for parameter, gradient in zip(twins_of_some, gradients, strict=True):
             parameter.grad = gradient
         other.step()
-    for (_, one), (_, two) in zip(state_of(optimizer), state_of(other), strict=True):
-        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(tensors_of(optimizer), tensors_of(other))
     assert parameters[0] not in optimizer.state or not optimizer.state[parameters[0]]
 
 
@@ -897,7 +903,7 @@ def accepts(name, option):
     return option in getattr(torch.optim, name).__init__.__code__.co_varnames
 
 
-CASES = [
+OF_TORCH = [
     (name, form)
     for name, form in itertools.product(OPTIMISERS, FORMS)
     if all(accepts(name, option) for option in FORMS[form])
@@ -952,7 +958,7 @@ def assert_same_parameters(ours, theirs, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gradients", [autograd, fused_loss, by_hand])
-@pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.parametrize(("name", "form"), OF_TORCH)
 def test_training_gives_the_parameters_of_the_plain_network(name, form, gradients):
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")

@@ -299,14 +299,15 @@ def test_what_the_op_does_not_know_takes_the_composition(made, disturb):
 
 
 def test_a_hook_on_the_accumulating_node_takes_the_composition(made):
-    model, optimizer, other, other_optimizer = twins()
+    model, optimizer, _, _ = twins()
     input, target = data()
     model.train_step(input, target, optimizer)
     node = model[0].weight.expand_as(model[0].weight).grad_fn.next_functions[0][0]
     seen = []
     node.register_hook(lambda *args: seen.append(1))
     model.train_step(input, target, optimizer)
-    assert made == [1] and seen == [1]
+    assert made == [1]
+    assert seen == [1]
 
 
 def test_an_input_that_requires_a_gradient_gets_it(made):
@@ -314,7 +315,8 @@ def test_an_input_that_requires_a_gradient_gets_it(made):
     input, target = data()
     input.requires_grad_()
     model.train_step(input, target, optimizer)
-    assert made == [] and input.grad is not None
+    assert made == []
+    assert input.grad is not None
 
 
 def test_parameters_of_no_group_take_the_composition(made):
@@ -386,7 +388,7 @@ def test_steps_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("case", ["order", "losses", "batch_size", "needs", "states", "target"])
 def test_errors_of_the_op_name_the_argument(case):
-    model, optimizer, _, _ = twins("SGD")
+    model, _, _, _ = twins("SGD")
     input, target = data()
     weights, biases = [each.weight for each in model[::2]], [each.bias for each in model[::2]]
     arguments = {

@@ -87,7 +87,7 @@ def _negated(name: str) -> Callable[..., Any]:
 for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
-# Torch's own step reads such gradients; torch's fallbacks would copy the parameters, and the op would update the copies.
+# Torch's own step reads such gradients. Its fallbacks would copy parameters, and the op would update the copies.
 for _key in ("Negative", "Conjugate", "ZeroTensor"):
     _library.impl("update", lambda *args: False, _key)  # type: ignore[no-untyped-call]
 

@@ -87,9 +87,12 @@ class Steps:
                 return self.run(input, target, order, batch_size, losses, first)
         if input.dim() == 2 and first < len(losses):
             done = first * batch_size
-            rows = (input, target, order[done:]) if order is not None else (input[done:], target[done:], None)
             values = torch.empty(min(len(losses) - first, _MOST), dtype=input.dtype)
-            if (made := self._by_kernels(*rows, batch_size, values)) > 0:
+            if order is None:
+                made = self._by_kernels(input[done:], target[done:], None, batch_size, values)
+            else:
+                made = self._by_kernels(input, target, order[done:], batch_size, values)
+            if made > 0:
                 losses[first : first + made] = values[:made]
                 return first + made
         until = perf_counter() + _SECONDS

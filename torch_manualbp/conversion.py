@@ -29,27 +29,30 @@ def fuse(module: _M, *, activations: str = "store") -> _M: ...
 @overload
 def fuse(module: _O) -> _O: ...
 def fuse(module: Any, *, activations: str = "store") -> Any:
-    """Computes every run of Linear / ReLU in the Sequentials of `module` fused from now on; or an optimizer's step.
+    """Computes a model's runs of Linear / ReLU, or an optimizer's step, fused from now on; in place.
 
-    **A model** is changed in place. Parameters stay the same objects, state_dict keys and hooks stay as they are. Layers with hooks or parametrizations,
-    and subclasses of ``nn.Linear``, run as plain modules. A Sequential does not change if
+    In **a model**, every Sequential changes. Parameters stay the same objects, state_dict keys and hooks stay as they
+    are. Layers with hooks or parametrizations, and subclasses of ``nn.Linear``, run as plain modules. A Sequential does
+    not change if
 
     - no ``nn.Linear`` in it is directly followed by a ReLU: there is nothing to fuse. (After adding such layers, call
       `fuse` again.)
     - it does not call its children in turn as ``nn.Sequential`` does, but has its own ``forward`` or ``__iter__``.
     - torch recognises its class by identity, as ``convert`` does with ``torch.ao.nn.intrinsic.LinearReLU``.
 
-    **An optimizer** of the class ``torch.optim.SGD``, ``Adam`` or ``AdamW`` is changed in place, too: its ``step``
-    updates all parameters in one call, in each dtype (half types in float32, with one rounding). Parameter groups,
-    state, checkpoints, hooks, closures, schedulers and all options stay as they are. It does what torch's step does, to
-    the last bit for SGD and within rounding for Adam; version counters of parameters tell autograd. Parameters on CUDA,
-    sparse gradients and the other cases listed in `torch_manualbp.optimizers.FusedAdam.step` are left to torch's own
-    step. An optimizer of another class, or whose ``step`` somebody has replaced, does not change.
+    The ``step`` of **an optimizer** of the class ``torch.optim.SGD``, ``Adam`` or ``AdamW`` updates all parameters in
+    one call, as torch's does: to the last bit with SGD, within rounding with Adam, and in float32 for half types. All
+    options, parameter groups, state, checkpoints, hooks, closures and schedulers stay as they are. Torch's own step
+    runs if parameters are not on the CPU (on CUDA, always), are complex or subclasses of Tensor; if a gradient is
+    sparse, or its strides are not those of its parameter; if the learning rate or a beta is a tensor; with
+    ``capturable`` or ``differentiable``; where ``torch.compile``, a transform of ``torch.func`` or a mode must see all
+    operations; and if ``GradScaler`` leaves unscaling to the optimizer (``fused=True``). An optimizer of another class,
+    or whose ``step`` somebody has replaced, does not change.
 
     Args:
         module: any model, or an optimizer.
-        activations: of a model: "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run only. An
-            `MLP` in the model is fused already, and keeps its own setting.
+        activations: of a model. "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run
+            only. An `MLP` in the model is fused already, and keeps its own setting.
 
     Returns:
         `module` itself. If it is one of the Sequentials, or an optimizer, its type changes to a subclass of its type.
@@ -84,7 +87,7 @@ def unfuse(module: _M) -> _M: ...
 @overload
 def unfuse(module: _O) -> _O: ...
 def unfuse(module: Any) -> Any:
-    """The inverse of `fuse`: every Sequential that it changed, or the optimizer, gets its original class back; in place.
+    """The inverse of `fuse`: each Sequential that it changed, or the optimizer, gets its class back; in place.
 
     An `MLP` stays an `MLP`, since it was not made by `fuse`; ``nn.Sequential(*model)`` is its plain network. Whatever
     ``fully_shard``, ``replicate`` or ``parametrize`` have added to a class, before `fuse` or after it, is kept.

@@ -126,18 +126,17 @@ class _FusedStep(Optimizer):
 
     _plain: ClassVar[type[Optimizer]]  # torch's class
     _plain_step: ClassVar[Callable[..., Any]]  # its step, without hooks and without the decorator that sets grad mode
-    _options: ClassVar[Callable[[dict[str, Any]], tuple[float, ...]]]  # of a parameter group, as the op takes them
+
+    @staticmethod
+    def _options(group: dict[str, Any]) -> tuple[float, ...]:
+        """The options of a parameter group in the order of the op."""
+        raise NotImplementedError
 
     def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments | None:
         raise NotImplementedError
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Performs a single optimization step: that of torch's class, in one call of our op.
-
-        Torch's own step runs if parameters are not on the CPU (on CUDA, always), are complex or subclasses of Tensor; if
-        a gradient is sparse, or its strides are not those of its parameter; if the learning rate or a beta is a tensor;
-        with ``capturable`` or ``differentiable``; where ``torch.compile``, a transform of ``torch.func`` or a mode must
-        see all operations; and if ``GradScaler`` leaves unscaling to the optimizer (``fused=True``).
+        """Performs a single optimization step: that of torch's class, in one call of our op where `fuse` says so.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -146,12 +145,12 @@ class _FusedStep(Optimizer):
             What `closure` returns, or None.
         """
         if route_step(self, self._plain) is TORCH:
-            return super().step(closure)  # type: ignore[arg-type]
+            return super().step(closure)
         if step_is_observed(self):
             return self._observed_step(closure)
-        if closure is None and _update(self):  # the usual case, one call less
-            return None
-        return self._step(closure)
+        if closure is not None:
+            return self._step(closure)
+        return None if _update(self) else super().step()  # one call less in the usual case
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then does not add a hooks' wrapper, which takes 10 µs a call
 
@@ -254,7 +253,8 @@ def fuse_optimizer(optimizer: _O) -> _O:
 
 def unfuse_optimizer(optimizer: _O) -> _O:
     """`unfuse` for an optimizer."""
-    return _exchanged(optimizer, optimizer._plain if type(optimizer) in _FUSED.values() else None)
+    kind: Any = type(optimizer)
+    return _exchanged(optimizer, kind._plain if kind in _FUSED.values() else None)
 
 
 def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
@@ -269,7 +269,7 @@ def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
 
 
 def _is_scheduled(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` is the wrapper of a scheduler (torch's, or `_scheduled_step`) around its class's step."""
+    """Whether ``optimizer.step`` is what a scheduler (or `_scheduled_step`) has put around the step of its class."""
     step: Any = optimizer.__dict__["step"]
     return (
         getattr(step, "__globals__", None) in (vars(lr_scheduler), globals())

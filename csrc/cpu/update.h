@@ -114,8 +114,9 @@ class Updater {
       total_ += item.size;
       items_.push_back(item);
     }
+    if (!fits_) return;
     cut();
-    apart_ = total_ < kParallel || are_apart();
+    apart_ = total_ < parallel() || are_apart();
   }
 
   // Whether the dtypes and layouts are those that the kernels take, and the counters and betas of Adam ordinary (else
@@ -155,7 +156,7 @@ class Updater {
         item.scalars = items_[i - 1].scalars;
       } else {
         item.scalars = i;
-        scalars_[i] = adam_ ? adam_scalars(item.group, step) : sgd_scalars(item.group);
+        scalars_[i] = in_both_types(adam_ ? adam_scalars(item.group, step) : sgd_scalars(item.group));
         last_step = step;
       }
     }
@@ -163,7 +164,7 @@ class Updater {
 
   // Updates all parameters, on torch's threads if that is worthwhile.
   void run() const {
-    if (total_ < kParallel || !apart_) return run(0, tasks());
+    if (total_ < parallel() || !apart_) return run(0, tasks());
     torch::stable::parallel_for(0, tasks(), 1, [this](int64_t begin, int64_t end) { run(begin, end); });
   }
 
@@ -177,8 +178,7 @@ class Updater {
   }
 
  private:
-  // Two threads are worthwhile from here on, see below.
-  static constexpr int64_t kParallel = 1 << 16, kChunk = 1 << 12;
+  static constexpr int64_t kChunk = 1 << 12;
 
   struct Item {
     Update update;
@@ -193,6 +193,10 @@ class Updater {
     size_t item;
     int64_t number;
   };
+
+  // The numbers from which on a second thread is worthwhile: 16 us of work on one (Zen 3), since to start a parallel
+  // region takes 2 to 5 us.
+  int64_t parallel() const { return adam_ ? 1 << 15 : 1 << 17; }
 
   const double* options(int64_t group) const { return options_.data() + group * columns_; }
 
@@ -233,23 +237,24 @@ class Updater {
             o[AdamOption::beta2] < 1;
   }
 
-  UpdateScalars sgd_scalars(int64_t group) const {
+  UpdateScalars<double> sgd_scalars(int64_t group) const {
     const double* o = options(group);
-    UpdateScalars s{};
+    UpdateScalars<double> s{};
     s.gradient_scale = gradient_scale_;
     s.step_size = o[SgdOption::lr];
     s.momentum = o[SgdOption::momentum];
     s.gain = 1 - o[SgdOption::dampening];
     s.weight_decay = o[SgdOption::weight_decay];
+    s.decays = s.weight_decay != 0;
     s.nesterov = o[SgdOption::nesterov] != 0;
     s.maximize = o[SgdOption::maximize] != 0;
     return s;
   }
 
   // As Python computes them: `**` is pow, also for the square root.
-  UpdateScalars adam_scalars(int64_t group, double step) const {
+  UpdateScalars<double> adam_scalars(int64_t group, double step) const {
     const double* o = options(group);
-    UpdateScalars s{};
+    UpdateScalars<double> s{};
     s.gradient_scale = gradient_scale_;
     s.step_size = o[AdamOption::lr] / (1 - std::pow(o[AdamOption::beta1], step));
     s.weight1 = 1 - o[AdamOption::beta1];
@@ -261,6 +266,7 @@ class Updater {
       s.shrink = 1 - o[AdamOption::lr] * o[AdamOption::weight_decay];
     } else {
       s.weight_decay = o[AdamOption::weight_decay];
+      s.decays = s.weight_decay != 0;
     }
     s.maximize = o[AdamOption::maximize] != 0;
     return s;
@@ -308,7 +314,7 @@ class Updater {
   double gradient_scale_ = 1;
   std::vector<double> options_;
   std::vector<Item> items_;
-  std::vector<UpdateScalars> scalars_;
+  std::vector<AllUpdateScalars> scalars_;
   std::vector<Position> chunks_;
 };
 

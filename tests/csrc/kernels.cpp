@@ -353,13 +353,14 @@ void check_update() {
                 end = begin + below(size - begin);
   const bool adam = chance(60), amsgrad = adam && chance(40), momentum = !adam && chance(70);
   const auto number = [](double low, double high) { return low + (high - low) * double(below(1001)) / 1000; };
-  UpdateScalars s{};
+  UpdateScalars<double> s{};
   s.step_size = number(0, 0.5), s.maximize = chance(30), s.nesterov = chance(50);
-  if (chance(50)) s.weight_decay = number(0, 0.5);
+  if (chance(50)) s.weight_decay = number(0, 0.5), s.decays = true;
   if (chance(50)) s.gradient_scale = number(0, 1);
   if (adam && chance(30)) s.shrink = number(0.5, 1);
   s.momentum = number(0, 1), s.gain = number(0, 1), s.weight1 = number(0, 1), s.beta2 = number(0, 1);
   s.weight2 = 1 - s.beta2, s.correction2 = number(0.1, 1), s.eps = chance(50) ? 1e-8 : 0.1;
+  const AllUpdateScalars all = in_both_types(s);
   Exact<T> p(size), g(size), first(size), second(size), largest(size);
   for (Exact<T>* each : {&p, &g, &first}) {
     for (int64_t i = 0; i < size; ++i) each->data[i] = rounded<T>(number(-2, 2));
@@ -409,7 +410,7 @@ void check_update() {
     const char* bytes = reinterpret_cast<const char*>(each->data);
     start.emplace_back(bytes, bytes + size * int64_t(sizeof(T)));
   }
-  kernels<T>().update(u, s, begin, end);
+  kernels<T>().update(u, all, begin, end);
   const double rounding = sizeof(T) == 8                ? 1e-14
                           : sizeof(T) == 4              ? 2e-6
                           : std::is_same_v<T, bfloat16> ? 1.01 / 256
@@ -427,8 +428,8 @@ void check_update() {
     std::memcpy(written[k]->data, start[size_t(k)].data(), start[size_t(k)].size());
   }
   const int64_t cut = begin + below(end - begin + 1);
-  kernels<T>().update(u, s, begin, cut);
-  kernels<T>().update(u, s, cut, end);
+  kernels<T>().update(u, all, begin, cut);
+  kernels<T>().update(u, all, cut, end);
   for (int k = 0; k < 4; ++k) {
     if (std::memcmp(written[k]->data, whole[size_t(k)].data(), whole[size_t(k)].size()) != 0) {
       fail("update in two parts", name_of<T>(), size, begin, end);

@@ -1,12 +1,13 @@
-// The passes of csrc/cpu/network.h and backward.h on several threads, without torch (torch_stub/); the sanitizers run this and
-// kernels.cpp. Several threads must give the same bits as one, stored activations the same as recomputed ones, and the
-// one-pass loss the same as forward and backward.
+// The passes of csrc/cpu/network.h and backward.h, and the updates of update.h, on several threads, without torch
+// (torch_stub/); the sanitizers run this and kernels.cpp. Several threads must give the same bits as one, stored
+// activations the same as recomputed ones, and the one-pass loss the same as forward and backward.
 //
 //   network [CASES]    the networks listed below, and this many random ones, in each dtype
 //
 // Exit status 77: this machine does not support the level MANUALBP_ISA.
 
 #include "../../csrc/cpu/backward.h"
+#include "../../csrc/cpu/update.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -159,7 +160,69 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
 }
 
 template <typename T>
+int32_t dtype_number() {
+  return std::is_same_v<T, double>     ? aoti_torch_dtype_float64()
+         : std::is_same_v<T, float>    ? aoti_torch_dtype_float32()
+         : std::is_same_v<T, bfloat16> ? aoti_torch_dtype_bfloat16()
+                                       : aoti_torch_dtype_float16();
+}
+
+// Three steps of an optimizer whose parameters have these sizes.
+template <typename T>
+void check_update(const char* rule, const std::vector<int64_t>& sizes) {
+  const bool adam = std::string(rule) == "adam";
+  const size_t count = sizes.size(), lists = adam ? 3 : 1;
+  std::vector<std::unique_ptr<Exact<T>>> start, gradients, first;
+  const auto draw = [&](std::vector<std::unique_ptr<Exact<T>>>& list, int64_t size) {
+    list.push_back(std::make_unique<Exact<T>>(size));
+    for (int64_t i = 0; i < size; ++i) list.back()->data[i] = rounded<T>(double(below(1000)) / 1000);
+  };
+  for (const int64_t size : sizes) draw(gradients, size);
+  for (size_t k = 0; k < (1 + lists) * count; ++k) draw(start, sizes[k % count]);
+  for (const uint32_t threads : {1u, 2u, 5u}) {
+    stub_threads = threads;
+    std::vector<std::unique_ptr<Exact<T>>> memory;
+    std::vector<Tensor> tensors;
+    std::vector<float> steps(count, 0.0f);
+    for (const auto& each : start) {
+      memory.push_back(std::make_unique<Exact<T>>(each->size));
+      if (each->size) std::memcpy(memory.back()->data, each->data, size_t(each->size) * sizeof(T));
+      const std::shared_ptr<void> data(memory.back()->data, [](void*) {});
+      tensors.emplace_back(new AtenTensorOpaque{{each->size}, {1}, dtype_number<T>(), data});
+    }
+    const std::vector<Tensor> parameters(tensors.begin(), tensors.begin() + int64_t(count));
+    std::vector<Tensor> states(tensors.begin() + int64_t(count), tensors.end());
+    for (size_t i = 0; adam && i < count; ++i) {  // step, between exp_avg_sq and max_exp_avg_sq
+      const std::shared_ptr<void> data(&steps[i], [](void*) {});
+      states.insert(states.begin() + int64_t(2 * count + i),
+                    Tensor(new AtenTensorOpaque{{}, {}, aoti_torch_dtype_float32(), data}));
+    }
+    const std::vector<double> options =
+        adam ? std::vector<double>{0.1, 0.9, 0.99, 1e-8, 0.1, 0, 1, 0} : std::vector<double>{0.1, 0.9, 0, 0.1, 1, 0};
+    Updater updater("update", rule, parameters, states, options, std::vector<int64_t>(count, 0),
+                    std::vector<bool>(adam ? 0 : count, true));
+    updater.set_gradient_scale(0.5);
+    for (int step = 0; step < 3; ++step) {
+      for (size_t i = 0; i < count; ++i) updater.set_gradient(int64_t(i), gradients[i]->data);
+      updater.next_step();
+      updater.run();
+    }
+    if (threads == 1) first.swap(memory);
+    for (size_t k = 0; k < memory.size(); ++k) {
+      if (Results<T>::equal(*memory[k], *first[k])) continue;
+      std::printf("update by %s on %d threads: wrong, %s, level %s\n", rule, int(threads), name_of<T>(),
+                  kernel_table().name);
+      std::exit(1);
+    }
+  }
+}
+
+template <typename T>
 void check_all(int cases) {
+  for (const char* rule : {"sgd", "adam"}) {
+    check_update<T>(rule, {70001, 1, 0, 40002, 3, 4096, 50000});
+    check_update<T>(rule, {3, 1});
+  }
   // Many parameters, few rows, one row, one output, deep: covers every way to split the work over threads.
   const Way ways[] = {
       check<T>(1500, {33, 100, 64, 7}, true, false),

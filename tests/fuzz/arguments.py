@@ -1,7 +1,8 @@
 """Calls the ops of torch.ops.manualbp directly with invalid arguments, which must raise and never crash.
 
 A case starts from a valid call and changes some of its arguments. A single invalid change must be rejected. Several
-changes may result in a valid call, whose results must then not depend on arguments sharing memory.
+changes may result in a valid call, whose results must then not depend on arguments sharing memory. (An optimizer's
+update may depend on it, and rejects what torch's own step must do by returning False.)
 """
 
 import re
@@ -23,7 +24,7 @@ __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update",
+    "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
@@ -90,6 +91,12 @@ ODD: dict[str, Callable[[Tensor], Any]] = {
     "zeros without memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
     "requires grad": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
 }
+LISTS: dict[str, Callable[[Any], Any]] = {
+    "fewer": lambda v: v[:-1],
+    "more": lambda v: [*v, v[-1]],
+    "a hole": lambda v: [None, *v[1:]],
+    "missing": lambda v: None,
+}
 OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "needs": {
         "shorter": lambda v: v[:-1],
@@ -106,6 +113,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "a hole": lambda v: [None, *v[1:]],
         "missing": lambda v: None,
     },
+    **{name: LISTS for name in ("parameters", "gradients", "states")},
     "loss": {"unknown": lambda v: "huber", "empty": lambda v: "", "missing": lambda v: None, "number": lambda v: 3},
     "label_smoothing": {
         "nan": lambda v: float("nan"),
@@ -116,6 +124,39 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "ignore_index": {"too large": lambda v: 2**63, "text": lambda v: "0", "missing": lambda v: None},
     "store": {"text": lambda v: "yes"},
+    "rule": {"unknown": lambda v: "lion", "missing": lambda v: None, "number": lambda v: 3},
+    "options": {
+        "shorter": lambda v: v[:-1],
+        "longer": lambda v: [*v, 0.0],
+        "none of them": lambda v: [],
+        "text": lambda v: "0.1",
+        "missing": lambda v: None,
+    },
+    "groups": {
+        "shorter": lambda v: v[:-1],
+        "longer": lambda v: [*v, 0],
+        "too large": lambda v: [1, *v[1:]],
+        "negative": lambda v: [-1, *v[1:]],
+        "huge": lambda v: [2**62, *v[1:]],
+        "missing": lambda v: None,
+    },
+    "fresh": {"longer": lambda v: [*v, True], "not bools": lambda v: ["yes"], "missing": lambda v: None},
+    "order": {
+        "too large": lambda v: v + 1,
+        "negative": lambda v: v - 1,
+        "float32": lambda v: v.float(),
+        "two dimensions": lambda v: v[None],
+        "strided": lambda v: torch.stack([v, v], 1)[:, 0],
+        "freed": _freed,
+    },
+    "losses": {
+        "too many": lambda v: v.new_zeros(len(v) + 1),
+        "float64": lambda v: v.double(),
+        "strided": lambda v: torch.stack([v, v], 1)[:, 0],
+        "missing": lambda v: None,
+        "freed": _freed,
+    },
+    "batch_size": {"zero": lambda v: 0, "negative": lambda v: -1, "text": lambda v: "1", "missing": lambda v: None},
     "relus": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
 }
 CLASSES: dict[str, Callable[[Tensor], Any]] = {
@@ -159,7 +200,7 @@ def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
     if place in OTHERS:
         return OTHERS[place]
     alias = {f"alias of {other}": lambda t: t for other in _places(case) if other not in OTHERS and other != place}
-    classes = CLASSES if place == "target" and case.loss == "cross_entropy" and case.op == "mlp_loss" else {}
+    classes = CLASSES if place == "target" and case.loss == "cross_entropy" and case.op in ("mlp_loss", "train") else {}
     return {**WRONG, **ODD, **alias, **classes}
 
 
@@ -175,6 +216,16 @@ def _places(case: Case) -> list[str]:
         "flow_forward": ["input", *network, "relus", "f", "h"],
         "flow_backward": ["grad_output", "input", *network, "relus", "f", "df", "copies"],
         "flow_update": [*(f"weights[{k}]" for k in layers), "weights", "copies"],
+        "update": [
+            *(f"{name}[{k}]" for name in ("parameters", "gradients", "states") for k in layers),
+            *("parameters", "gradients", "states", "rule", "options", "groups", "fresh"),
+            *(f"states[{2 * len(layers) + k}]" for k in layers if case.stored),  # the counts
+        ],
+        "train": [
+            *("input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs", "order", "batch_size"),
+            *(f"states[{k}]" for k in range(2 * len(layers))),
+            *("states", "rule", "options", "groups", "fresh", "losses"),
+        ],
     }[case.op]
 
 
@@ -206,6 +257,21 @@ def _valid(case: Case) -> dict[str, Any]:
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
         return {**parameters, **kept, "needs": needs}
+    if case.op == "update":
+        like = [torch.ones_like(weight) for weight in net.weights]
+        rest = {"parameters": net.weights, "gradients": like, "groups": [0] * len(like)}
+        moments = [weight.clone() for weight in (*like, *like)]
+        if not case.stored:  # SGD with momentum
+            fresh = [case.final_relu] * len(like)
+            return {
+                **rest,
+                "rule": "sgd",
+                "states": moments[: len(like)],
+                "options": [0.1, 0.9, 0, 0, 0, 0],
+                "fresh": fresh,
+            }
+        states = [*moments, *(torch.tensor(0.0) for _ in like)]
+        return {**rest, "rule": "adam", "states": states, "options": [0.1, 0.9, 0.9, 1e-8, 0, 0, 0, 0], "fresh": []}
     copies = torch.ones(sum(weight.numel() for weight in net.weights))
     if case.op == "flow_update":
         return {"weights": net.weights, "copies": copies}
@@ -220,6 +286,15 @@ def _valid(case: Case) -> dict[str, Any]:
     is_class = case.loss == "cross_entropy"
     target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
     rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}
+    if case.op == "train":
+        parameters = [each for layer in zip(net.weights, net.biases, strict=True) for each in layer if each is not None]
+        return {
+            **{"input": input, "target": tall(target), "order": torch.arange(rows), "batch_size": 3, **rest},
+            **{"label_smoothing": 0.1, "needs": [True] * (2 * len(net.weights)), "rule": "sgd"},
+            **{"states": [each.clone() for each in parameters], "options": [0.1, 0.9, 0, 0, 0, 0]},
+            **{"groups": [0] * len(parameters), "fresh": [case.final_relu] * len(parameters)},
+            **{"max_grad_norm": 1.0 if case.stored else None, "losses": torch.empty(-(-rows // 3)), "seconds": 1.0},
+        }
     needs[0] = case.stored
     return {"input": input, "target": tall(target), **rest, "label_smoothing": 0.1, "needs": needs, "flat": False}
 
@@ -248,10 +323,14 @@ def check(case: Case) -> None:
         except (RuntimeError, IndexError, TypeError, ZeroDivisionError):
             continue  # torch itself cannot make such a tensor from this one
         certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
+        if isinstance(before, Tensor) and before.dim() == 0 and kind == "float64":
+            certain = False  # a valid count of steps
         _set(arguments, place, after)
     try:
         result = getattr(_ops, case.op)(**arguments)
     except Exception:  # as required
+        return
+    if result is False or result == -1:  # rejected, too
         return
     assert not impossible or case.changes, "returned more than fits into memory"
     assert not (certain and len(case.changes) == 1), "accepted an invalid argument"
@@ -278,6 +357,8 @@ def _largest_result(case: Case) -> int:
         "flow_forward": [hidden + output],
         "flow_backward": [hidden + output],
         "flow_update": [0],
+        "update": [0],
+        "train": [0],
     }[case.op]
     return case.rows * max(widths)
 

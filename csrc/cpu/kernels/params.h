@@ -112,20 +112,22 @@ struct Moments {
   double sum, square;
 };
 
-// An optimizer step of a parameter. The scalars are in double, as Python computes them; the kernel rounds each to the
-// accumulator type, as torch does with a Python number.
+// The scalars of an optimizer step, in the type A of its arithmetic. They are computed in double, as Python does, and then
+// rounded, as torch does with a Python number.
+template <typename A>
 struct UpdateScalars {
-  double step_size;  // SGD: lr; Adam: lr / (1 - beta1^t)
-  double weight_decay;  // added to the gradient, times the parameter; 0: none
-  double shrink = 1;  // decoupled weight decay, 1 - lr weight_decay: the parameter is multiplied by it; 1: none
-  double momentum = 0;  // SGD
-  double gain = 1;  // SGD: 1 - dampening
-  double weight1 = 0;  // Adam: 1 - beta1
-  double beta2 = 0;  // Adam
-  double weight2 = 0;  // Adam: 1 - beta2
-  double correction2 = 1;  // Adam: (1 - beta2^t)^(1/2)
-  double eps = 0;  // Adam
-  double gradient_scale = 1;  // the gradient is multiplied by it, and rounded to T; 1: not at all
+  A step_size = 0;  // SGD: lr; Adam: lr / (1 - beta1^t)
+  A weight_decay = 0;  // the gradient is increased by this times the parameter
+  A shrink = 1;  // decoupled weight decay, 1 - lr weight_decay: the parameter is multiplied by it; 1: not at all
+  A momentum = 0;  // SGD
+  A gain = 1;  // SGD: 1 - dampening
+  A weight1 = 0;  // Adam: 1 - beta1
+  A beta2 = 0;  // Adam
+  A weight2 = 0;  // Adam: 1 - beta2
+  A correction2 = 1;  // Adam: (1 - beta2^t)^(1/2)
+  A eps = 0;  // Adam
+  A gradient_scale = 1;  // the gradient is multiplied by it, and rounded to the storage type; 1: not at all
+  bool decays = false;  // weight_decay is not 0, before rounding
   bool maximize = false;  // the gradient is then negated
   bool nesterov = false;  // SGD
 };
@@ -138,8 +140,32 @@ struct Update {
   void* largest;  // max_exp_avg_sq; nullptr: not amsgrad
   bool fresh;  // `first` is a momentum buffer that holds nothing yet
 };
+// In both types, so that the kernels of all storage types have the same arguments.
+struct AllUpdateScalars {
+  UpdateScalars<double> f64;
+  UpdateScalars<float> f32;
+};
+inline AllUpdateScalars in_both_types(const UpdateScalars<double>& s) {
+  UpdateScalars<float> f;
+  f.step_size = float(s.step_size);
+  f.weight_decay = float(s.weight_decay);
+  f.shrink = float(s.shrink);
+  f.momentum = float(s.momentum);
+  f.gain = float(s.gain);
+  f.weight1 = float(s.weight1);
+  f.beta2 = float(s.beta2);
+  f.weight2 = float(s.weight2);
+  f.correction2 = float(s.correction2);
+  f.eps = float(s.eps);
+  f.gradient_scale = float(s.gradient_scale);
+  f.decays = s.decays;
+  f.maximize = s.maximize;
+  f.nesterov = s.nesterov;
+  return {s, f};
+}
+
 // Updates the numbers begin ... end - 1. Bits do not depend on how a run is cut.
-using UpdateKernel = void (*)(const Update&, const UpdateScalars&, int64_t begin, int64_t end);
+using UpdateKernel = void (*)(const Update&, const AllUpdateScalars&, int64_t begin, int64_t end);
 
 // The kernels of one storage type at one instruction-set level. Each runs on the calling thread.
 template <typename T>

@@ -5,30 +5,6 @@
 //
 // Half types are widened to float, and each stored tensor is rounded once, where torch rounds after every operation.
 
-// The scalars in the type A of the arithmetic.
-template <typename A>
-struct RoundedScalars {
-  explicit RoundedScalars(const UpdateScalars& s)
-      : step_size(A(s.step_size)),
-        weight_decay(A(s.weight_decay)),
-        shrink(A(s.shrink)),
-        momentum(A(s.momentum)),
-        gain(A(s.gain)),
-        weight1(A(s.weight1)),
-        beta2(A(s.beta2)),
-        weight2(A(s.weight2)),
-        correction2(A(s.correction2)),
-        eps(A(s.eps)),
-        gradient_scale(A(s.gradient_scale)),
-        decays(s.weight_decay != 0),
-        shrinks(s.shrink != 1),
-        scales(s.gradient_scale != 1),
-        maximize(s.maximize),
-        nesterov(s.nesterov) {}
-  A step_size, weight_decay, shrink, momentum, gain, weight1, beta2, weight2, correction2, eps, gradient_scale;
-  bool decays, shrinks, scales, maximize, nesterov;
-};
-
 // A number in every lane of V, a vector or a number itself.
 template <typename V, typename A>
 MBP_INLINE V all_lanes(A x) {
@@ -37,15 +13,15 @@ MBP_INLINE V all_lanes(A x) {
 
 // The gradient g of the parameter p as a step sees it.
 template <typename V, typename A>
-MBP_INLINE V prepared(V g, V p, const RoundedScalars<A>& s) {
-  if (s.scales) g = rounded<V>(g * s.gradient_scale);
+MBP_INLINE V prepared(V g, V p, const UpdateScalars<A>& s) {
+  if (s.gradient_scale != A(1)) g = rounded<V>(g * s.gradient_scale);
   if (s.maximize) g = -g;
   return s.decays ? multiply_add(p, all_lanes<V>(s.weight_decay), g) : g;
 }
 
 //   b <- momentum b + (1 - dampening) g, or g in the first step    g <- g + momentum b (Nesterov), or b    p <- p - lr g
 template <bool with_momentum, typename V, typename A>
-MBP_INLINE void sgd_step(V& p, V g, V& b, bool fresh, const RoundedScalars<A>& s) {
+MBP_INLINE void sgd_step(V& p, V g, V& b, bool fresh, const UpdateScalars<A>& s) {
   g = prepared(g, p, s);
   if (with_momentum) {
     b = fresh ? g : multiply_add(g, all_lanes<V>(s.gain), rounded<V>(b * s.momentum));
@@ -57,9 +33,9 @@ MBP_INLINE void sgd_step(V& p, V g, V& b, bool fresh, const RoundedScalars<A>& s
 //   m <- m + (1 - beta1) (g - m)    v <- beta2 v + (1 - beta2) g^2    l <- max(l, v), or v itself
 //   p <- p - lr / (1 - beta1^t) m / (sqrt(l) / sqrt(1 - beta2^t) + eps)
 template <bool amsgrad, typename V, typename A>
-MBP_INLINE void adam_step(V& p, V g, V& m, V& v, V& l, const RoundedScalars<A>& s) {
+MBP_INLINE void adam_step(V& p, V g, V& m, V& v, V& l, const UpdateScalars<A>& s) {
   g = prepared(g, p, s);
-  if (s.shrinks) p = rounded<V>(p * s.shrink);
+  if (s.shrink != A(1)) p = rounded<V>(p * s.shrink);
   // As torch.lerp does, from the nearer end.
   const bool near = s.weight1 < A(0.5) && s.weight1 > A(-0.5);
   m = multiply_add(all_lanes<V>(near ? s.weight1 : s.weight1 - A(1)), g - m, near ? m : g);
@@ -96,7 +72,7 @@ MBP_INLINE void for_lanes(int64_t n, const F& f) {
 
 template <typename A>
 MBP_INLINE void update_run(A* p, const A* g, A* first, A* second, A* largest, bool fresh, int64_t n,
-                           const RoundedScalars<A>& s) {
+                           const UpdateScalars<A>& s) {
   if (!second && !first) {
     for_lanes<A>(n, [&](int64_t j, auto zero) __attribute__((always_inline)) {
       auto x = load_as<A>(p + j, zero), none = zero;
@@ -125,25 +101,28 @@ MBP_INLINE void update_run(A* p, const A* g, A* first, A* second, A* largest, bo
   }
 }
 
+MBP_INLINE const UpdateScalars<double>& scalars_of(const AllUpdateScalars& all, double) { return all.f64; }
+MBP_INLINE const UpdateScalars<float>& scalars_of(const AllUpdateScalars& all, float) { return all.f32; }
+
 template <typename T>
-static void update(const Update& u, const UpdateScalars& scalars, int64_t begin, int64_t end) {
+static void update(const Update& u, const AllUpdateScalars& all, int64_t begin, int64_t end) {
   using A = accumulator_t<T>;
-  RoundedScalars<A> s(scalars);
   const auto at = [](void* data, int64_t i)
                       __attribute__((always_inline)) { return data ? static_cast<T*>(data) + i : nullptr; };
   if constexpr (sizeof(T) == sizeof(A)) {
     update_run<A>(at(u.parameter, begin), static_cast<const T*>(u.gradient) + begin, at(u.first, begin),
-                  at(u.second, begin), at(u.largest, begin), u.fresh, end - begin, s);
+                  at(u.second, begin), at(u.largest, begin), u.fresh, end - begin, scalars_of(all, A{}));
   } else {
     constexpr int64_t kBlock = 256;
     A p[kBlock], g[kBlock], first[kBlock], second[kBlock], largest[kBlock];
-    const bool scales = s.scales;
-    s.scales = false;
+    UpdateScalars<A> s = scalars_of(all, A{});
+    const A scale = s.gradient_scale;
+    s.gradient_scale = A(1);
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t n = min_i64(kBlock, end - i);
       widen_run(at(u.parameter, i), p, n);
       widen_run(static_cast<const T*>(u.gradient) + i, g, n);
-      for (int64_t j = 0; scales && j < n; ++j) g[j] = widen(narrow<T>(g[j] * s.gradient_scale));
+      for (int64_t j = 0; scale != A(1) && j < n; ++j) g[j] = widen(narrow<T>(g[j] * scale));
       if (u.first && !u.fresh) widen_run(at(u.first, i), first, n);
       if (u.second) widen_run(at(u.second, i), second, n);
       if (u.largest) widen_run(at(u.largest, i), largest, n);

@@ -1,4 +1,4 @@
-// Replaces the parts of torch that csrc/tensor.h and csrc/cpu/{tensor,layer,network}.h need: tensors in malloc'ed
+// Replaces the parts of torch that csrc/tensor.h and csrc/cpu/{tensor,layer,network,update}.h need: tensors in malloc'ed
 // memory, and a parallel_for on std::thread, whose synchronisation the thread sanitizer sees, unlike OpenMP's.
 #pragma once
 
@@ -72,6 +72,13 @@ class Tensor {
     int64_t count = 1;
     for (const int64_t size : tensor_->sizes) count *= size;
     return count;
+  }
+  bool is_contiguous() const {
+    int64_t step = 1;
+    for (size_t d = tensor_->sizes.size(); d-- > 0; step *= tensor_->sizes[d]) {
+      if (tensor_->strides[d] != step) return false;
+    }
+    return true;
   }
   void* mutable_data_ptr() const { return tensor_->memory.get(); }
   const void* const_data_ptr() const { return tensor_->memory.get(); }
