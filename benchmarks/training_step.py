@@ -95,49 +95,62 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return autograd_step(lambda: loss(x, target), list(model.parameters()))
 
 
-def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """`jax.jit` of the same loss and its gradients, in another process."""
-    arrays = {"x": x.numpy(), "target": target.numpy()}
-    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
-    for k, layer in enumerate(linears):
-        arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
-    # Use as many threads as torch, which takes NPROC: with one thread, JAX 0.10.2 kept 1.9 CPUs busy under the flags
-    # that its issues recommend, and 1.0 with NPROC. The flags are for older versions.
-    threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
-    if threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+class JaxProcess:
+    """A process of jax_step.py, which answers requests."""
 
-    def ask(request: object) -> str:
-        assert server.stdin
-        print(request, file=server.stdin, flush=True)
-        return answer()
+    def __init__(self, kind: str, model: nn.Sequential, **data: Tensor) -> None:
+        """Sends the network and the data to the process, and waits until it is ready."""
+        arrays = {name: tensor.numpy() for name, tensor in data.items()}
+        linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+        for k, layer in enumerate(linears):
+            arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
+        # Use as many threads as torch, which takes NPROC: with one thread, JAX 0.10.2 kept 1.9 CPUs busy under the
+        # flags that its issues recommend, and 1.0 with NPROC. The flags are for older versions.
+        threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
+        if threads == 1:
+            flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(tempfile.TemporaryDirectory())
+            np.savez(f"{self._folder}/network.npz", **arrays)  # type: ignore[arg-type]
+            self._server = subprocess.Popen(
+                [sys.executable, str(HERE / "jax_step.py"), f"{self._folder}/network.npz", kind],
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(threads)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            stack.callback(self._server.communicate)
+            stack.callback(self._server.kill)  # callbacks run in reverse order
+            self._answer()
+            self.close = stack.pop_all().close
 
-    def answer() -> str:
-        assert server.stdout
-        if not (line := server.stdout.readline()):
-            raise RuntimeError(f"jax_step.py ended with exit code {server.wait()}")
+    def _answer(self) -> str:
+        assert self._server.stdout
+        if not (line := self._server.stdout.readline()):
+            raise RuntimeError(f"jax_step.py ended with exit code {self._server.wait()}")
         return line.strip()
 
-    def gradients() -> list[Tensor]:
-        file = ask(f"{folder}/gradients.npz")
-        return [torch.from_numpy(array) for array in np.load(file).values()]
+    def ask(self, request: object) -> str:
+        """The answer to a request."""
+        assert self._server.stdin
+        print(request, file=self._server.stdin, flush=True)
+        return self._answer()
 
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        np.savez(f"{folder}/network.npz", **arrays)  # type: ignore[arg-type]
-        server = subprocess.Popen(
-            [sys.executable, str(HERE / "jax_step.py"), f"{folder}/network.npz"],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        stack.callback(server.communicate)
-        stack.callback(server.kill)  # callbacks run in reverse order
-        answer()
-        close = stack.pop_all().close
-    return Step(lambda: ask(1), gradients, lambda repetitions: float(ask(repetitions)), close)
+    def run(self, steps: int) -> float:
+        """The seconds of this many steps."""
+        return float(self.ask(steps))
+
+    def results(self) -> list[Tensor]:
+        """The results of the last step, in the order of nn.Sequential.parameters()."""
+        with np.load(self.ask(f"{self._folder}/results.npz")) as file:
+            return [torch.from_numpy(array) for array in file.values()]
+
+
+def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """`jax.jit` of the same loss and its gradients, in another process."""
+    process = JaxProcess("gradients", model, x=x, target=target)
+    return Step(lambda: process.run(1), process.results, process.run, process.close)
 
 
 def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
