@@ -34,13 +34,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -66,6 +67,9 @@ class Step:
     gradients: Callable[[], list[Tensor]]  # of the last run, in the order of nn.Sequential.parameters()
     repeat: Callable[[int], float] | None = None  # the seconds of this many runs, if another process must measure them
     close: Callable[[], object] = lambda: None
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 
 def autograd_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Step:
@@ -286,9 +290,10 @@ class GradientCheck:
         reference.run()
         self.expected = reference.gradients()
 
-    def __call__(self, peer: str, gradients: Sequence[Tensor]) -> None:
+    def __call__(self, peer: str, step: Step) -> None:
         """Ends the program if a gradient is wrong, because timing a wrong result is pointless."""
-        for name, actual, expected in zip(self.names, gradients, self.expected, strict=True):
+        step.run()
+        for name, actual, expected in zip(self.names, step.gradients(), self.expected, strict=True):
             error = float((actual.double() - expected).abs().max() / expected.abs().max())
             if not error <= self.tolerance:  # NaN is wrong too
                 raise SystemExit(
@@ -355,19 +360,25 @@ def measure(
 ) -> dict[str, Timing]:
     """Checks the peers, eager first, then times them in rounds."""
     model, x, target = workload.build()
-    check = GradientCheck(model, x, target)
-    timings = {peer: Timing() for peer in peers}
+    steps = {peer: partial(builders[peer], copy.deepcopy(model), x, target) for peer in peers}
+    return measure_steps(steps, GradientCheck(model, x, target), rounds)
+
+
+def measure_steps(
+    builders: Mapping[str, Callable[[], AnyStep]], check: Callable[[str, AnyStep], None], rounds: int
+) -> dict[str, Timing]:
+    """Builds and checks the steps, the reference first, then times them in rounds."""
+    timings = {peer: Timing() for peer in builders}
     with contextlib.ExitStack() as stack:
-        steps: dict[str, Step] = {}
-        for peer in peers:
+        steps: dict[str, AnyStep] = {}
+        for peer, build in builders.items():
             try:
-                step = builders[peer](copy.deepcopy(model), x, target)
+                step = build()
                 stack.callback(step.close)
-                step.run()
+                check(peer, step)
             except Exception as error:  # if a compiler is missing or fails, measure the others
                 timings[peer].error = f"{type(error).__name__}: {error}"
                 continue
-            check(peer, step.gradients())
             timings[peer].repetitions = repetitions_for(step, SAMPLE_SECONDS)
             steps[peer] = step
         gc.collect()
@@ -522,10 +533,10 @@ def as_json(
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description="Times a training step of ReLU networks and compares peers.")
-    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of the networks (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
     parser.add_argument("--quick", action="store_true", help="few rounds without compilers, for a first impression")
@@ -533,37 +544,63 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="malloc never returns memory to the system")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--markdown", type=Path, help="also write the output to this file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line, and checks it before the work, not after it."""
     args = parser.parse_args()
     args.rounds = args.rounds if args.rounds is not None else 5 if args.quick else 31
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     for path in filter(None, (args.json, args.markdown)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)
     return args
+
+
+@contextlib.contextmanager
+def prepared(args: argparse.Namespace) -> Iterator[FmaPeak]:
+    """Sets malloc, threads and compiler up as the arguments ask for."""
+    if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # start with an empty cache and leave none behind
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler pool during the measurement
+        yield FmaPeak(Path(folder), torch.get_num_threads())
+
+
+def report_failures(workload: str, timings: Mapping[str, Timing]) -> None:
+    """Prints the errors of peers that failed."""
+    for peer, timing in timings.items():
+        if timing.error:
+            sys.stderr.write(f"{workload}: {peer} failed: {timing.error}\n")
+
+
+def write(header: Mapping[str, str], body: Sequence[str], samples: object, args: argparse.Namespace) -> None:
+    """Prints the header and the body, and writes the files that the arguments name."""
+    text = "\n".join([*(f"- {name}: {value}" for name, value in header.items()), "", *body]) + "\n"
+    sys.stdout.write(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.json:
+        args.json.write_text(json.dumps(samples, indent=1) + "\n")
 
 
 def main() -> None:
     """Measures, prints the table and writes the files."""
-    args = parse_arguments()
-    if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
+    args = parse(arguments("Times a training step of ReLU networks and compares peers."))
     load = os.getloadavg()[0]  # the mean number of running processes over the last minute
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     workloads = load_workloads(args.workloads)
     peers = available_peers(compilers=not (args.quick or args.no_compile))
     results: dict[str, dict[str, Timing]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # start with an empty cache and leave none behind
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler pool during the measurement
-        peak = FmaPeak(Path(folder), torch.get_num_threads())
+    with prepared(args) as peak:
         for workload in workloads:
             peak.update()
             sys.stderr.write(f"{workload.name}: {args.rounds} rounds of {', '.join(peers)}\n")
             results[workload.name] = measure(workload, peers, args.rounds)
-            for peer, timing in results[workload.name].items():
-                if timing.error:
-                    sys.stderr.write(f"{workload.name}: {peer} failed: {timing.error}\n")
+            report_failures(workload.name, results[workload.name])
         peak.update()
     header = {
         **environment(load),
@@ -575,19 +612,8 @@ def main() -> None:
     legend = (
         f"Speed relative to {REFERENCE} (median of the rounds), median time of a step, GFLOP/s, share of the FMA peak:"
     )
-    lines = [
-        *(f"- {name}: {value}" for name, value in header.items()),
-        "",
-        legend,
-        "",
-        table(results, workloads, peak.limit),
-    ]
-    text = "\n".join(lines) + "\n"
-    sys.stdout.write(text)
-    if args.markdown:
-        args.markdown.write_text(text)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(results, workloads, peak, header), indent=1) + "\n")
+    body = [legend, "", table(results, workloads, peak.limit)]
+    write(header, body, as_json(results, workloads, peak, header), args)
 
 
 if __name__ == "__main__":
