@@ -435,6 +435,7 @@ def measure_fits(case: Classifier, epochs: int, seeds: int) -> Fits:
     from sklearn.model_selection import train_test_split
     from sklearn.neural_network import MLPClassifier
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     from torch_manualbp.sklearn import MLPClassifier as OurMLPClassifier
 
     pixels, labels = load_digits(return_X_y=True)
