@@ -72,16 +72,18 @@ format: $(VENV)/.lint  ## rewrite the files as the linters want them
 	@$(RUN) ruff format -q .
 	@$(RUN) clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.bench  ## the speed table, peak memory and scaling: build/*.md, *.json and *.png (half an hour)
+bench: $(VENV)/.bench  ## the speed tables, peak memory and scaling: build/*.md, *.json and *.png (three quarters of an hour)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
+	@$(RUN) python benchmarks/whole_step.py --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/peak_memory.py --figure $(FIGURES)/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
 
-bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compilers, for a first look (2 minutes)
+bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compilers, for a first look (3 minutes)
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
+	@$(RUN) python benchmarks/whole_step.py --quick --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png

@@ -2,18 +2,22 @@
 
     python benchmarks/memory_growth.py                                 (2 minutes; Linux)
     python benchmarks/memory_growth.py --steps 5000 --figure build/memory_growth.png
+    python benchmarks/memory_growth.py --only fit --sizes 1 1 1 1 1 --rows 1 --steps 1000000
 
 Each way runs in its own process, so that none reuses memory that another has freed. A leak of 64 bytes a step adds up
 to 6 MiB. The memory that one step needs is measured by peak_memory.py.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,8 @@ from torch import Tensor, nn
 
 import torch_manualbp as mbp
 
-SIZES, BATCH = [17, 64, 64, 6], 16
+SIZES, ROWS = [17, 64, 64, 6], 16
+BATCHES = 10  # of an epoch of `fit`
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory_growth.png"
 POINTS = 100
 
@@ -45,19 +50,62 @@ def refused_step(model: mbp.MLP, x: Tensor, target: Tensor) -> None:
     """A step that succeeds, followed by one that raises."""
     model.loss_backward(x, target)
     try:
-        model.loss_backward(x, target[:, :1])
+        model.loss_backward(x, torch.cat([target, target]))
     except RuntimeError:
         return
     raise AssertionError("a target of the wrong shape was accepted")
 
 
-WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
-    "eager": (lambda: nn.Sequential(*mbp.MLP(SIZES)), autograd_step),
-    "MLP, store": (lambda: mbp.MLP(SIZES), autograd_step),
-    "MLP, recompute": (lambda: mbp.MLP(SIZES, activations="recompute"), autograd_step),
-    "MLP.loss": (lambda: mbp.MLP(SIZES), loss_step),
-    "loss_backward": (lambda: mbp.MLP(SIZES), loss_backward_step),
-    "loss_backward, refused": (lambda: mbp.MLP(SIZES), refused_step),
+# Trains a network with an optimizer on a batch x (B, D_in) with target (B, D_out), for this many steps.
+Train = Callable[[Any, torch.optim.Optimizer, Tensor, Tensor, int], None]
+
+
+def by(step: Callable[..., None]) -> Train:
+    """The usual loop around one of the steps above."""
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            step(model, x, target)
+            optimizer.step()
+
+    return train
+
+
+def by_train_step(model: mbp.MLP, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> None:
+    """Each step is one call, the update included."""
+    for _ in range(steps):
+        model.train_step(x, target, optimizer)
+
+
+def by_fit(model: mbp.MLP, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> None:
+    """All steps are one call, whose epochs have several batches."""
+    batches = min(BATCHES, steps)
+    x, target = x.repeat(batches, 1), target.repeat(batches, 1)
+    mbp.fit(model, x, target, optimizer, epochs=steps // batches, batch_size=len(x) // batches)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the loops."""
+    return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def fused_adam(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with state, updated by our kernels."""
+    return mbp.fuse(torch.optim.Adam(model.parameters(), lr=1e-6))
+
+
+Way = tuple[Callable[[Sequence[int]], nn.Module], Callable[[nn.Module], torch.optim.Optimizer], Train]
+WAYS: dict[str, Way] = {
+    "eager": (lambda sizes: nn.Sequential(*mbp.MLP(sizes)), sgd, by(autograd_step)),
+    "MLP, store": (mbp.MLP, sgd, by(autograd_step)),
+    "MLP, recompute": (partial(mbp.MLP, activations="recompute"), sgd, by(autograd_step)),
+    "MLP.loss": (mbp.MLP, sgd, by(loss_step)),
+    "loss_backward": (mbp.MLP, sgd, by(loss_backward_step)),
+    "loss_backward, refused": (mbp.MLP, sgd, by(refused_step)),
+    "loss_backward, fuse(Adam)": (mbp.MLP, fused_adam, by(loss_backward_step)),
+    "train_step": (mbp.MLP, fused_adam, by_train_step),
+    "fit": (mbp.MLP, fused_adam, by_fit),
 }
 
 
@@ -66,21 +114,18 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def growth(way: str, steps: int) -> list[int]:
-    """Resident bytes after each hundredth of the steps, minus those after the first."""
+def held(way: str, steps: int, sizes: Sequence[int], rows: int) -> list[int]:
+    """Resident bytes after each hundredth of the steps."""
     torch.manual_seed(0)
-    make, step = WAYS[way]
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    x, target = torch.randn(BATCH, SIZES[0]), torch.randn(BATCH, SIZES[-1])
-    held = []
+    make, make_optimizer, train = WAYS[way]
+    model = make(sizes)
+    optimizer = make_optimizer(model)
+    x, target = torch.randn(rows, sizes[0]), torch.randn(rows, sizes[-1])
+    points = []
     for _ in range(POINTS):
-        for _ in range(steps // POINTS):
-            optimizer.zero_grad()
-            step(model, x, target)
-            optimizer.step()
-        held.append(resident_bytes())
-    return [bytes_ - held[0] for bytes_ in held]
+        train(model, optimizer, x, target, steps // POINTS)
+        points.append(resident_bytes())
+    return points
 
 
 def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
@@ -92,8 +137,8 @@ def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     at = [steps // POINTS * (i + 1) for i in range(POINTS)]
-    for (way, values), style in zip(table.items(), ("-", "-", "--", "-.", ":", "-"), strict=False):
-        axes.plot(at, [value / 2**20 for value in values], style, label=way)
+    for (way, values), style in zip(table.items(), itertools.cycle(("-", "-", "--", "-.", ":"))):
+        axes.plot(at, [(value - values[0]) / 2**20 for value in values], style, label=way)
     axes.plot(at, [64 * step / 2**20 for step in at], color="gray", linewidth=1)
     axes.annotate("a leak of 64 bytes a step", (at[-1] * 0.62, 64 * at[-1] * 0.66 / 2**20), ha="right", color="gray")
     axes.set_xlabel("training steps")
@@ -106,23 +151,34 @@ def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
 
 
 def main() -> None:
-    """Prints and plots the growth of each way."""
+    """Prints the memory of each way and plots its growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--figure", type=Path, default=FIGURE, help="default: docs/figures/memory_growth.png")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the network (default: 17 64 64 6)")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a batch (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="default: all")
+    parser.add_argument("--figure", type=Path, help="default: docs/figures/memory_growth.png, or none with --only")
     parser.add_argument("--one", metavar="WAY", help="measure one way in this process, and print it as JSON")
     options = parser.parse_args()
+    if options.steps < POINTS:
+        parser.error(f"--steps must be at least {POINTS}")
     if options.one:
         torch.set_num_threads(1)
-        print(json.dumps(growth(options.one, options.steps)))
+        print(json.dumps(held(options.one, options.steps, options.sizes, options.rows)))
         return
     table: dict[str, list[int]] = {}
-    print(f"| {options.steps:,} steps | growth of resident memory, KiB |\n|---|---|")
-    for way in WAYS:
-        command = [sys.executable, __file__, "--one", way, "--steps", str(options.steps)]
-        table[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"| {way} | {table[way][-1] / 2**10:.0f} |", flush=True)
-    plot(table, options.steps, options.figure)
+    print(
+        f"| {options.steps:,} steps | MiB after 1 % | after 50 % | after 100 % | growth, KiB |\n|---|---|---|---|---|"
+    )
+    for way in options.only:
+        network = ["--sizes", *map(str, options.sizes), "--rows", str(options.rows)]
+        command = [sys.executable, __file__, "--one", way, "--steps", str(options.steps), *network]
+        values = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        table[way] = values
+        marks = " | ".join(f"{values[at] / 2**20:.1f}" for at in (0, POINTS // 2 - 1, -1))
+        print(f"| {way} | {marks} | {(values[-1] - values[0]) / 2**10:.0f} |", flush=True)
+    if figure := options.figure or (None if len(table) < len(WAYS) else FIGURE):
+        plot(table, options.steps, figure)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -66,6 +67,9 @@ class Step:
     gradients: Callable[[], list[Tensor]]  # of the last run, in the order of nn.Sequential.parameters()
     repeat: Callable[[int], float] | None = None  # the seconds of this many runs, if another process must measure them
     close: Callable[[], object] = lambda: None
+
+
+AnyStep = TypeVar("AnyStep", bound=Step)
 
 
 def autograd_step(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Step:
@@ -95,49 +99,62 @@ def compiled(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return autograd_step(lambda: loss(x, target), list(model.parameters()))
 
 
-def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
-    """`jax.jit` of the same loss and its gradients, in another process."""
-    arrays = {"x": x.numpy(), "target": target.numpy()}
-    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
-    for k, layer in enumerate(linears):
-        arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
-    # Use as many threads as torch, which takes NPROC: with one thread, JAX 0.10.2 kept 1.9 CPUs busy under the flags
-    # that its issues recommend, and 1.0 with NPROC. The flags are for older versions.
-    threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
-    if threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+class JaxProcess:
+    """A process of jax_step.py, which answers requests."""
 
-    def ask(request: object) -> str:
-        assert server.stdin
-        print(request, file=server.stdin, flush=True)
-        return answer()
+    def __init__(self, kind: str, model: nn.Sequential, **data: Tensor) -> None:
+        """Sends the network and the data to the process, and waits until it is ready."""
+        arrays = {name: tensor.numpy() for name, tensor in data.items()}
+        linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+        for k, layer in enumerate(linears):
+            arrays |= {f"weight{k}": layer.weight.detach().numpy(), f"bias{k}": layer.bias.detach().numpy()}
+        # Use as many threads as torch, which takes NPROC: with one thread, JAX 0.10.2 kept 1.9 CPUs busy under the
+        # flags that its issues recommend, and 1.0 with NPROC. The flags are for older versions.
+        threads, flags = torch.get_num_threads(), os.environ.get("XLA_FLAGS", "")
+        if threads == 1:
+            flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(tempfile.TemporaryDirectory())
+            np.savez(f"{self._folder}/network.npz", **arrays)  # type: ignore[arg-type]
+            self._server = subprocess.Popen(
+                [sys.executable, str(HERE / "jax_step.py"), f"{self._folder}/network.npz", kind],
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(threads)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            stack.callback(self._server.communicate)
+            stack.callback(self._server.kill)  # callbacks run in reverse order
+            self._answer()
+            self.close = stack.pop_all().close
 
-    def answer() -> str:
-        assert server.stdout
-        if not (line := server.stdout.readline()):
-            raise RuntimeError(f"jax_step.py ended with exit code {server.wait()}")
+    def _answer(self) -> str:
+        assert self._server.stdout
+        if not (line := self._server.stdout.readline()):
+            raise RuntimeError(f"jax_step.py ended with exit code {self._server.wait()}")
         return line.strip()
 
-    def gradients() -> list[Tensor]:
-        file = ask(f"{folder}/gradients.npz")
-        return [torch.from_numpy(array) for array in np.load(file).values()]
+    def ask(self, request: object) -> str:
+        """The answer to a request."""
+        assert self._server.stdin
+        print(request, file=self._server.stdin, flush=True)
+        return self._answer()
 
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        np.savez(f"{folder}/network.npz", **arrays)  # type: ignore[arg-type]
-        server = subprocess.Popen(
-            [sys.executable, str(HERE / "jax_step.py"), f"{folder}/network.npz"],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        stack.callback(server.communicate)
-        stack.callback(server.kill)  # callbacks run in reverse order
-        answer()
-        close = stack.pop_all().close
-    return Step(lambda: ask(1), gradients, lambda repetitions: float(ask(repetitions)), close)
+    def run(self, steps: int) -> float:
+        """The seconds of this many steps."""
+        return float(self.ask(steps))
+
+    def results(self) -> list[Tensor]:
+        """The results of the last step, in the order of nn.Sequential.parameters()."""
+        with np.load(self.ask(f"{self._folder}/results.npz")) as file:
+            return [torch.from_numpy(array) for array in file.values()]
+
+
+def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
+    """`jax.jit` of the same loss and its gradients, in another process."""
+    process = JaxProcess("gradients", model, x=x, target=target)
+    return Step(lambda: process.run(1), process.results, process.run, process.close)
 
 
 def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
@@ -273,9 +290,10 @@ class GradientCheck:
         reference.run()
         self.expected = reference.gradients()
 
-    def __call__(self, peer: str, gradients: Sequence[Tensor]) -> None:
+    def __call__(self, peer: str, step: Step) -> None:
         """Ends the program if a gradient is wrong, because timing a wrong result is pointless."""
-        for name, actual, expected in zip(self.names, gradients, self.expected, strict=True):
+        step.run()
+        for name, actual, expected in zip(self.names, step.gradients(), self.expected, strict=True):
             error = float((actual.double() - expected).abs().max() / expected.abs().max())
             if not error <= self.tolerance:  # NaN is wrong too
                 raise SystemExit(
@@ -342,19 +360,25 @@ def measure(
 ) -> dict[str, Timing]:
     """Checks the peers, eager first, then times them in rounds."""
     model, x, target = workload.build()
-    check = GradientCheck(model, x, target)
-    timings = {peer: Timing() for peer in peers}
+    steps = {peer: partial(builders[peer], copy.deepcopy(model), x, target) for peer in peers}
+    return measure_steps(steps, GradientCheck(model, x, target), rounds)
+
+
+def measure_steps(
+    builders: Mapping[str, Callable[[], AnyStep]], check: Callable[[str, AnyStep], None], rounds: int
+) -> dict[str, Timing]:
+    """Builds and checks the steps, the reference first, then times them in rounds."""
+    timings = {peer: Timing() for peer in builders}
     with contextlib.ExitStack() as stack:
-        steps: dict[str, Step] = {}
-        for peer in peers:
+        steps: dict[str, AnyStep] = {}
+        for peer, build in builders.items():
             try:
-                step = builders[peer](copy.deepcopy(model), x, target)
+                step = build()
                 stack.callback(step.close)
-                step.run()
+                check(peer, step)
             except Exception as error:  # if a compiler is missing or fails, measure the others
                 timings[peer].error = f"{type(error).__name__}: {error}"
                 continue
-            check(peer, step.gradients())
             timings[peer].repetitions = repetitions_for(step, SAMPLE_SECONDS)
             steps[peer] = step
         gc.collect()
@@ -509,10 +533,10 @@ def as_json(
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description="Times a training step of ReLU networks and compares peers.")
-    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of workloads.json (default: all)")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of the networks (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, help="default: 31, or 5 with --quick")
     parser.add_argument("--quick", action="store_true", help="few rounds without compilers, for a first impression")
@@ -520,37 +544,63 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="malloc never returns memory to the system")
     parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--markdown", type=Path, help="also write the output to this file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line, and checks it before the work, not after it."""
     args = parser.parse_args()
     args.rounds = args.rounds if args.rounds is not None else 5 if args.quick else 31
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     for path in filter(None, (args.json, args.markdown)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # fail before the work, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)
     return args
+
+
+@contextlib.contextmanager
+def prepared(args: argparse.Namespace) -> Iterator[FmaPeak]:
+    """Sets malloc, threads and compiler up as the arguments ask for."""
+    if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # start with an empty cache and leave none behind
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler pool during the measurement
+        yield FmaPeak(Path(folder), torch.get_num_threads())
+
+
+def report_failures(workload: str, timings: Mapping[str, Timing]) -> None:
+    """Prints the errors of peers that failed."""
+    for peer, timing in timings.items():
+        if timing.error:
+            sys.stderr.write(f"{workload}: {peer} failed: {timing.error}\n")
+
+
+def write(header: Mapping[str, str], body: Sequence[str], samples: object, args: argparse.Namespace) -> None:
+    """Prints the header and the body, and writes the files that the arguments name."""
+    text = "\n".join([*(f"- {name}: {value}" for name, value in header.items()), "", *body]) + "\n"
+    sys.stdout.write(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.json:
+        args.json.write_text(json.dumps(samples, indent=1) + "\n")
 
 
 def main() -> None:
     """Measures, prints the table and writes the files."""
-    args = parse_arguments()
-    if args.keep_memory and not KEEP_MEMORY.items() <= os.environ.items():  # read by malloc when the process starts
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
+    args = parse(arguments("Times a training step of ReLU networks and compares peers."))
     load = os.getloadavg()[0]  # the mean number of running processes over the last minute
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     workloads = load_workloads(args.workloads)
     peers = available_peers(compilers=not (args.quick or args.no_compile))
     results: dict[str, dict[str, Timing]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # start with an empty cache and leave none behind
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler pool during the measurement
-        peak = FmaPeak(Path(folder), torch.get_num_threads())
+    with prepared(args) as peak:
         for workload in workloads:
             peak.update()
             sys.stderr.write(f"{workload.name}: {args.rounds} rounds of {', '.join(peers)}\n")
             results[workload.name] = measure(workload, peers, args.rounds)
-            for peer, timing in results[workload.name].items():
-                if timing.error:
-                    sys.stderr.write(f"{workload.name}: {peer} failed: {timing.error}\n")
+            report_failures(workload.name, results[workload.name])
         peak.update()
     header = {
         **environment(load),
@@ -562,19 +612,8 @@ def main() -> None:
     legend = (
         f"Speed relative to {REFERENCE} (median of the rounds), median time of a step, GFLOP/s, share of the FMA peak:"
     )
-    lines = [
-        *(f"- {name}: {value}" for name, value in header.items()),
-        "",
-        legend,
-        "",
-        table(results, workloads, peak.limit),
-    ]
-    text = "\n".join(lines) + "\n"
-    sys.stdout.write(text)
-    if args.markdown:
-        args.markdown.write_text(text)
-    if args.json:
-        args.json.write_text(json.dumps(as_json(results, workloads, peak, header), indent=1) + "\n")
+    body = [legend, "", table(results, workloads, peak.limit)]
+    write(header, body, as_json(results, workloads, peak, header), args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks run, refuse to time wrong gradients, and write their measurements. Times are not checked."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -363,3 +364,129 @@ def test_small_calls_compares_checkouts_by_their_speed_beside_plain(small_calls,
         ("plain", 1, [1, 1]),
         ("fuse", 2, [2, 2]),
     ]
+
+
+@pytest.fixture
+def whole_step(training_step):
+    import whole_step
+
+    return whole_step
+
+
+def test_whole_step_checks_all_its_peers_and_writes_what_it_measured(whole_step, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(whole_step, "CLASSIFIERS", whole_step.CLASSIFIERS[:1])
+    files = ["--json", str(tmp_path / "out" / "w.json"), "--markdown", str(tmp_path / "out" / "w.md")]
+    arguments = ["--quick", "--rounds", "3", "--workloads", "rl64", "toy", "--epochs", "2", "--seeds", "1", *files]
+    monkeypatch.setattr(sys, "argv", ["whole_step.py", *arguments])
+    whole_step.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "w.md").read_text() == printed
+    tables = [paragraph.splitlines() for paragraph in printed.split("\n\n") if paragraph.startswith("|")]
+    assert [len(rows) - 2 for rows in tables] == [3, 2, 3, 2, 1]
+    for rows in tables:
+        assert len({len(row) for row in rows}) == 1  # aligned
+
+    measured = json.loads((tmp_path / "out" / "w.json").read_text())
+    assert {"machine", "instruction set", "software", "date", "command"} <= set(measured["header"])
+    for name, builders in (("steps", whole_step.STEPS), ("optimizer", whole_step.UPDATES)):
+        assert set(measured[name]) == {"toy", "rl64"}
+        for peers in measured[name].values():
+            assert list(peers) == [peer for peer in builders if peer not in whole_step.COMPILERS]
+            reference = next(iter(peers.values()))
+            for peer in peers.values():
+                assert len(peer["seconds"]) == 3
+                assert peer["median_seconds"] == statistics.median(peer["seconds"]) > 0
+                pairs = zip(reference["seconds"], peer["seconds"], strict=True)
+                assert peer["speedup"] == statistics.median(a / b for a, b in pairs)
+    [fits] = measured["sklearn"].values()
+    assert {len(values) for kind in fits.values() for values in kind.values()} == {1}
+    assert fits["accuracies"]["ours"] == pytest.approx(fits["accuracies"]["scikit-learn"], abs=0.02)
+
+
+def test_whole_step_names_the_networks_that_there_are(whole_step):
+    assert [workload.name for workload in whole_step.choose_workloads(["td3", "toy"])] == ["toy", "td3"]
+    with pytest.raises(SystemExit, match="no workload is called 'tyo'; there are: toy, rl64, rl256, td3, mnist"):
+        whole_step.choose_workloads(["toy", "tyo"])
+
+
+def test_the_data_set_of_a_tall_network_is_bounded(whole_step, training_step):
+    assert len(whole_step.build(training_step.Workload("", [2, 3, 1], 4)).x) == 4 * whole_step.BATCHES
+    tall = whole_step.build(training_step.Workload("", [2**11, 1, 1], 2**10))
+    assert whole_step.DATA_BYTES * 0.9 < tall.x.nbytes + tall.target.nbytes <= whole_step.DATA_BYTES
+
+
+@pytest.mark.parametrize(
+    ("options", "quantity"),
+    [
+        ({"lr": 1.1e-3}, "update"),
+        ({"eps": 1e-3}, "update"),
+        ({"betas": (0.8, 0.999)}, "update"),
+        ({"betas": (0.9, 0.998)}, "second moment"),  # equal updates of equal gradients
+        ({"weight_decay": 0.1}, "update"),
+    ],
+)
+def test_whole_step_does_not_time_a_wrong_update(whole_step, training_step, options, quantity):
+    def wrong(task):
+        return whole_step.with_autograd(task, task.model, whole_step.adam(task.model, **options))
+
+    task = whole_step.build(training_step.Workload("small", [3, 4, 2], 5))
+    with pytest.raises(SystemExit, match=rf"wrong: after 3 steps the {quantity} of 0\.weight is off by"):
+        whole_step.measure(task, {"eager": whole_step.eager, "wrong": wrong}, whole_step.eager, rounds=1)
+
+
+def test_whole_step_does_not_time_nan(whole_step, training_step):
+    def wrong(task):
+        trainer = whole_step.eager(task)
+        return dataclasses.replace(trainer, gradients=lambda: [tensor * torch.nan for tensor in trainer.gradients()])
+
+    task = whole_step.build(training_step.Workload("small", [3, 4, 2], 5))
+    with pytest.raises(SystemExit, match=r"wrong: after 3 steps the update of 0\.weight is off by nan"):
+        whole_step.measure(task, {"eager": whole_step.eager, "wrong": wrong}, whole_step.eager, rounds=1)
+
+
+def test_whole_step_does_not_time_a_peer_that_takes_the_wrong_batches(whole_step, training_step):
+    def always_the_first(task):
+        return whole_step.eager(whole_step.Task(task.model, task.x[:5], task.target[:5], 5))
+
+    task = whole_step.build(training_step.Workload("small", [3, 4, 2], 5))
+    with pytest.raises(SystemExit, match="wrong: after 3 steps"):
+        whole_step.measure(task, {"eager": whole_step.eager, "wrong": always_the_first}, whole_step.eager, rounds=1)
+
+
+def test_a_peer_is_timed_in_whole_calls_at_a_small_learning_rate(whole_step):
+    done = []
+    trainer = whole_step.make_trainer(lambda steps: done.append(steps) or steps * 0.5, list, unit=4)
+    assert trainer.repeat(1) == 0.5
+    assert trainer.repeat(10) == 5
+    assert done == [4, 8]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, when it compiles
+def test_the_compilers_take_the_same_whole_steps(whole_step, training_step):
+    peers = [peer for peer in whole_step.COMPILERS if peer in whole_step.available(whole_step.STEPS, compilers=True)]
+    task = whole_step.build(training_step.Workload("small", [3, 4, 2], 5))
+    builders = {peer: whole_step.STEPS[peer] for peer in ("eager", *peers)}
+    for timing in whole_step.measure(task, builders, whole_step.eager, rounds=2).values():  # checks the states
+        assert not timing.error
+        assert len(timing.speedups) == 2
+
+
+def test_whole_step_leaves_a_jax_that_is_not_installed_out(whole_step, monkeypatch):
+    monkeypatch.setattr(whole_step.importlib.util, "find_spec", lambda _: None)
+    assert set(whole_step.STEPS) - set(whole_step.available(whole_step.STEPS, compilers=True)) == {
+        "JAX jit",
+        "JAX scan",
+    }
+
+
+def test_whole_step_compares_classifiers_that_learn_the_same_only(whole_step, monkeypatch):
+    import torch_manualbp.sklearn as ours
+
+    class Wrong(ours.MLPClassifier):
+        def fit(self, X, y):
+            self.learning_rate_init = 0.01
+            return super().fit(X, y)
+
+    monkeypatch.setattr(ours, "MLPClassifier", Wrong)
+    with pytest.raises(SystemExit, match="64–100–10, batch 200, float64: the loss of the first epoch is"):
+        whole_step.measure_fits(whole_step.CLASSIFIERS[0], epochs=1, seeds=1)
