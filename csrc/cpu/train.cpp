@@ -243,12 +243,13 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target),
                          order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows), weights, biases,
                          loss, grads, updater, clip);
+    T* const values = const_cast<T*>(const_data<T>(losses));
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
       const int64_t first = step * batch_size;
       try {
-        training.step(first, std::min(batch_size, rows - first), data<T>(losses) + step);
+        training.step(first, std::min(batch_size, rows - first), values + step);
       } catch (...) {  // a row or a class out of bounds: nothing of this step has been done
         if (step == 0) throw;
         break;  // the next call will begin with the step that fails
