@@ -619,7 +619,7 @@ def test_unfuse_refuses_a_forward_that_was_replaced_and_changes_nothing():
 @pytest.mark.parametrize("function", [mbp.fuse, mbp.unfuse])
 @pytest.mark.parametrize("value", [None, nn.Linear, [nn.Linear(2, 2)]], ids=["None", "class", "list"])
 def test_what_is_not_a_module_is_a_type_error(function, value):
-    message = f"{function.__name__}: `module` must be an nn.Module, got {type(value).__name__}"
+    message = f"{function.__name__}: `module` must be an nn.Module or an Optimizer, got {type(value).__name__}"
     with pytest.raises(TypeError, match=message):
         function(value)
 

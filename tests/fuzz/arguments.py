@@ -113,7 +113,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "a hole": lambda v: [None, *v[1:]],
         "missing": lambda v: None,
     },
-    **{name: LISTS for name in ("parameters", "gradients", "states")},
+    **dict.fromkeys(("parameters", "gradients", "states"), LISTS),
     "loss": {"unknown": lambda v: "huber", "empty": lambda v: "", "missing": lambda v: None, "number": lambda v: 3},
     "label_smoothing": {
         "nan": lambda v: float("nan"),

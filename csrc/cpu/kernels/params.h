@@ -125,6 +125,7 @@ struct UpdateScalars {
   A beta2 = 0;  // Adam
   A weight2 = 0;  // Adam: 1 - beta2
   A correction2 = 1;  // Adam: (1 - beta2^t)^(1/2)
+  A inverse2 = 1;  // its reciprocal
   A eps = 0;  // Adam
   A gradient_scale = 1;  // the gradient is multiplied by it, and rounded to the storage type; 1: not at all
   bool decays = false;  // weight_decay is not 0, before rounding
@@ -145,7 +146,7 @@ struct AllUpdateScalars {
   UpdateScalars<double> f64;
   UpdateScalars<float> f32;
 };
-inline AllUpdateScalars in_both_types(const UpdateScalars<double>& s) {
+inline AllUpdateScalars in_both_types(UpdateScalars<double> s) {
   UpdateScalars<float> f;
   f.step_size = float(s.step_size);
   f.weight_decay = float(s.weight_decay);
@@ -156,6 +157,8 @@ inline AllUpdateScalars in_both_types(const UpdateScalars<double>& s) {
   f.beta2 = float(s.beta2);
   f.weight2 = float(s.weight2);
   f.correction2 = float(s.correction2);
+  f.inverse2 = 1 / f.correction2;
+  s.inverse2 = 1 / s.correction2;
   f.eps = float(s.eps);
   f.gradient_scale = float(s.gradient_scale);
   f.decays = s.decays;
