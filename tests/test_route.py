@@ -102,10 +102,14 @@ def test_kernels_do_not_apply_under_transforms_and_autocast(context):
     assert route(torch.ones(2)) is KERNELS
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_kernels_do_not_apply_on_other_devices_and_layouts():
     assert route(torch.ones(2, device="meta")) is TORCH
     assert route(torch.ones(2).to_sparse()) is TORCH
     assert route(torch.ones(2, 2).to_mkldnn()) is TORCH
+    assert route(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])) is TORCH  # its layout is strided
+    assert route(torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.quint8)) is TORCH
     assert route(torch.ones(2), [torch.ones(2, 2), torch.ones(2, 2).to_sparse()]) is TORCH
 
 

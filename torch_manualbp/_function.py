@@ -5,9 +5,8 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from torch_manualbp._route import transforms_active
+from torch_manualbp._route import forward_mode, transforms_active
 
 # With a safe default, as in `_route`.
 _engine_executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
@@ -79,6 +78,6 @@ class ManualFunction(torch.autograd.Function):
         """The result, as one node of autograd's graph; under a transform, from plain torch."""
         if torch.compiler.is_dynamo_compiling():
             refuse_capture(cls.__name__)
-        if transforms_active() or getattr(forward_ad, "_current_level", 0) >= 0:
+        if transforms_active() or forward_mode._current_level >= 0:
             return cls.composed(*args)
         return super().apply(*args)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ wrong.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -34,9 +34,17 @@ _any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled"
 _count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 _count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
 
 PLAIN: frozenset[type] = frozenset({Tensor, Parameter})  # subclasses may give any op another meaning
 PLAIN_OR_NONE: frozenset[type] = PLAIN | {type(None)}
+
+# `route` takes about 1 µs, and names in the namespace of torch cost 25 ns each: it is too large for the interpreter's
+# cache. A tensor is quantized if its dtype is.
+_torch: dict[str, Any] = vars(torch)
+_BFLOAT16: Final = torch.bfloat16
+_STRIDED: Final = torch.strided
+_QUANTIZED = {getattr(torch, name, None) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")}
 
 
 def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
@@ -72,19 +80,19 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         type(input) in PLAIN
         and undisturbed(input)
         and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
-        and input.layout is torch.strided
+        and input.layout is _STRIDED
         and not input.is_nested
-        and not input.is_quantized
+        and (dtype := input.dtype) not in _QUANTIZED
         and (not parameters or are_plain(parameters))
     ):
         return TORCH
-    return TORCH if input.dtype is torch.bfloat16 and store and torch_is_faster(input, parameters) else KERNELS
+    return TORCH if dtype is _BFLOAT16 and store and torch_is_faster(input, parameters) else KERNELS
 
 
 def are_plain(parameters: Iterable[Tensor | None]) -> bool:
     """Not reason 6: all parameters are dense tensors of torch's own classes, or None."""
     for parameter in parameters:  # a generator expression would take twice as long
-        if type(parameter) not in PLAIN_OR_NONE or (parameter is not None and parameter.layout is not torch.strided):
+        if type(parameter) not in PLAIN_OR_NONE or (parameter is not None and parameter.layout is not _STRIDED):
             return False
     return True
 
@@ -111,7 +119,7 @@ def layers_are_torchs() -> bool:
     return (
         F.linear is _linear
         and F.relu is _relu
-        and torch.relu is _torch_relu
+        and _torch["relu"] is _torch_relu
         and nn.Linear.forward is _linear_forward
         and nn.ReLU.forward is _relu_forward
         and nn.Linear.__call__ is _module_call
@@ -135,7 +143,7 @@ def undisturbed(input: Tensor) -> bool:
         layers_are_torchs()
         and not transforms_active()
         and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
-        and getattr(forward_ad, "_current_level", 0) < 0
+        and forward_mode._current_level < 0
         and not is_tracing()
         and not (_any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
     )
@@ -164,7 +172,7 @@ def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
     return (
         input.layout is torch.strided
         and not input.is_nested
-        and getattr(forward_ad, "_current_level", 0) < 0
+        and forward_mode._current_level < 0
         and not torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and all(parameter is None or parameter.layout is torch.strided for parameter in parameters)
     )
