@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from fuzz import arguments, cases, differential, runner
+from fuzz import arguments, cases, differential, runner, training
 from fuzz.cases import Case, Layout
 from torch_manualbp import _ops
 from torch_manualbp._losses import LossSpec
@@ -19,13 +19,20 @@ from torch_manualbp._losses import LossSpec
 pytestmark = pytest.mark.slow
 
 SECONDS = 8.0  # per fuzzer in these tests
-CI_SECONDS = 96.0  # of the differential fuzzer in `make fuzz`
+CI_SECONDS = 72.0  # of the differential fuzzer in `make fuzz`
 
 
 def test_random_calls_equal_autograd():
     report = runner.run(differential, iter(range(2000)), SECONDS)
     assert report.failures == []
     assert report.cases > 50
+    assert report.undecidable < report.cases / 10
+
+
+def test_random_training_runs_have_the_bits_of_their_steps():
+    report = runner.run(training, iter(range(2000)), SECONDS)
+    assert report.failures == []
+    assert report.cases > 20
     assert report.undecidable < report.cases / 10
 
 

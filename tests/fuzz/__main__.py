@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fuzz import runner
 
-FUZZERS = {"differential": "fuzz.differential", "arguments": "fuzz.arguments"}
+FUZZERS = {"differential": "fuzz.differential", "training": "fuzz.training", "arguments": "fuzz.arguments"}
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
         importlib.import_module(FUZZERS[name])
         start = time.monotonic()
         # The argument fuzzer needs less time, because most calls end at the first check.
-        share = 1.0 if options.only else {"differential": 0.8, "arguments": 0.2}[name]
+        share = 1.0 if options.only else {"differential": 0.6, "training": 0.2, "arguments": 0.2}[name]
         with tempfile.TemporaryDirectory() as folder:
             mark = Path(folder) / "seed"
             report = runner.run_apart(FUZZERS[name], first, options.cases, options.seconds * share, mark)
