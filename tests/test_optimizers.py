@@ -3,6 +3,7 @@
 Parity is checked step by step from equal states, so that a difference is not the sum of earlier ones.
 """
 
+import base64
 import copy
 import io
 import itertools
@@ -580,6 +581,22 @@ def test_hooks_run_once(kind, updates):
     optimizer.step()
     assert len(seen) == 8
     assert updates == ([True, False, False] if kind is SGD else [True] * 3)
+
+
+def test_hooks_of_a_loaded_optimizer_run_where_torch_never_made_one():
+    optimizer = mbp.fuse(SGD(parameters_of([(3,)]), lr=0.1))
+    code = """
+import base64, pickle, sys, torch, torch_manualbp
+optimizer = pickle.loads(base64.b64decode(sys.argv[1]))
+optimizer.register_step_pre_hook(lambda *_: print("before"))
+for gradient in (torch.ones(3), torch.ones(3).to_sparse()):
+    optimizer.param_groups[0]["params"][0].grad = gradient
+    optimizer.step()
+with torch.device("meta"), torch.utils._python_dispatch.TorchDispatchMode():
+    optimizer.step()
+"""
+    done = run_python(code, base64.b64encode(pickle.dumps(optimizer)).decode())
+    assert done.stdout.split() == ["before"] * 3, done.stderr
 
 
 def test_a_hook_may_change_the_arguments():

@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -70,8 +71,7 @@ def finish(optimizer: Optimizer, parameters: Sequence[Tensor], arguments: Argume
     """
     increment_version([*parameters, *arguments.states])
     if True in arguments.fresh:
-        count = len(arguments.options) // len(optimizer.param_groups)
-        having = [p for p, k in zip(parameters, arguments.groups, strict=True) if arguments.options[k * count + 1] != 0]
+        having = _with_momentum(parameters, arguments.options, arguments.groups)
         for parameter, buffer in zip(having, arguments.states, strict=True):
             optimizer.state[parameter]["momentum_buffer"] = buffer
     if "step" in optimizer.__dict__:
@@ -115,10 +115,24 @@ def _arguments(optimizer: "_FusedStep", parameters: Sequence[Tensor], groups: li
     arguments = optimizer._collect(parameters, options, groups)
     if arguments is None:
         return None
-    tensors = [*parameters, *arguments.states]
-    # Torch does not let inference tensors be written outside of inference mode.
-    is_plain = PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_inference, tensors))
+    states = arguments.states
+    # Torch does not let inference tensors be written outside of inference mode. The states of a parameter are made
+    # together, so that the first ones tell.
+    is_plain = (
+        PLAIN.issuperset(map(type, parameters))
+        and PLAIN.issuperset(map(type, states))
+        and not any(map(Tensor.is_inference, parameters))
+        and not any(map(Tensor.is_inference, states[: len(parameters)]))
+    )
     return arguments if is_plain else None
+
+
+def _states_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """The state of each parameter; empty if there is none yet."""
+    states = optimizer.state
+    if len(states) == len(parameters) and all(map(is_, states, parameters)):
+        return list(states.values())  # in this order: no hashing, which takes 0.1 µs for each tensor
+    return [states[parameter] for parameter in parameters]
 
 
 class _FusedStep(Optimizer):
@@ -154,6 +168,14 @@ class _FusedStep(Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # torch then does not add a hooks' wrapper, which takes 10 µs a call
 
+    def _patch_step_function(self) -> None:
+        """What torch calls for a new or loaded optimizer. Torch's class gets its wrapper for hooks as well."""
+        super()._patch_step_function()
+        plain: Any = self._plain
+        if not getattr(plain.step, "hooked", False):
+            plain.step = Optimizer.profile_hook_step(plain.step)
+            plain.step.hooked = True
+
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
@@ -181,14 +203,19 @@ class FusedSGD(_FusedStep, SGD):
         )
 
     def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments:
-        buffers: list[Tensor] = []
-        fresh: list[bool] = []
-        for parameter, k in zip(parameters, groups, strict=True):
-            if options[6 * k + 1] != 0:
-                buffer = self.state[parameter].get("momentum_buffer")
-                fresh.append(buffer is None)
-                buffers.append(torch.empty_like(parameter) if buffer is None else buffer)
+        if not any(options[1::6]):  # momentum
+            return Arguments("sgd", [], options, groups, [])
+        having = _with_momentum(parameters, options, groups)
+        buffers: list[Any] = [state.get("momentum_buffer") for state in _states_of(self, having)]
+        fresh = [buffer is None for buffer in buffers]
+        if True in fresh:
+            pairs = zip(buffers, having, strict=True)
+            buffers = [torch.empty_like(parameter) if buffer is None else buffer for buffer, parameter in pairs]
         return Arguments("sgd", buffers, options, groups, fresh)
+
+
+def _with_momentum(parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> list[Tensor]:
+    return [parameter for parameter, k in zip(parameters, groups, strict=True) if options[6 * k + 1]]
 
 
 class _AdamStep(_FusedStep):
@@ -200,21 +227,17 @@ class _AdamStep(_FusedStep):
         )
 
     def _collect(self, parameters: Sequence[Tensor], options: list[float], groups: list[int]) -> Arguments | None:
-        first: list[Tensor] = []
-        second: list[Tensor] = []
-        steps: list[Tensor] = []
-        largest: list[Tensor] = []
-        states = self.state
-        for parameter, k in zip(parameters, groups, strict=True):
-            state = states[parameter]
-            if not state and not _begin_adam(state, parameter, self.param_groups[k]):
-                return None
-            first.append(state["exp_avg"])
-            second.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-            if options[8 * k + 6]:
-                largest.append(state["max_exp_avg_sq"])
-        return Arguments("adam", first + second + steps + largest, options, groups, [])
+        states = _states_of(self, parameters)
+        if not all(states):
+            for state, parameter, k in zip(states, parameters, groups, strict=True):
+                if not state and not _begin_adam(state, parameter, self.param_groups[k]):
+                    return None
+        tensors = [state["exp_avg"] for state in states]
+        tensors += [state["exp_avg_sq"] for state in states]
+        tensors += [state["step"] for state in states]
+        if any(options[6::8]):  # amsgrad
+            tensors += [state["max_exp_avg_sq"] for state, k in zip(states, groups, strict=True) if options[8 * k + 6]]
+        return Arguments("adam", tensors, options, groups, [])
 
 
 def _begin_adam(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> bool:
@@ -271,10 +294,11 @@ def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
 def _is_scheduled(optimizer: Optimizer) -> bool:
     """Whether ``optimizer.step`` is what a scheduler (or `_scheduled_step`) has put around the step of its class."""
     step: Any = optimizer.__dict__["step"]
+    made_in = getattr(step, "__globals__", None)
     return (
-        getattr(step, "__globals__", None) in (vars(lr_scheduler), globals())
+        (made_in is vars(lr_scheduler) or made_in is globals())
         and getattr(step, "_wrapped_by_lr_sched", False)
-        and inspect.unwrap(step) is inspect.unwrap(type(optimizer).step)
+        and step.__wrapped__ is type(optimizer).step
     )
 
 

@@ -14,7 +14,7 @@ bool update(std::vector<Tensor> parameters, std::vector<Tensor> gradients, Strin
             parameters.size(), "), got ", gradients.size());
   bool fits = updater.fits();
   for (size_t i = 0; i < gradients.size(); ++i) {
-    fits = updater.set_gradient(int64_t(i), gradients[i], parameters[i]) && fits;
+    fits = updater.set_gradient(int64_t(i), gradients[i]) && fits;
   }
   if (!fits) return false;
   updater.next_step();

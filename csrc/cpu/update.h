@@ -28,30 +28,53 @@ struct AdamOption {
   enum { lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, count };
 };
 
-// Whether the elements of t have addresses of their own and leave none out: some order of the dimensions is contiguous.
-inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous() || t.numel() == 0) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+// The shape and strides of a tensor, which must outlive it: each call of torch's C interface takes time.
+struct Layout {
+  explicit Layout(const Tensor& t) : dtype(dtype_of(t)) {
+    const auto& all_sizes = t.sizes();
+    const auto& all_strides = t.strides();
+    dim = int64_t(all_sizes.size());
+    sizes = all_sizes.data();
+    strides = all_strides.data();
   }
-  std::sort(dims.begin(), dims.end());
-  int64_t step = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != step) return false;
-    step *= size;
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
+    return count;
   }
-  return true;
-}
+  bool same_shape(const Layout& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
 
-// Whether tensors of equal sizes have their elements in the same order: the strides are equal where they matter.
-inline bool same_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), first = a.strides(), second = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1 && first[d] != second[d]) return false;
+  // Whether the elements of two tensors of the same shape are stored in the same order, in the same dtype.
+  bool same_order(const Layout& other) const {
+    for (int64_t d = 0; d < dim; ++d) {
+      if (sizes[d] > 1 && strides[d] != other.strides[d]) return false;
+    }
+    return dtype == other.dtype;
   }
-  return true;
-}
+
+  // Whether the elements have addresses of their own and leave none out: some order of the dimensions is contiguous.
+  bool is_dense() const {
+    int64_t step = 1, d = dim;
+    for (; d > 0 && (sizes[d - 1] == 1 || strides[d - 1] == step); --d) step *= sizes[d - 1];
+    if (d == 0 || numel() == 0) return true;
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size
+    for (d = 0; d < dim; ++d) {
+      if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+    }
+    std::sort(dims.begin(), dims.end());
+    step = 1;
+    for (const auto& [stride, size] : dims) {
+      if (stride != step) return false;
+      step *= size;
+    }
+    return true;
+  }
+
+  int32_t dtype;
+  int64_t dim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
 
 class Updater {
  public:
@@ -85,23 +108,18 @@ class Updater {
     MBP_CHECK(int64_t(fresh.size()) == (adam_ ? 0 : some), op, ": `fresh` must have ", adam_ ? 0 : some, " items, got ",
               fresh.size());
     items_.reserve(parameters.size());
+    layouts_.reserve(parameters.size());
     scalars_.resize(parameters.size());
     int64_t extra = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Tensor& parameter = parameters[size_t(i)];
+      const Layout& layout = layouts_.emplace_back(parameter);
       Item item{};
       item.group = groups[size_t(i)];
-      item.size = parameter.numel();
-      item.bytes = item_size(dtype_of(parameter));
-      fits_ = fits_ && is_dense(parameter) && set_kernel(item, dtype_of(parameter));
-      item.update.parameter = memory(parameter, {"parameters", i});
-      const auto state = [&](int64_t index) {
-        const Tensor& t = states[size_t(index)];
-        MBP_CHECK(t.sizes() == parameter.sizes(), op_, ": `", Name{"states", index}, "` must have the shape of `",
-                  Name{"parameters", i}, "` ", shape_of(parameter), ", got ", shape_of(t));
-        fits_ = fits_ && dtype_of(t) == dtype_of(parameter) && same_order(t, parameter);
-        return memory(t, {"states", index});
-      };
+      item.size = layout.numel();
+      fits_ = set_kernel(item, layout.dtype) && layout.is_dense() && fits_;
+      item.update.parameter = memory(parameter, item.size, {"parameters", i});
+      const auto state = [&](int64_t index) { return state_memory(states[size_t(index)], i, item.size, index); };
       if (adam_) {
         item.update.first = state(i);
         item.update.second = state(count + i);
@@ -132,15 +150,15 @@ class Updater {
   // The gradient of parameter i, in its dtype and strides.
   void set_gradient(int64_t i, const void* gradient) { items_[size_t(i)].update.gradient = gradient; }
 
-  // The same of a tensor; false if its dtype or strides are others.
-  bool set_gradient(int64_t i, const Tensor& gradient, const Tensor& parameter) {
-    MBP_CHECK(gradient.sizes() == parameter.sizes(), op_, ": `", Name{"gradients", i}, "` must have the shape of `",
-              Name{"parameters", i}, "` ", shape_of(parameter), ", got ", shape_of(gradient));
-    const void* data = memory(gradient, {"gradients", i});
+  // The same of a tensor; false if its dtype or strides are others, or if it is the parameter itself, which changes.
+  bool set_gradient(int64_t i, const Tensor& gradient) {
+    const Layout layout(gradient);
+    const Item& item = items_[size_t(i)];
+    check_shape(layout, gradient, {"gradients", i}, i);
+    const void* data = gradient.const_data_ptr();
+    check_memory(data, item.size, {"gradients", i});
     set_gradient(i, data);
-    // A gradient that is the parameter itself would change during the step.
-    return dtype_of(gradient) == dtype_of(parameter) && same_order(gradient, parameter) &&
-           (data != items_[size_t(i)].update.parameter || items_[size_t(i)].size == 0);
+    return layout.same_order(layouts_[size_t(i)]) && (data != item.update.parameter || item.size == 0);
   }
 
   // Adds 1 to the counters and computes the scalars of the step: once for parameters in a row of the same group and
@@ -205,13 +223,28 @@ class Updater {
     return options(group)[adam_ ? int(AdamOption::amsgrad) : int(SgdOption::momentum)] != 0;
   }
 
-  void* memory(const Tensor& t, Name name) const {
-    void* data = const_cast<void*>(t.const_data_ptr());
-    MBP_CHECK(data || t.numel() == 0, op_, ": `", name, "` has no memory: its storage was freed");
+  void check_shape(const Layout& layout, const Tensor& t, Name name, int64_t parameter) const {
+    const Layout& wanted = layouts_[size_t(parameter)];
+    MBP_CHECK(layout.same_shape(wanted), op_, ": `", name, "` must have the shape of `", Name{"parameters", parameter},
+              "` ", shape_text(std::vector<int64_t>(wanted.sizes, wanted.sizes + wanted.dim)), ", got ", shape_of(t));
+  }
+  void check_memory(const void* data, int64_t size, Name name) const {
+    MBP_CHECK(data || size == 0, op_, ": `", name, "` has no memory: its storage was freed");
+  }
+  void* memory(const Tensor& t, int64_t size, Name name) const {
+    void* data = t.mutable_data_ptr();
+    check_memory(data, size, name);
     return data;
+  }
+  void* state_memory(const Tensor& t, int64_t parameter, int64_t size, int64_t index) {
+    const Layout layout(t);
+    check_shape(layout, t, {"states", index}, parameter);
+    fits_ = layout.same_order(layouts_[size_t(parameter)]) && fits_;
+    return memory(t, size, {"states", index});
   }
 
   static bool set_kernel(Item& item, int32_t dtype) {
+    item.bytes = item_size(dtype);
     item.kernel = dtype == aoti_torch_dtype_float32()    ? kernels<float>().update
                   : dtype == aoti_torch_dtype_float64()  ? kernels<double>().update
                   : dtype == aoti_torch_dtype_bfloat16() ? kernels<bfloat16>().update
@@ -222,7 +255,7 @@ class Updater {
 
   void set_counter(Item& item, const Tensor& step, Name name) {
     MBP_CHECK(step.numel() == 1, op_, ": `", name, "` must be a single number, got ", shape_of(step));
-    void* data = memory(step, name);
+    void* data = memory(step, 1, name);
     if (dtype_of(step) == aoti_torch_dtype_float32()) {
       item.step32 = static_cast<float*>(data);
     } else if (dtype_of(step) == aoti_torch_dtype_float64()) {
@@ -245,7 +278,6 @@ class Updater {
     s.momentum = o[SgdOption::momentum];
     s.gain = 1 - o[SgdOption::dampening];
     s.weight_decay = o[SgdOption::weight_decay];
-    s.decays = s.weight_decay != 0;
     s.nesterov = o[SgdOption::nesterov] != 0;
     s.maximize = o[SgdOption::maximize] != 0;
     return s;
@@ -266,7 +298,6 @@ class Updater {
       s.shrink = 1 - o[AdamOption::lr] * o[AdamOption::weight_decay];
     } else {
       s.weight_decay = o[AdamOption::weight_decay];
-      s.decays = s.weight_decay != 0;
     }
     s.maximize = o[AdamOption::maximize] != 0;
     return s;
@@ -314,6 +345,7 @@ class Updater {
   double gradient_scale_ = 1;
   std::vector<double> options_;
   std::vector<Item> items_;
+  std::vector<Layout> layouts_;  // of the parameters
   std::vector<AllUpdateScalars> scalars_;
   std::vector<Position> chunks_;
 };

@@ -355,7 +355,7 @@ void check_update() {
   const auto number = [](double low, double high) { return low + (high - low) * double(below(1001)) / 1000; };
   UpdateScalars<double> s{};
   s.step_size = number(0, 0.5), s.maximize = chance(30), s.nesterov = chance(50);
-  if (chance(50)) s.weight_decay = number(0, 0.5), s.decays = true;
+  if (chance(50)) s.weight_decay = number(0, 0.5);
   if (chance(50)) s.gradient_scale = number(0, 1);
   if (adam && chance(30)) s.shrink = number(0.5, 1);
   s.momentum = number(0, 1), s.gain = number(0, 1), s.weight1 = number(0, 1), s.beta2 = number(0, 1);

@@ -113,24 +113,24 @@ struct Moments {
 };
 
 // The scalars of an optimizer step, in the type A of its arithmetic. They are computed in double, as Python does, and then
-// rounded, as torch does with a Python number.
+// rounded (`in_both_types`), as torch does with a Python number.
 template <typename A>
 struct UpdateScalars {
   A step_size = 0;  // SGD: lr; Adam: lr / (1 - beta1^t)
   A weight_decay = 0;  // the gradient is increased by this times the parameter
-  A shrink = 1;  // decoupled weight decay, 1 - lr weight_decay: the parameter is multiplied by it; 1: not at all
+  A shrink = 1;  // decoupled weight decay, 1 - lr weight_decay: the parameter is multiplied by it
   A momentum = 0;  // SGD
   A gain = 1;  // SGD: 1 - dampening
   A weight1 = 0;  // Adam: 1 - beta1
   A beta2 = 0;  // Adam
   A weight2 = 0;  // Adam: 1 - beta2
   A correction2 = 1;  // Adam: (1 - beta2^t)^(1/2)
-  A inverse2 = 1;  // its reciprocal
   A eps = 0;  // Adam
-  A gradient_scale = 1;  // the gradient is multiplied by it, and rounded to the storage type; 1: not at all
-  bool decays = false;  // weight_decay is not 0, before rounding
+  A gradient_scale = 1;  // the gradient is multiplied by it, and rounded to the storage type
   bool maximize = false;  // the gradient is then negated
   bool nesterov = false;  // SGD
+  // What follows from these.
+  bool scales = false, decays = false, shrinks = false;  // whether gradient_scale, weight_decay and shrink matter
 };
 // The tensors as runs of numbers in the same order, whatever their shape.
 struct Update {
@@ -147,6 +147,9 @@ struct AllUpdateScalars {
   UpdateScalars<float> f32;
 };
 inline AllUpdateScalars in_both_types(UpdateScalars<double> s) {
+  s.scales = s.gradient_scale != 1;
+  s.decays = s.weight_decay != 0;
+  s.shrinks = s.shrink != 1;
   UpdateScalars<float> f;
   f.step_size = float(s.step_size);
   f.weight_decay = float(s.weight_decay);
@@ -157,13 +160,13 @@ inline AllUpdateScalars in_both_types(UpdateScalars<double> s) {
   f.beta2 = float(s.beta2);
   f.weight2 = float(s.weight2);
   f.correction2 = float(s.correction2);
-  f.inverse2 = 1 / f.correction2;
-  s.inverse2 = 1 / s.correction2;
   f.eps = float(s.eps);
   f.gradient_scale = float(s.gradient_scale);
-  f.decays = s.decays;
   f.maximize = s.maximize;
   f.nesterov = s.nesterov;
+  f.scales = s.scales;
+  f.decays = s.decays;
+  f.shrinks = s.shrinks;
   return {s, f};
 }
 

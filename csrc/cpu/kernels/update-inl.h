@@ -14,7 +14,7 @@ MBP_INLINE V all_lanes(A x) {
 // The gradient g of the parameter p as a step sees it.
 template <typename V, typename A>
 MBP_INLINE V prepared(V g, V p, const UpdateScalars<A>& s) {
-  if (s.gradient_scale != A(1)) g = rounded<V>(g * s.gradient_scale);
+  if (s.scales) g = rounded<V>(g * s.gradient_scale);
   if (s.maximize) g = -g;
   return s.decays ? multiply_add(p, all_lanes<V>(s.weight_decay), g) : g;
 }
@@ -30,17 +30,11 @@ MBP_INLINE void sgd_step(V& p, V g, V& b, bool fresh, const UpdateScalars<A>& s)
   p = multiply_add(g, all_lanes<V>(-s.step_size), p);
 }
 
-// x / c for x >= 0, correctly rounded, from y = 1 / c: with one rounding in a multiply-add, the remainder r = x - c q is
-// exact, and q + r y rounds to the quotient (Markstein). A division is the slowest of all instructions here, and three
-// (with the square root) took a third of the time more than two.
+// As torch.lerp does, from the nearer end.
 template <typename V, typename A>
-MBP_INLINE V divided(V x, A c, A y) {
-#if MBP_VECTOR_BYTES >= 32 || defined(__FP_FAST_FMAF)
-  const V q = x * y, r = multiply_add(-q, all_lanes<V>(c), x);
-  return x == x * A(2) ? x : multiply_add(r, all_lanes<V>(y), q);  // 0 and Inf, whose remainder is NaN
-#else
-  return x / c;
-#endif
+MBP_INLINE V interpolated(V from, V to, A weight) {
+  const bool near = weight < A(0.5) && weight > A(-0.5);
+  return multiply_add(all_lanes<V>(near ? weight : weight - A(1)), to - from, near ? from : to);
 }
 
 //   m <- m + (1 - beta1) (g - m)    v <- beta2 v + (1 - beta2) g^2    l <- max(l, v), or v itself
@@ -48,13 +42,11 @@ MBP_INLINE V divided(V x, A c, A y) {
 template <bool amsgrad, typename V, typename A>
 MBP_INLINE void adam_step(V& p, V g, V& m, V& v, V& l, const UpdateScalars<A>& s) {
   g = prepared(g, p, s);
-  if (s.shrink != A(1)) p = rounded<V>(p * s.shrink);
-  // As torch.lerp does, from the nearer end.
-  const bool near = s.weight1 < A(0.5) && s.weight1 > A(-0.5);
-  m = multiply_add(all_lanes<V>(near ? s.weight1 : s.weight1 - A(1)), g - m, near ? m : g);
+  if (s.shrinks) p = rounded<V>(p * s.shrink);
+  m = interpolated(m, g, s.weight1);
   v = multiply_add(rounded<V>(g * s.weight2), g, rounded<V>(v * s.beta2));
   if (amsgrad) l = (l < v) | (v != v) ? v : l;  // NaN stays
-  const V denominator = divided(square_root(amsgrad ? l : v), s.correction2, s.inverse2) + s.eps;
+  const V denominator = square_root(amsgrad ? l : v) / s.correction2 + s.eps;
   p += m * -s.step_size / denominator;
 }
 
@@ -85,7 +77,7 @@ MBP_INLINE void for_lanes(int64_t n, const F& f) {
 
 template <typename A>
 MBP_INLINE void update_run(A* p, const A* g, A* first, A* second, A* largest, bool fresh, int64_t n,
-                           const UpdateScalars<A>& s) {
+                           const UpdateScalars<A> s) {  // a copy, which no store to p can change
   if (!second && !first) {
     for_lanes<A>(n, [&](int64_t j, auto zero) __attribute__((always_inline)) {
       auto x = load_as<A>(p + j, zero), none = zero;
@@ -129,13 +121,13 @@ static void update(const Update& u, const AllUpdateScalars& all, int64_t begin, 
     constexpr int64_t kBlock = 256;
     A p[kBlock], g[kBlock], first[kBlock], second[kBlock], largest[kBlock];
     UpdateScalars<A> s = scalars_of(all, A{});
-    const A scale = s.gradient_scale;
-    s.gradient_scale = A(1);
+    const bool scales = s.scales;
+    s.scales = false;  // below, as T
     for (int64_t i = begin; i < end; i += kBlock) {
       const int64_t n = min_i64(kBlock, end - i);
       widen_run(at(u.parameter, i), p, n);
       widen_run(static_cast<const T*>(u.gradient) + i, g, n);
-      for (int64_t j = 0; scale != A(1) && j < n; ++j) g[j] = widen(narrow<T>(g[j] * scale));
+      for (int64_t j = 0; scales && j < n; ++j) g[j] = widen(narrow<T>(g[j] * s.gradient_scale));
       if (u.first && !u.fresh) widen_run(at(u.first, i), first, n);
       if (u.second) widen_run(at(u.second, i), second, n);
       if (u.largest) widen_run(at(u.largest, i), largest, n);
