@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -121,6 +122,44 @@ def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
     assert row(result, "He")[-1] < 0.5 < row(result, "too small")[-1]  # only one of them trains
     for figure in ("why_it_does_not_train.png", "flow.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_cart_pole_learns_what_the_plain_loop_learns(tmp_path):
+    result = run_example("cart_pole.py", tmp_path, "--plain", "--output", "build/cart_pole.png")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert row(result, "torch_manualbp")[0] > 450  # moves of at most 500
+    assert row(result, "plain PyTorch")[0] > 450
+    same = re.search(r"the first (\d+) of (\d+) episodes are the same", result.stdout)
+    assert int(same[1]) >= 50  # more than half of them after the first training step
+    assert int(same[2]) > 100
+    assert (tmp_path / "build" / "cart_pole.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cart_pole_fails_if_the_pole_falls(tmp_path):
+    result = run_example("cart_pole.py", tmp_path, "--moves", "130")  # ten training steps
+    assert result.returncode == 1
+    assert "fewer than the required 400" in result.stderr
+    assert "plain PyTorch" not in result.stdout
+    assert (tmp_path / "cart_pole.png").exists()
+
+
+def test_the_poles_obey_the_physics_of_cart_and_pole(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from cart_pole import LONGEST, CartPoles
+
+    carts = CartPoles(3, np.random.default_rng(0))
+    carts.states[:] = [[0, 0, 0, 0], [2.39, 1, 0, 0], [0, 0, 0.1, 0]]
+    carts.age[:] = [0, 3, LONGEST - 1]
+    observations, rewards, fell = carts.move(np.array([True, True, False]))
+    assert fell.tolist() == [False, True, False]
+    assert carts.age.tolist() == [1, 0, 0]  # the second pole fell, the third was up for long enough
+    # 10 N on 1.1 kg: from rest, the cart accelerates by 0.05 kg m times the pole's angular acceleration more
+    turn = -(10 / 1.1) / (0.5 * (4 / 3 - 0.1 / 1.1))
+    velocity = 0.02 * (10 / 1.1 - 0.05 * turn / 1.1)
+    np.testing.assert_allclose(observations[0] / carts.scale, [0, velocity, 0, 0.02 * turn], rtol=1e-6)
+    np.testing.assert_allclose(rewards, [0, -1 - 0.01 * 2.41, 0], rtol=1e-12)
+    assert (abs(carts.states[1:]) <= 0.05).all()
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")
