@@ -1,7 +1,11 @@
-"""The examples run as a user runs them, and print and draw what they document. Times are not checked."""
+"""The examples run as a user runs them, and print and draw what they document. Times are not checked.
+
+All but the one that needs two processes run in this process, since a new one takes seconds to import torch.
+"""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +21,36 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name, folder, *arguments, launcher=("-W", "error")):
-    env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
-    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
-    return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capsys):
+    """A function(name, *arguments) that runs an example in `tmp_path` as a script of its own."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run
 
 
-def run_drawing(name, folder):
-    """Runs an example in `folder`; it must print nothing to stderr and draw build/figure.png."""
-    result = run_example(name, folder, "--output", "build/figure.png")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert "figure: build/figure.png" in result.stdout
-    assert (folder / "build" / "figure.png").read_bytes().startswith(b"\x89PNG")
-    return result
+@pytest.fixture
+def run_drawing(run_example, tmp_path):
+    """A function(name) that runs an example; it must print nothing to stderr and draw build/figure.png."""
+
+    def run(name):
+        result = run_example(name, "--output", "build/figure.png")
+        assert result.returncode == 0
+        assert result.stderr == ""
+        assert "figure: build/figure.png" in result.stdout
+        assert (tmp_path / "build" / "figure.png").read_bytes().startswith(b"\x89PNG")
+        return result
+
+    return run
 
 
 def numbers(line):
@@ -41,9 +61,9 @@ def row(result, start):
     return numbers(next(line for line in result.stdout.splitlines() if line.startswith(start)))
 
 
-def test_train_digits_learns_what_the_plain_network_learns(tmp_path):
-    result = run_example("train_digits.py", tmp_path, "--epochs", "5")
-    assert result.returncode == 0, result.stderr
+def test_train_digits_learns_what_the_plain_network_learns(run_example, tmp_path):
+    result = run_example("train_digits.py", "--epochs", "5")
+    assert result.returncode == 0
     assert result.stderr == ""  # no warning, and no progress bar outside a terminal
     accuracy, loss, _ = row(result, "torch_manualbp.MLP")
     assert accuracy >= 97
@@ -54,8 +74,8 @@ def test_train_digits_learns_what_the_plain_network_learns(tmp_path):
     assert len(figure) > 10_000
 
 
-def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp_path):
-    result = run_example("train_digits.py", tmp_path, "--epochs", "1", "--dtype", "float64", "--output", "a/b.png")
+def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(run_example, tmp_path):
+    result = run_example("train_digits.py", "--epochs", "1", "--dtype", "float64", "--output", "a/b.png")
     assert result.returncode == 1
     assert "below the required 97%" in result.stderr
     assert row(result, "torch_manualbp.MLP")[:2] == row(result, "nn.Sequential")[:2]
@@ -63,15 +83,15 @@ def test_train_digits_agrees_in_float64_and_fails_if_the_accuracy_is_too_low(tmp
     assert (tmp_path / "a" / "b.png").exists()
 
 
-def test_least_squares_finds_the_minimum(tmp_path):
-    result = run_drawing("least_squares.py", tmp_path)
+def test_least_squares_finds_the_minimum(run_drawing):
+    result = run_drawing("least_squares.py")
     assert row(result, "largest difference to autograd")[0] < 1e-12
     assert row(result, "gradient descent") == row(result, "closed form")
     assert row(result, "SGD")[2] == pytest.approx(row(result, "closed form")[2], rel=0.01)
 
 
-def test_toy_network_prints_the_lecture_and_agrees_four_ways(tmp_path):
-    result = run_drawing("toy_network.py", tmp_path)
+def test_toy_network_prints_the_lecture_and_agrees_four_ways(run_drawing):
+    result = run_drawing("toy_network.py")
     names = [line.split("=")[0].strip() for line in result.stdout.splitlines() if line.startswith("  ")]
     forward = ["x", "y", "f0", "h1", "f1", "h2", "f2", "h3", "f3", "ℓ"]
     backward = [f"∂ℓ/∂{name}" for name in ("f3", "h3", "f2", "h2", "f1", "h1", "f0")]
@@ -81,15 +101,15 @@ def test_toy_network_prints_the_lecture_and_agrees_four_ways(tmp_path):
     assert row(result, "equal to finite differences")[0] < 1e-8
 
 
-def test_matrix_calculus_holds(tmp_path):
-    result = run_drawing("matrix_calculus.py", tmp_path)
+def test_matrix_calculus_holds(run_drawing):
+    result = run_drawing("matrix_calculus.py")
     assert result.stdout.count("True") == 6
     assert "False" not in result.stdout
     assert "∂f/∂h (4, 3), rows are variables" in result.stdout
 
 
-def test_deep_network_is_traced_and_verified(tmp_path):
-    result = run_drawing("deep_network.py", tmp_path)
+def test_deep_network_is_traced_and_verified(run_drawing):
+    result = run_drawing("deep_network.py")
     before, after = row(result, "loss of this batch")
     assert after < before / 2
     assert row(result, "a step with the traced gradients")[0] < 1e-15
@@ -98,8 +118,8 @@ def test_deep_network_is_traced_and_verified(tmp_path):
     assert finite < 1e-5
 
 
-def test_initialisation_measures_what_is_predicted(tmp_path):
-    result = run_drawing("initialisation.py", tmp_path)
+def test_initialisation_measures_what_is_predicted(run_drawing):
+    result = run_drawing("initialisation.py")
     for name, factor in (("Var = 1/2D", 0.5), ("He", 1.0), ("Var = 8/D", 2.0)):
         line = next(line for line in result.stdout.splitlines() if line.startswith(name))
         assert float(line[26:34]) == pytest.approx(factor)
@@ -108,9 +128,9 @@ def test_initialisation_measures_what_is_predicted(tmp_path):
         assert 0.2 < measured / predicted < 5
 
 
-def test_why_it_does_not_train_finds_what_was_built_in(tmp_path):
-    result = run_example("why_it_does_not_train.py", tmp_path, "--steps", "150", "--flow", "flow.png")
-    assert result.returncode == 0, result.stderr
+def test_why_it_does_not_train_finds_what_was_built_in(run_example, tmp_path):
+    result = run_example("why_it_does_not_train.py", "--steps", "150", "--flow", "flow.png")
+    assert result.returncode == 0
     assert result.stderr == ""
     for start, word in (
         ("too small", "vanishing"),
@@ -164,8 +184,10 @@ def test_the_poles_obey_the_physics_of_cart_and_pole(monkeypatch):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch is built without gloo")
 def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_example("distributed_training.py", tmp_path, launcher=launcher)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
+    command = [*launcher, EXAMPLES / "distributed_training.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for way in ("ddp ", "fsdp", "tp  ", "pp  "):
         first_loss, last_loss, difference = row(result, way)
@@ -173,7 +195,7 @@ def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tm
         assert difference < 1e-13
 
 
-def test_distributed_training_says_how_it_is_started(tmp_path):
-    result = run_example("distributed_training.py", tmp_path, launcher=[])
+def test_distributed_training_says_how_it_is_started(run_example):
+    result = run_example("distributed_training.py")
     assert result.returncode == 2
     assert "start it with: torchrun --nproc-per-node 2" in result.stderr
