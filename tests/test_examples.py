@@ -144,8 +144,8 @@ def test_why_it_does_not_train_finds_what_was_built_in(run_example, tmp_path):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 
 
-def test_cart_pole_learns_what_the_plain_loop_learns(tmp_path):
-    result = run_example("cart_pole.py", tmp_path, "--plain", "--output", "build/cart_pole.png")
+def test_cart_pole_learns_what_the_plain_loop_learns(run_example, tmp_path):
+    result = run_example("cart_pole.py", "--plain", "--output", "build/cart_pole.png")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert row(result, "torch_manualbp")[0] > 450  # moves of at most 500
@@ -156,8 +156,8 @@ def test_cart_pole_learns_what_the_plain_loop_learns(tmp_path):
     assert (tmp_path / "build" / "cart_pole.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_cart_pole_fails_if_the_pole_falls(tmp_path):
-    result = run_example("cart_pole.py", tmp_path, "--moves", "130")  # ten training steps
+def test_cart_pole_fails_if_the_pole_falls(run_example, tmp_path):
+    result = run_example("cart_pole.py", "--moves", "130")  # ten training steps
     assert result.returncode == 1
     assert "fewer than the required 400" in result.stderr
     assert "plain PyTorch" not in result.stdout

@@ -592,7 +592,7 @@ optimizer.register_step_pre_hook(lambda *_: print("before"))
 for gradient in (torch.ones(3), torch.ones(3).to_sparse()):
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
-with torch.device("meta"), torch.utils._python_dispatch.TorchDispatchMode():
+with torch.overrides.BaseTorchFunctionMode():
     optimizer.step()
 """
     done = run_python(code, base64.b64encode(pickle.dumps(optimizer)).decode())
