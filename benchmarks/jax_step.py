@@ -3,6 +3,7 @@
     python benchmarks/jax_step.py network.npz gradients    # the loss and its gradients, on one batch
     python benchmarks/jax_step.py network.npz adam         # and Adam's update, batch after batch
     python benchmarks/jax_step.py network.npz scan         # the same, with all batches of an epoch in one call
+    python benchmarks/jax_step.py network.npz gather_scan  # the same, with all rows gathered before the first step
 
 It reads the arrays of a network from the file, compiles with `jax.jit`, and then prints one line for each line of its
 standard input. A number n runs n steps and prints the seconds they took; "rate x" sets Adam's learning rate; a file
@@ -92,20 +93,23 @@ class Adam:
         return self.state[:3]
 
 
+def gather(x: Any, target: Any, rows: Any) -> tuple[Any, Any]:
+    """These rows of both; that they exist is not checked."""
+    return jnp.take(x, rows, axis=0, mode="clip"), jnp.take(target, rows, axis=0, mode="clip")
+
+
 class Scan(Adam):
     """The same steps by `jax.lax.scan`, which gathers the rows of each batch."""
 
     def prepare(self, x: Any, target: Any, rows: Any) -> None:
         """Compiles an epoch."""
-
-        def epoch(state: Any, rate: Any, rows: Any, x: Any, target: Any) -> Any:
-            def step(state: Any, batch: Any) -> Any:
-                return adam_step(state, rate, *(jnp.take(a, batch, axis=0, mode="clip") for a in (x, target)))
-
-            return jax.lax.scan(step, state, rows)
-
         self.x, self.target, self.rows = x, target, rows
-        self.compiled = jax.jit(epoch, donate_argnums=0)
+        self.compiled = jax.jit(self.epoch, donate_argnums=0)
+
+    @staticmethod
+    def epoch(state: Any, rate: Any, rows: Any, x: Any, target: Any) -> Any:
+        """A step for each row of `rows` (batches, B)."""
+        return jax.lax.scan(lambda state, batch: adam_step(state, rate, *gather(x, target, batch)), state, rows)
 
     def run(self, steps: int) -> None:
         """Runs epochs, and as many steps of another as remain."""
@@ -114,7 +118,21 @@ class Scan(Adam):
             self.state, _ = wait(self.compiled(self.state, self.rate, rows, self.x, self.target))
 
 
-KINDS: dict[str, Callable[..., Any]] = {"gradients": Gradients, "adam": Adam, "scan": Scan}
+class GatherScan(Scan):
+    """The same steps after the rows of all batches have been gathered at once: faster for the smallest networks."""
+
+    @staticmethod
+    def epoch(state: Any, rate: Any, rows: Any, x: Any, target: Any) -> Any:
+        """A step for each row of `rows` (batches, B)."""
+        return jax.lax.scan(lambda state, batch: adam_step(state, rate, *batch), state, gather(x, target, rows))
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "gradients": Gradients,
+    "adam": Adam,
+    "scan": Scan,
+    "gather_scan": GatherScan,
+}
 
 
 def main() -> None:
