@@ -94,13 +94,15 @@ fuzz: $(VENV)/.ready  ## random calls against float64 autograd, random arguments
 fuzz-night: $(VENV)/.ready  ## 100,000 cases of each fuzzer (half an hour; a day at most)
 	@$(RUN) PYTHONPATH=tests python -m fuzz --cases 100000 --seconds 86400 $(ARGS)
 
-asan: $(DRIVERS:%=build/asan/%)  ## kernels and passes under the address and undefined-behaviour sanitizers, on every level
+asan: $(DRIVERS:%=build/asan/%) build/asan/pool  ## kernels and passes under the address and undefined-behaviour sanitizers, on every level
 	@$(call on_every_level,build/asan/kernels 1000)
 	@$(call on_every_level,build/asan/network 50)
+	@build/asan/pool 500
 
-tsan: $(DRIVERS:%=build/tsan/%)  ## the same on several threads under the thread sanitizer
+tsan: $(DRIVERS:%=build/tsan/%) build/tsan/pool  ## the same on several threads under the thread sanitizer
 	@$(call on_every_level,build/tsan/kernels threads)
 	@$(call on_every_level,build/tsan/network 10)
+	@build/tsan/pool 500
 
 aarch64: $(DRIVERS:%=build/aarch64/%)  ## kernels and passes on an emulated Arm processor (g++-aarch64-linux-gnu, qemu-user)
 	@$(call on_the_baseline,qemu-aarch64)
@@ -114,7 +116,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	@rm -rf build/coverage
 	@mkdir -p build/coverage/package/torch_manualbp build/coverage/fast
 	@echo "==> building with line counts"
-	@$(MAKE) $(DRIVERS:%=build/coverage/%) $(EMULATED:%=build/coverage/%)
+	@$(MAKE) $(DRIVERS:%=build/coverage/%) build/coverage/pool $(EMULATED:%=build/coverage/%)
 	@cd build/coverage/fast && $(CXX) -std=c++17 -O3 -fPIC -c $(abspath $(KERNELS))
 	@ln -s $(abspath $(wildcard torch_manualbp/[!_]* torch_manualbp/_[!C]*)) build/coverage/package/torch_manualbp
 	@torch=$$($(RUN) python -c 'import os, torch; print(os.path.dirname(torch.__file__))' ) && \
@@ -125,6 +127,7 @@ coverage: $(VENV)/.coverage  ## which lines of Python and of C++ the tests reach
 	@$(call on_every_level,build/coverage/kernels 1000)
 	@$(call on_every_level,build/coverage/kernels threads)
 	@$(call on_every_level,build/coverage/network 2)
+	@build/coverage/pool 5
 	@for program in $(EMULATED:%=build/coverage/%); do $$program || exit 1; done
 	@$(RUN) PYTHONPATH=build/coverage/package coverage run $(VENV)/bin/pytest $(ARGS) \
 	  --deselect tests/test_packaging.py::test_binary_is_small  # counting enlarges it
@@ -189,7 +192,8 @@ define drivers
 build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
 	@mkdir -p $$(@D)
 	@$$(CXX) -std=c++17 -O1 -g1 $$(DRIVER_FLAGS) -Wall -Wextra -Itests/csrc/torch_stub -c $$< -o $$@
-$(DRIVERS:%=build/$(1)/%): build/$(1)/%: build/$(1)/tests/csrc/%.o $(KERNELS:%.cpp=build/$(1)/%.o)
+$(DRIVERS:%=build/$(1)/%): $(KERNELS:%.cpp=build/$(1)/%.o)
+$(DRIVERS:%=build/$(1)/%) build/$(1)/pool: build/$(1)/%: build/$(1)/tests/csrc/%.o build/$(1)/csrc/cpu/pool.o
 	@$$(CXX) $$(DRIVER_FLAGS) $$^ -o $$@ -ldl -pthread
 endef
 $(foreach kind,asan tsan aarch64 nehalem coverage,$(eval $(call drivers,$(kind))))

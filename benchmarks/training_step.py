@@ -6,9 +6,10 @@
 A step resets the gradients (sets .grad to None), runs forward and mean squared error against a fixed target, and runs
 backward, in float32 and without an optimiser. Peers are timed in rounds: each round times every peer once, starting
 with a different one, and gives each a ratio to eager. The median ratio is reported, so a slow period of the machine
-affects all peers alike. All peers share one process except JAX (an optional extra), whose threads would compete with
-torch's: it runs in a process that is idle while the others are timed (jax_step.py). The peak is the rate of fused
-multiply-adds in registers, measured between the workloads with the same number of threads (fma_peak.cpp).
+affects all peers alike; beside the median time of a step stand the shortest and the longest of the rounds. All peers
+share one process except JAX (an optional extra), whose threads would compete with torch's: it runs in a process that is
+idle while the others are timed (jax_step.py). The peak is the rate of fused multiply-adds in registers, measured
+between the workloads with the same number of threads (fma_peak.cpp).
 
 Before a workload is timed, the gradients of every peer are checked. Part of eager's time on tall batches is page
 faults, because glibc returns freed memory to the system; `--keep-memory` makes glibc keep it, for all peers.
@@ -456,7 +457,9 @@ def table(results: dict[str, dict[str, Timing]], workloads: Sequence[Workload], 
                 continue
             gflops = workload.flops / timing.median_seconds * 1e-9
             share = f"{gflops / limit:6.1%}" if limit else "     –"
-            row.append(f"{timing.speedup:5.2f}× {timing.median_seconds * 1e3:9.3f} ms {gflops:8.2f} {share}")
+            shortest, longest = min(timing.seconds) * 1e3, max(timing.seconds) * 1e3
+            times = f"{timing.median_seconds * 1e3:9.3f} ms ({shortest:8.3f} to {longest:8.3f})"
+            row.append(f"{timing.speedup:5.2f}× {times} {gflops:8.2f} {share}")
         rows.append(row)
     means = [geometric_mean([results[workload.name][peer] for workload in workloads]) for peer in peers]
     rows.append(["geometric mean", *("–" if mean is None else f"{mean:5.2f}×" for mean in means)])
@@ -518,6 +521,7 @@ def as_json(
                     else {
                         "speedup": timing.speedup,
                         "median_seconds": timing.median_seconds,
+                        "shortest_and_longest_seconds": [min(timing.seconds), max(timing.seconds)],
                         "gflops": workload.flops / timing.median_seconds * 1e-9,
                         "repetitions": timing.repetitions,
                         "seconds": timing.seconds,
@@ -610,7 +614,8 @@ def main() -> None:
         "rounds": str(args.rounds),
     }
     legend = (
-        f"Speed relative to {REFERENCE} (median of the rounds), median time of a step, GFLOP/s, share of the FMA peak:"
+        f"Speed relative to {REFERENCE} (median of the rounds), time of a step (median; shortest to longest round), "
+        "GFLOP/s, share of the FMA peak:"
     )
     body = [legend, "", table(results, workloads, peak.limit)]
     write(header, body, as_json(results, workloads, peak, header), args)

@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "cpu/pool.h"
 
 STABLE_TORCH_LIBRARY(manualbp, m) {
   // relu(input weight^T + bias)
@@ -67,6 +68,9 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   // the number of layers whose activations the backward pass computes (0 if they are stored, K with the loss, else
   // K-1).
   m.def("plan(int batch, int[] widths, int item_size, int threads, bool[] needs, bool store, int recomputed) -> int[]");
+  // Frees the memory of stored activations that is kept for the next step. Its bytes.
+  m.def("empty_cache() -> ()");
+  m.def("cache_size() -> int");
   // The instruction-set level in use.
   m.def("isa() -> str");
 }
@@ -87,5 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {
   m.impl("update", TORCH_BOX(&manualbp::update_elsewhere));
   m.impl("plan", TORCH_BOX(&manualbp::plan));
+  m.impl("empty_cache", TORCH_BOX(&manualbp::empty_cache));
+  m.impl("cache_size", TORCH_BOX(&manualbp::cache_size));
   m.impl("isa", TORCH_BOX(&manualbp::isa));
 }

@@ -59,6 +59,7 @@ def test_training_step_writes_table_and_samples(tmp_path):
     for peer in toy["peers"].values():
         assert len(peer["seconds"]) == 5
         assert peer["median_seconds"] == statistics.median(peer["seconds"]) > 0
+        assert peer["shortest_and_longest_seconds"] == [min(peer["seconds"]), max(peer["seconds"])]
         assert peer["repetitions"] >= 1
     pairs = zip(toy["peers"]["eager"]["seconds"], toy["peers"]["mbp.MLP"]["seconds"], strict=True)
     assert toy["peers"]["mbp.MLP"]["speedup"] == statistics.median(a / b for a, b in pairs)

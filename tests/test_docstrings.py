@@ -40,9 +40,11 @@ def test_examples_print_what_they_say(module):
 
 @pytest.mark.parametrize("name", [name for name in mbp.__all__ if not name.startswith("__")])
 def test_everything_public_tells_its_arguments_errors_and_an_example(name):
-    text = inspect.getdoc(getattr(mbp, name))
-    assert "Args:" in text
-    assert "Raises:" in text
+    thing = getattr(mbp, name)
+    text = inspect.getdoc(thing)
+    if inspect.signature(thing).parameters:
+        assert "Args:" in text
+        assert "Raises:" in text
     assert "Example:" in text
 
 

@@ -397,7 +397,7 @@ sys.path.insert(0, sys.argv[1])
 import memory_growth
 torch.set_num_threads(1)
 for way in memory_growth.WAYS:
-    held = memory_growth.growth(way, 2000)
+    held = memory_growth.held(way, 2000, [8, 16, 4], 32)
     # The first half may load code and fill caches; a quarter may get a huge page. A leak appears in both quarters.
     half, quarters = len(held) // 2, len(held) * 3 // 4
     print(min(held[-1] - held[quarters], held[quarters] - held[half]))

@@ -23,7 +23,7 @@ from torch_manualbp import _ops
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     *("LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "safe_globals", "unfuse"),
-    *("History", "fit", "train_step"),
+    *("History", "empty_cache", "fit", "train_step"),
     *("GradientFlowMonitor", "gradient_flow", "memory", "trace"),
     *("clipped_gradients", "per_sample_gradient_norms", "per_sample_gradients"),
 }

@@ -31,7 +31,7 @@ def driver(request, tmp_path_factory):
     works = subprocess.run([*compiler, *flags], capture_output=True, check=False).returncode == 0
     if not works or subprocess.run([trial.with_suffix("")], capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler[0]} cannot build programs with -fsanitize={SANITIZERS[request.param]} that run here")
-    programs = [f"build/{request.param}/{name}" for name in ("kernels", "network")]
+    programs = [f"build/{request.param}/{name}" for name in ("kernels", "network", "pool")]
     built = subprocess.run(["make", "-j2", "-C", ROOT, *programs], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
 
@@ -63,6 +63,14 @@ def test_passes_on_threads_touch_only_their_memory_and_race_for_none(driver):
     done = run("network", cases)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(f": {cases} passed\n")
+
+
+def test_blocks_of_the_pool_are_passed_between_threads_without_a_race(driver):
+    name, run = driver
+    rounds = "50" if name == "asan" else "20"
+    done = run("pool", rounds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"pool: {rounds} passed\n"
 
 
 def test_a_deliberate_error_is_reported(driver):

@@ -9,7 +9,7 @@ from torch_manualbp._flops import register_when_needed
 from torch_manualbp.conversion import fuse, safe_globals, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
 from torch_manualbp.inspection.gradient_flow import gradient_flow
-from torch_manualbp.inspection.memory import memory
+from torch_manualbp.inspection.memory import empty_cache, memory
 from torch_manualbp.inspection.monitor import GradientFlowMonitor
 from torch_manualbp.inspection.trace import trace
 from torch_manualbp.modules import MLP, LinearReLU
@@ -23,6 +23,7 @@ __all__ = [
     "LinearReLU",
     "__version__",
     "clipped_gradients",
+    "empty_cache",
     "fit",
     "fuse",
     "gradient_flow",

@@ -62,6 +62,8 @@ flow_update = torch.ops.manualbp.flow_update.default
 update = torch.ops.manualbp.update.default
 train = torch.ops.manualbp.train.default
 plan = torch.ops.manualbp.plan.default
+empty_cache = torch.ops.manualbp.empty_cache.default
+cache_size = torch.ops.manualbp.cache_size.default
 isa = torch.ops.manualbp.isa.default
 
 # These ops have no derivative. Without a fallthrough for Autograd, torch would attach a node to every result that warns

@@ -9,6 +9,7 @@ import torch
 
 import torch_manualbp
 from torch_manualbp import _ops
+from torch_manualbp.inspection.memory import _readable
 
 
 def info() -> dict[str, str]:
@@ -22,6 +23,7 @@ def info() -> dict[str, str]:
         "instruction set": f"{_ops.isa()} (torch: {torch.backends.cpu.get_cpu_capability()})",
         "MANUALBP_ISA": os.environ.get("MANUALBP_ISA", "not set"),
         "threads": str(torch.get_num_threads()),
+        "memory kept": _readable(_ops.cache_size()),
         "extension": _ops.BINARY.name,
         "CUDA kernels": _cuda_kernels(),
         "torch CUDA": torch.version.cuda or "none",

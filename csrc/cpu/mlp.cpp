@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
     const auto h = as_matrix<T>(input, keep);
     auto net = network<T>(h.rows, weights, biases, final_relu);
     Tensor output = empty(with_last_size(input, weights.back().size(0)), dtype);
-    Tensor hidden = empty({store ? net.hidden_size() : 0}, dtype);
+    Tensor hidden = pooled({store ? net.hidden_size() : 0}, dtype);
     net.forward(h, store ? data<T>(hidden) : nullptr, data<T>(output));
     return std::make_tuple(output, hidden);
   });

@@ -6,30 +6,39 @@
 #endif
 
 #include "../tensor.h"
+#include "pool.h"
 
 namespace manualbp {
 
-// Asks for huge pages before a large block is touched for the first time: a page fault every 4 KiB costs as much as the
-// work on the page. A hint: where there are no huge pages, nothing happens.
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+// Gives the system advice on the whole huge pages of a large block. A hint: where there are none, nothing happens.
+inline void advise([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
+#if defined(__linux__)
   constexpr int64_t kPage = 2 << 20;
   if (bytes < 2 * kPage) return;
   const int64_t first = round_up(reinterpret_cast<intptr_t>(data), kPage);
   const int64_t last = (reinterpret_cast<intptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), size_t(last - first), MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), size_t(last - first), advice);
 #endif
 }
 
-// A new contiguous tensor from torch's allocator.
+// A new contiguous tensor from torch's allocator. If memory has run out, what the pool keeps is given up first.
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   const auto strides = contiguous_strides(sizes);
   const int64_t step = sizes.empty() ? 1 : strides[0] * sizes[0];
   AtenTensorHandle handle;
-  MBP_TORCH(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                     aoti_torch_device_type_cpu(), 0, &handle));
+  const auto allocate = [&] {
+    return aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                    aoti_torch_device_type_cpu(), 0, &handle);
+  };
+  if (allocate() != 0) {
+    if (Pool::global().clear() == 0) raise_libtorch_error("aoti_torch_empty_strided");
+    MBP_TORCH(allocate());
+  }
   Tensor tensor(handle);
-  if (step > (1 << 19)) advise_huge_pages(tensor.mutable_data_ptr(), step * item_size(dtype));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // A page fault every 4 KiB costs as much as the work on the page, so huge pages are asked for before the first touch.
+  if (step > (1 << 19)) advise(tensor.mutable_data_ptr(), step * item_size(dtype), MADV_HUGEPAGE);
+#endif
   return tensor;
 }
 

@@ -1,4 +1,4 @@
-"""How much memory a training step of a network takes in each mode, before it is run: `memory`.
+"""How much memory a training step of a network takes in each mode, before it is run: `memory`; `empty_cache`.
 
 "Memory hungry – must store all the intermediate quantities", says the lecture of backpropagation. This counts them: the
 tensors that PyTorch allocates and frees in the plain network, the results of our ops, and their workspace, which the op
@@ -7,7 +7,7 @@ tensors that PyTorch allocates and frees in the plain network, the results of ou
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -46,6 +46,8 @@ class MemoryPlan:
     """The same with ``activations="recompute"``."""
     loss: ModeMemory
     """`MLP.loss`: network and loss in one pass."""
+    cached: int = field(default=0, compare=False)
+    """Bytes that earlier steps had left for later ones when this was counted; `empty_cache` frees them."""
 
     def __str__(self) -> str:
         rows = [("", "kept for backward", "peak of a step")]
@@ -56,7 +58,8 @@ class MemoryPlan:
         lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
         parameters = _readable(self.parameters)
         title = f"Memory of a training step with {self.batch:,} rows, beside {parameters} of parameters"
-        return "\n".join([title, *lines])
+        cached = [f"kept from earlier steps: {_readable(self.cached)} (empty_cache)"] if self.cached else []
+        return "\n".join([title, *lines, *cached])
 
 
 def memory(model: nn.Module, batch: int) -> MemoryPlan:
@@ -67,6 +70,9 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
 
     - in the plain network: every h_k (B, D_k) that the lecture's backward pass needs, and ∂ℓ/∂f_k on the way back
     - in our modes: the h_k if they are stored, and a workspace for the block of rows that is being computed
+
+    The stored h_k stay in memory for the next step (`empty_cache`). So the peak is what torch allocates in a first
+    step; in the steps after it torch allocates less, and the process holds the same.
 
     Parameters that do not require a gradient get none. Of the layers in front of the first that learns, nothing is kept
     but what the last one hands on; if no parameter learns, the step ends with the loss.
@@ -111,7 +117,35 @@ def memory(model: nn.Module, batch: int) -> MemoryPlan:
         store=eager if torch_is_faster(input, [layer.weight for layer in layers]) else store,
         recompute=recompute,
         loss=ModeMemory(0, backward + _gradients(layers)),
+        cached=_ops.cache_size(),
     )
+
+
+def empty_cache() -> None:
+    """Frees the memory that our ops keep on the CPU for the next training step.
+
+    Memory that is new to a process is slow: each page of it costs a page fault. So the activations that a network has
+    stored for backward are not freed, if they take 4 MiB or more, but kept for the next step. Outputs and gradients are
+    in torch's own memory, as everywhere.
+
+    What is kept and what is in use are together at most 1.25 times what was needed at one time: other sizes take the
+    place of earlier ones. What has not been used for ten seconds is freed when a network is called, and all is freed by
+    a fork and by a call that runs out of memory. Where Linux has huge pages, it takes the memory back when it runs
+    short.
+
+    Call this after training, or before something else needs the memory; the next step then touches new pages. With
+    torch 2.10, which does not tell when a tensor is freed, nothing is kept.
+
+    Example:
+        >>> import torch
+        >>> from torch_manualbp import MLP, memory
+        >>> model = MLP([8, 64, 64, 1])
+        >>> model(torch.randn(16_384, 8)).sum().backward()  # stores h_1 and h_2, 8 MiB
+        >>> empty_cache()
+        >>> memory(model, batch=1).cached
+        0
+    """
+    _ops.empty_cache()
 
 
 def _ours(layers: Sequence[Layer], batch: int, stored: bool) -> ModeMemory:

@@ -36,6 +36,7 @@ MBP_STUB_DTYPE(bfloat16, 15)
 
 inline int aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype) { return *dtype = tensor->dtype, 0; }
 inline int32_t aoti_torch_device_type_cpu() { return 0; }
+inline int32_t aoti_torch_layout_strided() { return 0; }
 // Supports only bytes: the one tensor that a Network makes is a large Buffer.
 inline int aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t,
                                     int32_t, AtenTensorHandle* out) {
