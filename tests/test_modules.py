@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers, plain_network, recorded_calls, twins
-from torch_manualbp import _route
+from torch_manualbp import _route, modules
 
 SIZES = ([3, 2], [4, 8, 1], [5, 7, 6, 2])
 
@@ -685,6 +685,36 @@ def test_a_module_between_two_runs_may_return_a_subclass_of_tensor():
     torch.testing.assert_close(ours(input).as_subclass(torch.Tensor), theirs(input).as_subclass(torch.Tensor))
 
 
+def _forward_of_its_own(model):
+    model[0].forward = lambda input: input @ torch.ones(4, 8)
+
+
+def _parameter_of_a_subclass(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(DoublingTensor))
+
+
+@pytest.mark.parametrize("change", [_forward_of_its_own, _parameter_of_a_subclass])
+def test_a_child_that_changes_between_two_calls_is_computed_as_it_is(change):
+    theirs, input = plain_network([4, 8, 3]), torch.randn(5, 4)
+    ours = mbp.fuse(copy.deepcopy(theirs))
+    assert calls_of(ours, input) == ["mlp"]
+    change(ours)
+    change(theirs)
+    for _ in range(2):
+        assert_equal(*(model(input).as_subclass(torch.Tensor) for model in (ours, theirs)))
+    assert calls_of(ours, input) == []
+
+
+def test_children_that_another_thread_changes_are_called_in_turn(monkeypatch):
+    theirs, input = plain_network([4, 8, 3]), torch.randn(5, 4)
+    ours = mbp.fuse(copy.deepcopy(theirs))
+    with monkeypatch.context() as patch:
+        patch.setattr(modules._Plan, "parameters", lambda self, children: None)  # they are no longer those of the plan
+        assert_equal(ours(input), theirs(input))
+        assert calls_of(ours, input) == []
+    assert calls_of(ours, input) == ["mlp"]
+
+
 # --- one small layer on its own -------------------------------------------------------------------------------------
 
 
@@ -757,6 +787,17 @@ def test_a_small_layer_that_is_left_to_torch_is_watched_all_the_same(monkeypatch
     assert_equal(model(input), torch.ones(3, 8))
     model[2] = nn.Linear(8, 2)
     assert calls_of(model, input) == ["mlp"]
+
+
+def test_a_hook_on_a_small_layer_that_is_left_to_torch_sees_a_call_under_autocast(monkeypatch):
+    monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 1 << 17)
+    model, input = mbp.fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU())), torch.randn(3, 4)
+    model(input)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input)
+    assert seen == [torch.bfloat16]
 
 
 # --- loss_backward leaves the gradients that torch's engine leaves --------------------------------------------------
