@@ -151,8 +151,8 @@ def test_the_jax_process_has_torchs_threads_and_ends_with_its_workload(training_
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     torch.set_num_threads(threads)
-    with pytest.raises(FileNotFoundError):  # it answers, but saves no gradients
-        training_step.measure(training_step.Workload("small", [3, 4, 2], 5), ["eager", "JAX jit"], rounds=1)
+    # It answers, but saves no gradients: an error of this peer.
+    training_step.measure(training_step.Workload("small", [3, 4, 2], 5), ["eager", "JAX jit"], rounds=1)
     [(server, env)] = started
     assert server.returncode is not None
     assert env["NPROC"] == str(threads)
