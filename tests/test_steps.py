@@ -83,6 +83,19 @@ def twins(rule="Adam", dtype=torch.float32, **options):
     return model, mbp.fuse(RULES[rule](model.parameters())), other, mbp.fuse(RULES[rule](other.parameters()))
 
 
+def train_twins(change, rule="Adam"):
+    """Two steps of each twin, the change of both, and two more."""
+    model, optimizer, other, other_optimizer = twins(rule)
+    input, target = data()
+    for step in range(4):
+        if step == 2:
+            change(model, optimizer)
+            change(other, other_optimizer)
+        value = model.train_step(input, target, optimizer)
+        assert torch.equal(value, composed(other, other_optimizer, input, target))
+    assert_same(model, optimizer, other, other_optimizer)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_has_the_bits_of_its_parts(made, rule, dtype):
@@ -219,16 +232,8 @@ def write_into_a_weight(model, optimizer):
     ],
 )
 def test_a_change_between_steps_counts(made, change):
-    model, optimizer, other, other_optimizer = twins()
-    input, target = data()
-    for step in range(4):
-        if step == 2:
-            change(model, optimizer)
-            change(other, other_optimizer)
-        model.train_step(input, target, optimizer)
-        composed(other, other_optimizer, input, target)
+    train_twins(change)
     assert made == [1] * 4
-    assert_same(model, optimizer, other, other_optimizer)
 
 
 def parameter_hook(model, optimizer):
@@ -286,16 +291,26 @@ def unfused(model, optimizer):
     ],
 )
 def test_what_the_op_does_not_know_takes_the_composition(made, disturb):
-    model, optimizer, other, other_optimizer = twins()
-    input, target = data()
-    for step in range(4):
-        if step == 2:
-            disturb(model, optimizer)
-            disturb(other, other_optimizer)
-        value = model.train_step(input, target, optimizer)
-        assert torch.equal(value, composed(other, other_optimizer, input, target))
+    train_twins(disturb)
     assert [count for count in made if count > 0] == [1, 1]
-    assert_same(model, optimizer, other, other_optimizer)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="since torch 2.10")
+def test_gradients_of_another_dtype_take_the_composition(made):
+    def round_gradients(model, optimizer):
+        model[0].weight.grad_dtype = torch.bfloat16
+
+    train_twins(round_gradients, "SGD")
+    assert [count for count in made if count > 0] == [1, 1]
+
+
+def test_the_default_device_is_not_that_of_a_step(made):
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    with torch.device("meta"):
+        assert model.train_step(input, target, optimizer).device.type == "cpu"
+        mbp.fit(model, input, target, optimizer, batch_size=23, shuffle=False)
+    assert made == [1, 1]
 
 
 def test_a_hook_on_the_accumulating_node_takes_the_composition(made):

@@ -6,7 +6,7 @@ The ops check shapes and dtypes themselves (csrc/checks.h), where it costs nothi
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ACTIVATION_MODES = ("store", "recompute")
@@ -50,6 +50,12 @@ def check_choice(op: str, name: str, value: str, choices: Collection[str]) -> No
 def check_activations(op: str, activations: str) -> None:
     """Raises ValueError unless `activations` names a memory mode."""
     check_choice(op, "activations", activations, ACTIVATION_MODES)
+
+
+def check_module(op: str, model: Any) -> None:
+    """Raises TypeError unless `model` is an ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: `model` must be an nn.Module, got {type(model).__name__}")
 
 
 def check_optimizer(op: str, optimizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch_manualbp._route import PLAIN
 ADDING = threading.RLock()
 # The number of C++ references to a tensor: 1 is that of its Python object. Should torch no longer tell it: too many.
 use_count: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda tensor: 2)
+# The dtype of a parameter's gradient. Before torch had the attribute, always that of the parameter.
+grad_dtype: Callable[[Tensor], torch.dtype | None] = attrgetter(
+    "grad_dtype" if hasattr(Tensor, "grad_dtype") else "dtype"
+)
 
 
 def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor] | None:
@@ -32,7 +37,7 @@ def unwatched(weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor
             or parameter._post_accumulate_grad_hooks
             or not parameter.is_leaf
             or use_count(parameter) > 1
-            or getattr(parameter, "grad_dtype", parameter.dtype) is not parameter.dtype
+            or grad_dtype(parameter) is not parameter.dtype
         ):
             return None
         if (grad := parameter.grad) is not None and not (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from torch_manualbp._checks import check_module
 from torch_manualbp.modules import FusedForward, LinearReLU
 
 _MISSING = object()
@@ -72,8 +73,7 @@ def layers_of(model: nn.Module, op: str = "layers_of") -> list[Layer]:
         >>> [(layer.name, tuple(layer.weight.shape), layer.relu) for layer in layers_of(MLP([4, 8, 1]))]
         [('0', (8, 4), True), ('2', (1, 8), False)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: `model` must be an nn.Module, got {type(model).__name__}")
+    check_module(op, model)
     layers: list[Layer] = []
     owners: dict[int, str] = {}
     for name, module in _leaves(op, model, "", set(), outermost=True):

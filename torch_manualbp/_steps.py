@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
 from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor
-from torch_manualbp._gradients import unwatched, use_count
+from torch_manualbp._gradients import grad_dtype, unwatched, use_count
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import rows_of, target_is_ours
 from torch_manualbp.modules import FusedForward, hook_counter, loss_backward, whole_network
@@ -64,7 +64,7 @@ class Steps:
                 return self.one(input, target)
         check_tensor(self._op, "input", input)
         check_tensor(self._op, "target", target)
-        losses = torch.empty((), dtype=input.dtype)
+        losses = torch.empty((), dtype=input.dtype, device="cpu")
         if self._by_kernels(input, target, None, max(rows_of(input), 1), losses) == 1:
             return losses
         with self._own_gradients() as parameters:
@@ -87,7 +87,7 @@ class Steps:
                 return self.run(input, target, order, batch_size, losses, first)
         if input.dim() == 2 and first < len(losses):
             done = first * batch_size
-            values = torch.empty(min(len(losses) - first, _MOST), dtype=input.dtype)
+            values = torch.empty(min(len(losses) - first, _MOST), dtype=input.dtype, device="cpu")
             if order is None:
                 made = self._by_kernels(input[done:], target[done:], None, batch_size, values)
             else:
@@ -115,7 +115,7 @@ class Steps:
         ):
             return -1
         parameters = whole_network(network, input)
-        if parameters is None or input.requires_grad or not target_is_ours(input, target, loss):
+        if parameters is None or input.requires_grad or not input.is_cpu or not target_is_ours(input, target, loss):
             return -1
         weights, biases = parameters
         if _distributed.is_initialized() or not steps_by_kernels(optimizer):
@@ -195,6 +195,7 @@ class Steps:
 
 _values = methodcaller("values")
 _requires_grad: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_dtype: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _is_leaf: Any = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 
 
@@ -261,6 +262,7 @@ class _Kept:
             and not any(map(_requires_grad, self.frozen))
             and all(map(_is_leaf, self.learners))
             and max(map(use_count, self.learners)) == 1
+            and all(map(is_, map(grad_dtype, self.learners), map(_dtype, self.learners)))
             and not torch.is_anomaly_enabled()
         ):
             return False

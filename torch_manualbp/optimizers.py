@@ -52,7 +52,7 @@ def arguments_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Argument
 
 
 def steps_by_kernels(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step()`` is ours, and nobody sees or replaces a call of it."""
+    """Whether ``optimizer.step()`` is ours, has not been replaced, and no hook, mode or profiler observes its calls."""
     return (
         isinstance(optimizer, _FusedStep)
         and ("step" not in optimizer.__dict__ or _is_scheduled(optimizer))
@@ -285,6 +285,7 @@ def _exchanged(optimizer: _O, kind: type[Optimizer] | None) -> _O:
     scheduled = "step" in optimizer.__dict__
     if kind is None or (scheduled and not _is_scheduled(optimizer)):
         return optimizer
+    optimizer.__dict__.pop("_manualbp_kept", None)  # what `_steps` keeps for a fused one
     optimizer.__class__ = kind  # type: ignore[assignment]
     if scheduled:
         optimizer.step = _scheduled_step(optimizer)  # type: ignore[method-assign]

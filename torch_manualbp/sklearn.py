@@ -18,7 +18,7 @@ from torch_manualbp._steps import Steps
 from torch_manualbp.conversion import fuse
 from torch_manualbp.functional import mlp
 from torch_manualbp.modules import MLP
-from torch_manualbp.training import _uninterrupted
+from torch_manualbp.training import uninterrupted
 
 try:
     import sklearn
@@ -116,7 +116,7 @@ class _Solver:
         return fuse(optimizer)
 
     def start_epoch(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """Sets what changes between epochs; this one will have so many steps."""
+        """Sets the options that change between epochs, before an epoch of this many steps."""
         for group in optimizer.param_groups:
             if self.is_adam:  # eps is that of the step in the middle; it matters only where √v is as small as ε
                 t = self.done + (steps + 1) / 2
@@ -225,7 +225,7 @@ class _Training:
         losses = torch.empty((len(y) if order is None else len(order)) // size, dtype=torch.float64, device="cpu")
         step = 0
         while step < len(losses):  # it returns from time to time, so that Ctrl-C ends training after a whole step
-            with _uninterrupted():
+            with uninterrupted():
                 step = self.network.steps.run(X, y, order, size, losses, step)
         return losses.numpy()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_manualbp._arithmetic import widest_dtype
-from torch_manualbp._checks import check_choice, check_tensor
+from torch_manualbp._checks import check_choice, check_module, check_tensor
 from torch_manualbp._losses import IGNORE_INDEX, LOSSES, LossSpec, loss_spec
 from torch_manualbp._steps import LossFunction, Steps, batch_of
 from torch_manualbp.modules import FusedForward, loss_of, whole_network
@@ -81,7 +81,7 @@ def train_step(
         >>> losses[0] > 2, losses[-1] < 0.1
         (True, True)
     """
-    _check_module("train_step", model)
+    check_module("train_step", model)
     spec = _checked_loss("train_step", loss, reduction, ignore_index, label_smoothing)
     return Steps(model, optimizer, spec, max_grad_norm, "train_step").one(input, target)
 
@@ -307,7 +307,7 @@ def fit(
         >>> len(history.loss), len(history.step_losses), history.loss[-1] < 0.2
         (20, 320, True)
     """
-    _check_module("fit", model)
+    check_module("fit", model)
     spec = _checked_loss("fit", loss, "mean", IGNORE_INDEX, 0.0)
     steps = Steps(model, optimizer, spec, max_grad_norm, "fit")
     _check_rows("input", input, "target", target)
@@ -338,7 +338,7 @@ def fit(
                     model.eval()
                     validation_loss = _mean_loss(model, validation[0], validation[1], spec, batch_size)
                 monitored = training_loss if validation_loss is None else validation_loss
-                with _uninterrupted():
+                with uninterrupted():
                     history._add(training_loss, validation_loss, _learning_rate(optimizer))
                     if patience is not None:
                         best.see(epoch, monitored)
@@ -355,7 +355,7 @@ def fit(
                     break
             else:
                 history.stopped = "epochs"
-            with _uninterrupted():
+            with uninterrupted():
                 history.restored = best.restore()
         except KeyboardInterrupt as error:
             history.stopped = "interrupt"
@@ -377,12 +377,12 @@ def _run_epoch(steps: Steps, data: tuple[Tensor, Tensor, Tensor | None, int], hi
     try:
         while done < len(losses):
             before = done
-            with _uninterrupted():
+            with uninterrupted():
                 done = steps.run(*data, losses, before)
             if bar is not None:
                 bar.update(done - before)
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             losses = losses[:done].to("cpu", torch.float64)
             history._step_losses.append(losses)
     return losses
@@ -445,7 +445,7 @@ class _Best:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Delays the first Ctrl-C to the end of the block; its handler would run, and raise, between any two instructions.
 
     Python runs it in the main thread only, and a program may have replaced it by none.
@@ -488,11 +488,6 @@ def _count(number: int, noun: str) -> str:
 
 
 # --- checks of arguments ----------------------------------------------------------------------------------------------
-
-
-def _check_module(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: `model` must be an nn.Module, got {type(model).__name__}")
 
 
 def _checked_loss(

@@ -2,10 +2,10 @@
 //
 //   the rows of the batch -> forward, loss, backward (LossPass in backward.h) -> clip (optional) -> update (update.h)
 //
-// All memory is allocated once, before the first step. Each step has the bits that its parts have as single calls.
+// Memory is allocated before the first step, and once more for a last batch of fewer rows. Each step has the bits that
+// its parts have as single calls.
 
 #include <chrono>
-#include <cmath>
 #include <optional>
 
 #include "loss.h"

@@ -141,9 +141,6 @@ class Updater {
   // Python would divide by zero, which is an error there). If not, only torch's own step may run.
   bool fits() const { return fits_; }
 
-  // index: SgdOption or AdamOption. (Not momentum from or to 0, nor amsgrad: they change the list of states.)
-  void set_option(int64_t group, int64_t index, double value) { options_[size_t(group * columns_ + index)] = value; }
-
   // What clip_grad_norm_ multiplies gradients by; 1: nothing.
   void set_gradient_scale(double scale) { gradient_scale_ = scale; }
 
