@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from torch_manualbp._checks import check_module
-from torch_manualbp.modules import FusedForward, LinearReLU
+from torch_manualbp.modules import FusedForward, LinearReLU, has_hooks
 
 _MISSING = object()
 
@@ -114,7 +114,7 @@ def _leaves(
     for attribute in ("forward", "_call_impl", "_wrapped_call_impl"):  # Python reads the others from the class only
         if attribute in module.__dict__:
             raise _changed(op, module, name, attribute)
-    if not outermost and _has_hooks(module):
+    if not outermost and has_hooks(module):
         raise TypeError(f"{op}: {_child(name, module)} has hooks, which may change what it computes: remove them first")
     if not isinstance(module, nn.Sequential):
         yield name, module
@@ -143,13 +143,6 @@ def _changed(op: str, module: nn.Module, name: str, attribute: str) -> TypeError
     return TypeError(
         f"{op}: {_child(name, module)} is not supported: its `{attribute}` was replaced or overridden, so what it "
         "computes is not known"
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 

@@ -7,6 +7,7 @@ Private functions of torch are looked up here, each with a safe default: a torch
 wrong.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -30,7 +31,10 @@ TORCH: Final = "torch"  # torch's own functions, one after another, which always
 is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: True)
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+saved_tensor_hooks: Callable[[], Any] = functools.partial(
+    getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignored: True), False
+)
 _count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 global_hooks_exist: Callable[[], bool] = getattr(torch.nn.modules.module, "_has_any_global_hook", lambda: True)
 _count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -131,6 +135,16 @@ def layers_are_torchs() -> bool:
     )
 
 
+def linear_is_called(module: nn.Module) -> bool:
+    """Whether the call of an ``nn.Linear`` without hooks is a call of F.linear and nothing else."""
+    return nn.Linear.forward is _linear_forward and "forward" not in module.__dict__ and not is_tracing()
+
+
+def relu_is_called(module: nn.Module) -> bool:
+    """Whether the call of an ``nn.ReLU`` without hooks is a call of F.relu and nothing else."""
+    return nn.ReLU.forward is _relu_forward and "forward" not in module.__dict__ and not is_tracing()
+
+
 def _function_modes_matter() -> bool:
     """Whether a mode other than ``torch.set_default_device`` (which concerns factories only) sees torch's functions."""
     modes = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [None])()
@@ -145,7 +159,19 @@ def undisturbed(input: Tensor) -> bool:
         and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
         and forward_mode._current_level < 0
         and not is_tracing()
-        and not (_any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
+        and not (any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
+    )
+
+
+def is_quiet() -> bool:
+    """Whether nothing that could be entered between two layers of a forward sees or changes what layers compute."""
+    return not (
+        any_autocast()
+        or transforms_active()
+        or (_count_dispatch_modes() and _make_fx_records())
+        or (_count_function_modes() and _function_modes_matter())
+        or forward_mode._current_level >= 0
+        or is_tracing()
     )
 
 
@@ -154,7 +180,11 @@ def _is_recorded_by_make_fx(tensor: Tensor) -> bool:
 
     Other dispatch modes may see our ops. (While torch.compile lowers a graph, tensors are not plain.)
     """
-    return type(tensor) in PLAIN and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return type(tensor) in PLAIN and _make_fx_records()
+
+
+def _make_fx_records() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _joins_graph(input: Any, parameters: Sequence[Tensor | None]) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch_manualbp import _graph
 from torch_manualbp._checks import check_activations
 from torch_manualbp._compute import run_layers
+from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import may_join_graph
 from torch_manualbp.functional import linear_relu
 
@@ -185,34 +186,9 @@ def _only_user(layer: Layer) -> fx.Node | None:
     return users.pop() if len(users) == 1 else None
 
 
-# Whether each works in place.
-_RELUS: dict[Any, bool] = {
-    F.relu: False,
-    torch.relu: False,
-    F.relu_: True,
-    torch.relu_: True,
-    "relu": False,
-    "relu_": True,
-}
-_CLAMPS: dict[Any, bool] = {
-    **{torch.clamp: False, torch.clamp_min: False, torch.clamp_: True, torch.clamp_min_: True, torch.clip: False},
-    **{"clamp": False, "clamp_min": False, "clamp_": True, "clamp_min_": True, "clip": False, "clip_": True},
-}
-
-
 def _relu_in_place(node: fx.Node) -> bool | None:
     """Whether this ReLU works in place; None if the node is no ReLU of its first argument."""
-    target: Any = node.target
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if target in _RELUS:
-        return _RELUS[target] or bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
-    if target in _CLAMPS:
-        least = node.kwargs.get("min", node.args[1] if len(node.args) > 1 else None)
-        most = node.kwargs.get("max", node.args[2] if len(node.args) > 2 else None)
-        is_zero = isinstance(least, int | float) and not isinstance(least, bool) and least == 0
-        return _CLAMPS[target] if is_zero and most is None and "out" not in node.kwargs else None
-    return None
+    return relu_in_place(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else None
 
 
 def _value(node: fx.Node) -> Any:

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypeVar, cast, overload
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim import Optimizer
 
+from torch_manualbp._chains import WrittenForward, written_forward
+from torch_manualbp._chains import remove as remove_site
 from torch_manualbp._checks import check_activations
 from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
 from torch_manualbp.optimizers import fuse_optimizer, unfuse_optimizer
@@ -75,7 +78,7 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
     _check_module("fuse", module)
     fused: Callable[[type], type] = functools.cache(_fused_kind)  # modules that share a class go on sharing one
     for child in module.modules():
-        if isinstance(child, nn.Sequential) and "forward" not in child.__dict__ and _has_run(child):
+        if "forward" not in child.__dict__ and (_is_written(child) or (_is_sequential(child) and _has_run(child))):
             child.__class__ = fused(type(child))
         if isinstance(child, _Fused):
             child.__dict__["_manualbp_activations"] = activations
@@ -119,6 +122,8 @@ def unfuse(module: Any) -> Any:
                 f"unfuse: the forward of a {type(child).__name__} was replaced after fuse, by something that may call "
                 "the fused one: put it back (`del sequential.forward`) first"
             )
+    for child in module.modules():
+        remove_site(child)
     for child, kind in changed:
         child.__class__ = kind
         watchers = child.__dict__.get("_manualbp_watchers", ())
@@ -154,7 +159,7 @@ def safe_globals(*classes: type) -> list[Any]:
     for kind in classes:
         if not isinstance(kind, type):
             raise TypeError(f"safe_globals: `classes` must be classes, got {kind!r}")
-    fused = [_fused_class(kind) for kind in (nn.Sequential, *classes) if _runs_children_in_turn(kind)]
+    fused = [_fused_class(kind) for kind in (nn.Sequential, *classes) if (issubclass(kind, nn.Module) and not _is_of_torch(kind)) or kind is nn.Sequential]
     return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, no_plan, *classes, *fused]
 
 
@@ -186,6 +191,21 @@ def _runs_children_in_turn(kind: type) -> bool:
     )
 
 
+def _is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and _runs_children_in_turn(_written(type(module)))
+
+
+def _is_written(module: nn.Module) -> bool:
+    """Whether this is a module with a forward of its own, in which there are linear layers."""
+    kind = _written(type(module))
+    return (
+        not isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule | FusedForward)
+        and not _is_of_torch(kind)
+        and not (issubclass(kind, nn.Sequential) and _runs_children_in_turn(kind))
+        and any(isinstance(child, nn.Linear) for child in module.modules())
+    )
+
+
 def _has_run(sequential: nn.Sequential) -> bool:
     """Whether a ReLU follows a linear layer, with or without hooks and parametrizations, which may be removed later."""
     kinds = [type_before_parametrizations(child) for child in sequential._modules.values()]
@@ -205,10 +225,17 @@ def _is_made_by_torch(kind: type) -> bool:
 
 def _fused_kind(kind: type) -> type:
     """`kind` with a fused forward, if possible; FSDPSequential becomes what fully_shard makes of a fused class."""
-    written = kind
-    while _is_made_by_torch(written) and not issubclass(written, FusedForward):
-        written = next(base for base in written.__bases__ if issubclass(base, nn.Sequential))
-    return _exchanged(kind, written, _fused_class(written)) if _runs_children_in_turn(written) else kind
+    if issubclass(kind, _Fused):
+        return kind
+    written = _written(kind)
+    return _exchanged(kind, written, _fused_class(written))
+
+
+def _written(kind: type) -> type:
+    """The class that torch has derived `kind` from at run time; usually `kind` itself."""
+    while _is_made_by_torch(kind) and not issubclass(kind, _Fused):
+        kind = next(base for base in kind.__bases__ if issubclass(base, nn.Module))
+    return kind
 
 
 def _unfused_kind(kind: type) -> type:
@@ -231,22 +258,15 @@ def _exchanged(kind: type, base: type, other: type) -> type:
     return type(kind)(kind.__name__.removesuffix(base.__name__) + other.__name__, bases, body)
 
 
-class _Fused(FusedForward):
+class _Fused(nn.Module):
     """The mix-in of `fuse`. Classes with it are made at run time, so that a pickle refers to the original class."""
 
-    _original_class: type[nn.Sequential]
+    _original_class: type[nn.Module]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Skips the original's own hook for the classes that `fuse` makes: a registry need not contain them."""
         if "_original_class" not in vars(cls):
             super().__init_subclass__(**kwargs)
-
-    def __getitem__(self, idx: Any) -> Any:
-        """A child, or for a slice a Sequential of the same kind, as fused as this one."""
-        item = super().__getitem__(idx)
-        if isinstance(idx, slice):
-            item.__dict__["_manualbp_activations"] = self._manualbp_activations
-        return item
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))  # before 2 it names the class
@@ -256,11 +276,29 @@ class _Fused(FusedForward):
         return reduced
 
 
+class _FusedSequential(_Fused, FusedForward):
+    """A Sequential whose children are called in turn."""
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A child, or for a slice a Sequential of the same kind, as fused as this one."""
+        item = super().__getitem__(idx)
+        if isinstance(idx, slice):
+            item.__dict__["_manualbp_activations"] = self._manualbp_activations
+        return item
+
+
+class _FusedWritten(_Fused, WrittenForward):
+    """A module with a forward of its own."""
+
+
 @functools.cache
 def _fused_class(original: Any) -> Any:
-    """The subclass of `original` (a subclass of ``nn.Sequential``) with a fused forward."""
+    """The subclass of `original` with a fused forward."""
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "_original_class": original}
-    return type(f"Fused{original.__name__}", (_Fused, original), body)
+    if issubclass(original, nn.Sequential) and _runs_children_in_turn(original):
+        return type(original)(f"Fused{original.__name__}", (_FusedSequential, original), body)
+    body |= {"__qualname__": f"Fused{original.__qualname__}", "forward": written_forward(original)}
+    return type(original)(original.__name__, (_FusedWritten, original), body)
 
 
 def _new(original: Any, *args: Any) -> Any:

@@ -262,17 +262,26 @@ def no_plan() -> None:
 _FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of any kind."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+class Site:
+    """The base of what `_chains` puts into the place of a compiled call, which changes nothing of what is computed."""
+
+    __slots__ = ()
+
+
 def _fusable_kind(child: nn.Module) -> type | None:
     """nn.Linear, LinearReLU or nn.ReLU if `child` is exactly that and skipping its call makes no difference."""
     kind, own = type(child), child.__dict__
-    if kind not in _FUSABLE or (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-    ):
+    if kind not in _FUSABLE or has_hooks(child) or "forward" in own:
+        return None
+    if (call := own.get("_compiled_call_impl")) is not None and not isinstance(call, Site):
         return None
     if kind is nn.ReLU:
         return kind
@@ -543,7 +552,7 @@ class MLP(FusedForward):
 def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
     """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
     own = network.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    if has_hooks(network):
         return None
     planned = network._planned(input, may_leave=False)
     if planned is None or planned[0] is not KERNELS:
