@@ -492,8 +492,8 @@ def test_an_exception_in_the_forward_leaves_no_trace():
     fused.flag = True
     with pytest.raises(KeyError):
         fused(batch())
-    assert _chains._here.plan is None
-    assert not _chains._here.chains
+    assert _chains.this_thread.plan is None
+    assert not _chains.this_thread.chains
     fused.flag = False
     assert compare(plain, fused, batch()) == 1
 

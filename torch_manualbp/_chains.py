@@ -1,9 +1,9 @@
 """Fuses chains of linear layers and ReLUs in models whose forward is written by hand, without tracing them.
 
-The first call of such a model is observed (`_Observer`, a ``TorchFunctionMode``): which layer's output goes to a ReLU
-and nowhere else, and from there to another layer and nowhere else. The result is a `Plan`. In the following calls these
-layers, and only these, answer with a `Pending` tensor, which remembers its input and parameters. The last layer of the
-chain computes all of them in one call, and its output is an ordinary tensor.
+The first call of such a model is observed (`_forwards`): which layer's output goes to a ReLU and nowhere else, and
+from there to another layer and nowhere else. The result is a `Plan`. In the following calls these layers, and only
+these, answer with a `Pending` tensor, which remembers its input and parameters. The last layer of the chain computes
+all of them in one call, and its output is an ordinary tensor.
 
     forward as written            h = F.relu(self.fc1(x));   y = self.fc2(h)
     the first call                fc1: its output goes to a ReLU only;  the ReLU's goes to fc2 only;  fc2: elsewhere
@@ -17,36 +17,30 @@ A layer is called through `Site`, which stands where ``nn.Module.compile`` puts 
 hooks and state_dict stay as they are, and copies and pickles are without it.
 """
 
-import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from sys import getrefcount
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
-from torch.overrides import TorchFunctionMode
 
-from torch_manualbp import _compute, modules
+from torch_manualbp import _compute
 from torch_manualbp._gradients import use_count
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import (
     KERNELS,
     PLAIN,
     PLAIN_OR_NONE,
-    any_autocast,
+    OwnFunctionMode,
     are_plain,
     broadcasts,
     global_hooks_exist,
     is_quiet,
-    is_tracing,
-    layers_are_torchs,
     linear_is_called,
     relu_is_called,
     route,
@@ -55,10 +49,9 @@ from torch_manualbp._route import (
     saved_tensor_hooks,
     transforms_active,
 )
-from torch_manualbp.modules import FusedForward, LinearReLU, has_hooks, hook_counter
+from torch_manualbp.modules import Transparent, has_hooks, hook_counter, no_plan
 
-_make_wrapper_subclass: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-_swap_tensors: Any = getattr(torch._C, "_swap_tensor_impl", None)
+_make_wrapper_subclass: Any = Tensor._make_wrapper_subclass
 _is_grad_enabled = torch.is_grad_enabled
 _is_inference_mode_enabled = torch.is_inference_mode_enabled
 _is_inference: Any = Tensor.is_inference
@@ -70,12 +63,12 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
-        self.chains: list[_Chain] = []
+        self.chains: list[Chain] = []
         self.site: Site | None = None  # a subclass of nn.Linear that is running
-        self.observer: _Observer | None = None
+        self.observer: Any = None  # of `_forwards`
 
 
-_here = _Thread()
+this_thread = _Thread()
 
 
 # --- pending tensors ------------------------------------------------------------------------------------------------
@@ -84,7 +77,7 @@ _here = _Thread()
 class Pending(Tensor):
     """A step of a chain that is not computed yet. Any function but the next step computes it."""
 
-    _manualbp_chain: "_Chain"
+    _manualbp_chain: "Chain"
     _manualbp_step: int  # 2k: the output of layer k of the chain; 2k + 1: its ReLU
 
     @classmethod
@@ -95,22 +88,30 @@ class Pending(Tensor):
             if func in _RELUS and not (kwargs and kwargs.get("inplace")):
                 output = first._manualbp_chain.rectify(first)
             elif func is F.linear:
-                _, weight, bias = _linear_arguments(args, kwargs or {})
-                output = first._manualbp_chain.join(first, _here.site, weight, bias)
+                _, weight, bias = linear_arguments(args, kwargs or {})
+                output = first._manualbp_chain.join(first, this_thread.site, weight, bias)
             elif (in_place := relu_in_place(func, args, kwargs or {})) is not None:
                 output = first._manualbp_chain.rectify(first, in_place)
             else:
                 output = None
             if output is not None:
                 return output
-        for tensor in _tensors_in(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             settle(tensor)
         return func(*args, **(kwargs or {}))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute of the caller's stays with the tensor, which is therefore no longer one of ours."""
+        if not name.startswith("_manualbp_") and name != "__class__":
+            settle(self)
+        super().__setattr__(name, value)
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Raises an error: C++ code has been given a tensor without data, and did not ask `__torch_function__`."""
-        for tensor in _tensors_in(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             if type(tensor) is Pending:
                 tensor._manualbp_chain.cut(tensor._manualbp_step)
         raise RuntimeError(f"{_UNSEEN} ({func})")
@@ -125,27 +126,28 @@ _RELUS: Final = frozenset({F.relu, torch.relu, Tensor.relu})
 
 
 def settle(tensor: Any) -> None:
-    """Computes a pending tensor, which becomes an ordinary one: the same object, with the value and its graph.
+    """Computes a pending tensor, which becomes an ordinary one. From now on the plan has no chain across this step."""
+    if type(tensor) is Pending:
+        tensor._manualbp_chain.cut(tensor._manualbp_step)
+        _become(tensor)
 
-    The plan leaves out this step from now on.
-    """
-    if type(tensor) is not Pending:
-        return
-    chain, step = tensor._manualbp_chain, tensor._manualbp_step
-    chain.cut(step)
-    value = chain.value(step)
+
+def _become(tensor: Pending) -> Tensor:
+    """Turns a pending tensor into an ordinary one: the same object, with the value and its place in the graph."""
+    value = tensor._manualbp_chain.value(tensor._manualbp_step)
     if type(tensor) is not Pending:  # another thread was faster
-        return
+        return tensor
     with torch._C.DisableTorchFunctionSubclass():
         held = use_count(tensor)
     if held > 1:  # by C++ code, as ``apply`` of an autograd.Function holds its inputs: it would go on with the old one
         raise RuntimeError(_UNSEEN)
-    _swap_tensors(tensor, value)
-    tensor.__dict__.clear()
-    tensor.__class__ = Tensor
+    torch._C._swap_tensor_impl(tensor, value)
+    del tensor._manualbp_chain, tensor._manualbp_step
+    tensor.__class__ = cast(Any, Tensor)
+    return tensor
 
 
-class _Chain:
+class Chain:
     """Layers with ReLUs between them, on their way to be computed in one call.
 
     The object and its pending tensors are used again by the next call, since making them takes as long as a layer.
@@ -156,7 +158,7 @@ class _Chain:
         "weights",
     )
 
-    kind: "_Kind"
+    kind: "Kind"
     plan: "Plan"
     input: Any
     used: list[Tensor]  # input and parameters
@@ -170,12 +172,9 @@ class _Chain:
 
     def __init__(self, steps: int) -> None:
         self.used, self.weights, self.biases, self.renumber = [], [], [], False
-        self.tokens = []
-        for step in range(steps - 1):
-            self.tokens.append(token := _make_wrapper_subclass(Pending, (0,)))
-            token._manualbp_chain, token._manualbp_step = self, step
+        self.tokens = [_token(self, step) for step in range(steps - 1)]
 
-    def begin(self, kind: "_Kind", plan: "Plan", input: Any, weight: Tensor, bias: Tensor | None) -> Pending:
+    def begin(self, kind: "Kind", plan: "Plan", input: Any, weight: Tensor, bias: Tensor | None) -> Pending:
         """The first layer."""
         self.kind, self.plan, self.input, self.version = kind, plan, input, 0
         if not _is_inference(input):  # inference tensors have no version
@@ -230,7 +229,8 @@ class _Chain:
             token._manualbp_step = step
             self.renumber = True
             if step == len(self.tokens):
-                settle(token)
+                self.tokens[-1] = _token(self, step - 1)
+                return _become(token)
             return token
         return self.tokens[step] if step < len(self.tokens) else self.value(step)
 
@@ -262,14 +262,15 @@ class _Chain:
             way = route_run(way, input, weights, relu, store)
         if way is KERNELS and not transforms_active():
             try:
-                return _compute.layers(KERNELS, input, weights, biases, relu, store)
+                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store)
+                return output
             except RuntimeError:  # torch computes more than we do, or raises its own error
                 pass
         for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             input = F.linear(input, weight, bias)
             if relu or k < len(weights) - 1:
                 input = torch.relu(input)
-        return input
+        return cast(Tensor, input)
 
     def cut(self, step: int) -> None:
         """The result of this step is needed: from now on the chain ends here, and another may begin."""
@@ -301,6 +302,12 @@ class _Chain:
 _ONLY_OURS: Final = max(map(getrefcount, [object()]))
 
 
+def _token(chain: Chain, step: int) -> Pending:
+    token: Any = _make_wrapper_subclass(Pending, (0,))
+    token._manualbp_chain, token._manualbp_step = chain, step
+    return cast(Pending, token)
+
+
 @contextmanager
 def _as_at_first(grad: bool) -> Iterator[None]:
     """The mode of autograd in which a chain began, without hooks on saved tensors."""
@@ -319,7 +326,7 @@ def _as_at_first(grad: bool) -> Iterator[None]:
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-class _Kind:
+class Kind:
     """A chain of a model: its layers, when it is computed in one call, and the objects for it that are not in use."""
 
     __slots__ = ("fits", "least", "relu", "rows", "sites", "spare")
@@ -327,7 +334,7 @@ class _Kind:
     def __init__(self, sites: "tuple[Site | None, ...]", relu: bool) -> None:
         self.sites = sites
         self.relu = relu  # whether the last step is a ReLU
-        self.spare: list[_Chain] = []
+        self.spare: list[Chain] = []
         self.fits: tuple[Any, ...] = (None,) * 4  # parameters of the first layer, dtype and width, checked before
         modules = [None if site is None else site.module() for site in sites]
         weights = [module.weight for module in modules if module is not None]
@@ -350,7 +357,7 @@ class _Kind:
         try:
             chain = self.spare.pop()
         except IndexError:
-            chain = _Chain(2 * len(self.sites) - 1 + self.relu)
+            chain = Chain(2 * len(self.sites) - 1 + self.relu)
         here.chains.append(chain)
         return chain.begin(self, plan, input, weight, bias)
 
@@ -361,7 +368,7 @@ class Plan:
     __slots__ = ("hooked", "kinds", "stamp", "store", "useful")
 
     def __init__(self, model: nn.Module) -> None:
-        self.kinds: dict[Site, _Kind] = {}
+        self.kinds: dict[Site, Kind] = {}
         self.useful: set[Site | None] = set()  # modules that must be called by their sites
         self.store = model.__dict__.get("_manualbp_activations") != "recompute"
         self.hooked = _hooked(model)
@@ -374,7 +381,7 @@ class Plan:
         if first is not None:
             self.kinds.pop(first, None)
             if relu or len(sites) > 1:
-                kind = _Kind(sites, relu)
+                kind = Kind(sites, relu)
                 if kind.rows < float("inf"):
                     self.kinds[first] = kind
 
@@ -388,10 +395,10 @@ class Plan:
         return True
 
     def __reduce__(self) -> Any:  # a copied or unpickled model makes a plan of its own
-        return (modules.no_plan, ())
+        return (no_plan, ())
 
 
-def _may_begin(input: Any, weight: Any, bias: Any) -> bool:
+def may_begin(input: Any, weight: Any, bias: Any) -> bool:
     return route(input) is KERNELS and saved_tensor_hooks() is None and _fits(input, weight, bias)
 
 
@@ -415,38 +422,10 @@ def _hooked(model: nn.Module) -> frozenset[int]:
     return frozenset(id(module) for module in model.modules() if module is not model and has_hooks(module))
 
 
-def written_forward(original: Any) -> Callable[..., Any]:
-    """The forward of a class that `fuse` derives from `original`: the original's, with chains computed in one call."""
-
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or _here.plan is not None:  # the plan of an outer model covers this one
-            return original.forward(self, *args, **kwargs)
-        plan: Plan | None = self.__dict__.get("_manualbp_plan_of_calls")
-        if global_hooks_exist() or is_tracing():
-            return original.forward(self, *args, **kwargs)
-        if plan is None or (plan.stamp != hook_counter.next_id and not plan.is_valid(self)):
-            return _observe(self, original.forward, args, kwargs)
-        if not plan.kinds:
-            return original.forward(self, *args, **kwargs)
-        here = _here
-        here.plan = plan
-        try:
-            output = original.forward(self, *args, **kwargs)
-            for chain in here.chains:
-                chain.end()
-        finally:
-            here.plan = None
-            here.chains.clear()
-        return output
-
-    return forward
-
-
 # --- calls of modules -----------------------------------------------------------------------------------------------
 
 
-class Site(modules.Site):
+class Site(Transparent):
     """The call of a module in a fused model, in the place of ``nn.Module._compiled_call_impl``."""
 
     __slots__ = ("__weakref__", "module", "stamp")
@@ -457,8 +436,8 @@ class Site(modules.Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns, computed or pending."""
-        module = self.module()
-        here = _here
+        module: Any = self.module()
+        here = this_thread
         if here.plan is not None and not kwargs and len(args) == 1:
             if here.observer is not None:
                 return here.observer.call(self, module, args[0])
@@ -492,11 +471,11 @@ class LinearSite(Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, computed or pending."""
-        module = self.module()
+        module: Any = self.module()
         if kwargs or len(args) != 1 or type(module) is not nn.Linear:
             return module._call_impl(*args, **kwargs)
         (input,) = args
-        here = _here
+        here = this_thread
         plan = here.plan
         get = self.parameters.get
         weight, bias = get("weight"), get("bias")
@@ -526,14 +505,14 @@ class ReLUSite(Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the ReLU returns, computed or pending."""
-        module = self.module()
+        module: Any = self.module()
         if kwargs or len(args) != 1 or type(module) is not nn.ReLU:
             return module._call_impl(*args, **kwargs)
         (input,) = args
         if type(input) is Pending and (output := input._manualbp_chain.rectify(input, module.inplace)) is not None:
             return output
-        if _here.observer is not None:
-            return _here.observer.call(self, module, input)
+        if this_thread.observer is not None:
+            return this_thread.observer.call(self, module, input)
         if self.stamp == hook_counter.next_id and relu_is_called(module):
             return F.relu(input, module.inplace)
         return self._call(module, input)
@@ -555,7 +534,7 @@ class OtherLinearSite(Site):
             here.site = outer
 
 
-class _Beginning(TorchFunctionMode):
+class _Beginning(OwnFunctionMode):
     """Sees a subclass of nn.Linear call F.linear on an ordinary tensor: the first layer of a chain."""
 
     def __init__(self, site: Site, plan: Plan) -> None:
@@ -567,242 +546,25 @@ class _Beginning(TorchFunctionMode):
         kwargs = kwargs or {}
         kind = self.plan.kinds.get(self.site) if func is F.linear else None
         if kind is not None:
-            output = kind.begin(_here, self.plan, *_linear_arguments(args, kwargs))
+            output = kind.begin(this_thread, self.plan, *linear_arguments(args, kwargs))
             if output is not None:
                 return output
         return func(*args, **kwargs)
 
 
-def _linear_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+def linear_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
     names = ("input", "weight", "bias")
     given: dict[str, Any] = {"input": None, "weight": None, "bias": None, **dict(zip(names, args, strict=False))}
     given |= kwargs
     return given["input"], given["weight"], given["bias"]
 
 
-def _tensors_in(*values: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> Iterator[Tensor]:
     """The tensors in arguments, also those in lists, tuples and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors_in(*value)
+            yield from tensors_in(*value)
         elif isinstance(value, dict):
-            yield from _tensors_in(*value.values())
-
-
-# --- the first call -------------------------------------------------------------------------------------------------
-
-
-class _Barrier(Site):
-    """The call of a module that must be given ordinary tensors, for the first call: what is not torch's, has hooks."""
-
-    __slots__ = ()
-
-
-class _Seen:
-    """A tensor that a layer or its ReLU has returned during the first call, and what it was used for."""
-
-    __slots__ = ("before", "is_relu", "joins", "moment", "relu_site", "site", "tensor")
-
-    def __init__(self, tensor: Tensor, site: Site | None, is_relu: bool, moment: Any) -> None:
-        self.tensor = ref(tensor)
-        self.site = site
-        self.is_relu = is_relu
-        self.moment = moment
-        self.joins: list[bool] = []  # of each use, whether it is the next step of a chain
-        self.before: _Seen | None = None  # of a layer: the ReLU whose output it was given
-        self.relu_site: Site | None = None  # of a ReLU: the module that computed it
-
-
-class _Observer(TorchFunctionMode):
-    """Sees all functions of torch that a forward calls, and what they are given."""
-
-    def __init__(self, by_kernels: bool) -> None:
-        super().__init__()
-        self._by_kernels = by_kernels
-        self._site: Site | None = None  # whose module is running
-        self._seen: dict[int, _Seen] = {}  # by the id of the tensor
-        self._all: list[_Seen] = []
-        self._writes = 0  # calls of functions that may have modified a tensor
-
-    def call(self, site: Site, module: Any, input: Any) -> Any:
-        """What the module returns."""
-        if isinstance(site, _Barrier):
-            self._use(input)
-            output = module._call_impl(input)
-            self._use(output)
-            return output
-        outer, self._site = self._site, site
-        try:
-            output = module._call_impl(input)
-        finally:
-            self._site = outer
-        return output
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The result of the function."""
-        kwargs = kwargs or {}
-        if func is F.linear:
-            return self._linear(*_linear_arguments(args, kwargs))
-        if relu_in_place(func, args, kwargs) is not None:
-            seen = self._find(args[0])
-            if seen is not None and not seen.is_relu and seen.moment == self._moment():
-                seen.joins.append(True)
-                output = func(*args, **kwargs)
-                after = self._see(output, seen.site, True)
-                after.relu_site = self._site
-                return output
-        self._use(args, kwargs)
-        if _may_write(func, args, kwargs):
-            self._writes += 1
-        return func(*args, **kwargs)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self._use(weight, bias)
-        before = self._find(input)
-        if before is not None:
-            joins = before.is_relu and before.moment == self._moment()
-            before.joins.append(joins)
-            before = before if joins else None
-        if self._by_kernels and _may_begin(input, weight, bias):
-            output = _compute.layers(KERNELS, input, (weight,), (bias,), False, True)
-        else:
-            output = F.linear(input, weight, bias)
-        self._see(output, self._site, False).before = before
-        return output
-
-    def _see(self, tensor: Tensor, site: Site | None, is_relu: bool) -> _Seen:
-        seen = self._seen[id(tensor)] = _Seen(tensor, site, is_relu, self._moment())
-        self._all.append(seen)
-        return seen
-
-    def _find(self, tensor: Any) -> _Seen | None:
-        seen = self._seen.get(id(tensor))
-        return seen if seen is not None and seen.tensor() is tensor else None
-
-    def _use(self, *values: Any) -> None:
-        for tensor in _tensors_in(*values):
-            if (seen := self._find(tensor)) is not None:
-                seen.joins.append(False)
-
-    def _moment(self) -> Any:
-        return (
-            self._writes,
-            _is_grad_enabled(),
-            _is_inference_mode_enabled(),
-            any_autocast(),
-            transforms_active(),
-            saved_tensor_hooks(),
-        )
-
-    def fill(self, plan: Plan) -> None:
-        """Adds the chains that were seen. What leaves the forward is found in the next call, at its end."""
-        sites = {seen.site for seen in self._all}
-        joins_relu, joins_next = (
-            {site: all(seen.joins == [True] for seen in self._all if seen.site is site and seen.is_relu is is_relu)
-             for site in sites}
-            for is_relu in (False, True)
-        )  # fmt: skip
-        after: dict[Site | None, set[Site | None]] = {}
-        for seen in self._all:
-            if seen.before is not None:
-                after.setdefault(seen.before.site, set()).add(seen.site)
-        for first in sites - {None}:
-            chain: list[Site | None] = [first]
-            relu = joins_relu[first]
-            while relu and joins_next[chain[-1]] and len(following := after.get(chain[-1], set())) == 1:
-                (site,) = following
-                if site in chain:
-                    break
-                chain.append(site)
-                relu = site is not None and joins_relu[site]
-            if relu or len(chain) > 1:
-                plan.add(tuple(chain), relu)
-        for kind in plan.kinds.values():
-            plan.useful.update(kind.sites)
-        plan.useful.update(seen.relu_site for seen in self._all if seen.is_relu and joins_relu[seen.site])
-        plan.useful.discard(None)
-
-
-def _may_write(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a function of torch may modify a tensor. In doubt, the answer is yes."""
-    name = getattr(func, "__name__", "_")
-    if name in ("__get__", "__set__", "__delete__"):
-        return name != "__get__" or getattr(getattr(func, "__self__", None), "__name__", "data") == "data"
-    if name.startswith("__"):
-        return (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")) or name == "__setitem__"
-    return name.endswith("_") or "out" in kwargs or any(value is True for value in (*args, *kwargs.values()))
-
-
-def _observe(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The first call of a model: each layer is computed at once, and the model gets its plan."""
-    if transforms_active() or not layers_are_torchs():
-        return forward(model, *args, **kwargs)
-    here = _here
-    installed = [module for module in model.modules() if module is not model and _install(module)]
-    here.plan = plan = Plan(model)
-    here.observer = observer = _Observer(_mentions_relu(model))
-    try:
-        with observer:
-            output = forward(model, *args, **kwargs)
-        observer.fill(plan)
-        if plan.kinds or plan.hooked:
-            model.__dict__["_manualbp_plan_of_calls"] = plan
-        elif (original := vars(type(model)).get("_original_class")) is not None:
-            model.__class__ = original  # as before `fuse`: a class that does nothing would still take 1 µs a call
-    finally:
-        here.plan = here.observer = None
-        for module in installed:
-            if module.__dict__["_compiled_call_impl"] not in plan.useful:
-                del module.__dict__["_compiled_call_impl"]
-    return output
-
-
-def _install(module: nn.Module) -> bool:
-    """Lets a `Site` call the module. False: one does already, or is not needed."""
-    before = module.__dict__.get("_compiled_call_impl")
-    kind = _kind_of_site(module)
-    if kind is None or (before is not None and (type(before) is kind or not isinstance(before, Site))):
-        return False
-    module.__dict__["_compiled_call_impl"] = kind(module)
-    return True
-
-
-def remove(module: nn.Module) -> None:
-    """Undoes what calls have added to a module."""
-    if isinstance(module.__dict__.get("_compiled_call_impl"), Site):
-        del module.__dict__["_compiled_call_impl"]
-
-
-def _kind_of_site(module: nn.Module) -> type[Site] | None:
-    kind = type(module)
-    if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, FusedForward | LinearReLU):
-        return _Barrier
-    if kind is nn.Linear:
-        return LinearSite
-    if kind is nn.ReLU:
-        return ReLUSite
-    if isinstance(module, nn.Linear):
-        return OtherLinearSite
-    if isinstance(module, WrittenForward) or kind.__module__.partition(".")[0] == "torch":
-        return None  # it calls functions of torch and modules, which are seen
-    return _Barrier
-
-
-class WrittenForward(nn.Module):
-    """The mix-in of `fuse` for classes with a forward of their own."""
-
-
-_RELU_NAMES: Final = frozenset({"relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "clip", "clip_"})
-
-
-def _mentions_relu(model: nn.Module) -> bool:
-    """Whether there is likely a ReLU. If so, the layers of the first call have the same bits as in the following."""
-    for module in model.modules():
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if isinstance(module, nn.ReLU) or (
-            isinstance(module, WrittenForward) and code is not None and not _RELU_NAMES.isdisjoint(code.co_names)
-        ):
-            return True
-    return False
+            yield from tensors_in(*value.values())

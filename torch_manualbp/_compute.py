@@ -3,7 +3,7 @@
 Arguments are tensors; shapes and dtypes are checked by whatever computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,12 @@ from torch import Tensor
 from torch_manualbp import _graph, _ops, reference
 from torch_manualbp._checks import check_layers, check_tensor
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._route import GRAPH, KERNELS, route
+from torch_manualbp._route import GRAPH, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
+
+
+# Told of each network that our kernels compute, while `fusion_report` runs a model.
+recorder: Callable[[str, Tensor, Sequence[Tensor], bool], None] | None = None
 
 
 def layers(
@@ -24,6 +28,8 @@ def layers(
     store: bool,
 ) -> Tensor:
     """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass."""
+    if recorder is not None and way is not TORCH:
+        recorder(way, input, weights, final_relu)
     if way is KERNELS:
         if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
             if first > 0:  # below it there is nothing to learn, so that no activation is needed again

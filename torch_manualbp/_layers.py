@@ -25,8 +25,8 @@ def _untouched(function: Any) -> Any:
 # The attributes that calling a module reads. If one of them is replaced, on the class or on the module, what the module
 # computes is unknown: a LayerDrop is a Sequential whose `__iter__`, which `forward` uses, skips children.
 _CALL = (
-    *("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__iter__", "_modules"),
-    *("__getattr__", "__getattribute__"),
+    *("__call__", "_wrapped_call_impl", "_call_impl", "__iter__", "_modules"),
+    *("__getattr__", "__getattribute__", "forward"),
 )
 _KNOWN: dict[type[nn.Module], list[tuple[str, Any]]] = {
     kind: [(name, _untouched(getattr(kind, name, None))) for name in _CALL]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from torch_manualbp import _ops
@@ -146,9 +147,13 @@ def relu_is_called(module: nn.Module) -> bool:
 
 
 def _function_modes_matter() -> bool:
-    """Whether a mode other than ``torch.set_default_device`` (which concerns factories only) sees torch's functions."""
+    """Whether a mode sees torch's functions, other than ``torch.set_default_device`` and those of `_chains`."""
     modes = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [None])()
-    return any(type(mode) is not DeviceContext for mode in modes)
+    return not all(isinstance(mode, DeviceContext | OwnFunctionMode) for mode in modes)
+
+
+class OwnFunctionMode(TorchFunctionMode):
+    """A mode that changes nothing of what our ops compute."""
 
 
 def undisturbed(input: Tensor) -> bool:

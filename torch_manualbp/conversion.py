@@ -8,6 +8,7 @@ lists the classes that a saved model of this kind refers to.
 import copyreg
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypeVar, cast, overload
@@ -17,9 +18,9 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim import Optimizer
 
-from torch_manualbp._chains import WrittenForward, written_forward
-from torch_manualbp._chains import remove as remove_site
 from torch_manualbp._checks import check_activations
+from torch_manualbp._forwards import WrittenForward, mentions_relu, written_forward
+from torch_manualbp._forwards import remove as remove_site
 from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
 from torch_manualbp.optimizers import fuse_optimizer, unfuse_optimizer
 
@@ -82,6 +83,11 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
             child.__class__ = fused(type(child))
         if isinstance(child, _Fused):
             child.__dict__["_manualbp_activations"] = activations
+            remove_site(child)
+    if not any(isinstance(child, FusedForward | LinearReLU) for child in module.modules()) and not mentions_relu(
+        module
+    ):
+        warnings.warn("fuse: found no linear layer with a ReLU after it (fusion_report tells more)", stacklevel=2)
     return module
 
 
@@ -141,8 +147,8 @@ def safe_globals(*classes: type) -> list[Any]:
     ``nn.Sequential``, ``nn.Linear`` and ``nn.ReLU``. A state_dict needs none of them.
 
     Args:
-        classes: other classes in the model that you trust, such as ``nn.Dropout``. Of a subclass of ``nn.Sequential``,
-            the fused class is allowed as well.
+        classes: other classes in the model that you trust, such as ``nn.Dropout``. The fused classes of
+            those that `fuse` changes are allowed as well.
 
     Raises:
         TypeError: an item of `classes` is not a class.
@@ -159,7 +165,8 @@ def safe_globals(*classes: type) -> list[Any]:
     for kind in classes:
         if not isinstance(kind, type):
             raise TypeError(f"safe_globals: `classes` must be classes, got {kind!r}")
-    fused = [_fused_class(kind) for kind in (nn.Sequential, *classes) if (issubclass(kind, nn.Module) and not _is_of_torch(kind)) or kind is nn.Sequential]
+    kinds = {nn.Sequential, *classes}
+    fused = [_fused_class(kind) for kind in kinds if _runs_children_in_turn(kind) or _may_be_written(kind)]
     return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, no_plan, *classes, *fused]
 
 
@@ -197,12 +204,21 @@ def _is_sequential(module: nn.Module) -> bool:
 
 def _is_written(module: nn.Module) -> bool:
     """Whether this is a module with a forward of its own, in which there are linear layers."""
-    kind = _written(type(module))
     return (
-        not isinstance(module, nn.Linear | nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule | FusedForward)
-        and not _is_of_torch(kind)
-        and not (issubclass(kind, nn.Sequential) and _runs_children_in_turn(kind))
+        not isinstance(module, FusedForward | _Fused)
+        and _may_be_written(_written(type(module)))
         and any(isinstance(child, nn.Linear) for child in module.modules())
+    )
+
+
+def _may_be_written(kind: type) -> bool:
+    """Whether a class has a forward of its own. Classes of torch.ao, derived ones too, are known by identity."""
+    return (
+        issubclass(kind, nn.Module)
+        and not issubclass(kind, nn.Linear | nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule | FusedForward)
+        and not _is_of_torch(kind)
+        and not any(base.__module__.startswith("torch.ao.") for base in kind.__mro__)
+        and not (issubclass(kind, nn.Sequential) and _runs_children_in_turn(kind))
     )
 
 
@@ -297,7 +313,8 @@ def _fused_class(original: Any) -> Any:
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "_original_class": original}
     if issubclass(original, nn.Sequential) and _runs_children_in_turn(original):
         return type(original)(f"Fused{original.__name__}", (_FusedSequential, original), body)
-    body |= {"__qualname__": f"Fused{original.__qualname__}", "forward": written_forward(original)}
+    *scope, name = original.__qualname__.split(".")
+    body |= {"__qualname__": ".".join((*scope, f"Fused{name}")), "forward": written_forward(original)}
     return type(original)(original.__name__, (_FusedWritten, original), body)
 
 

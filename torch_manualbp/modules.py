@@ -270,8 +270,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-class Site:
-    """The base of what `_chains` puts into the place of a compiled call, which changes nothing of what is computed."""
+class Transparent:
+    """The base of what stands in the place of a module's compiled call without changing what the call computes."""
 
     __slots__ = ()
 
@@ -281,7 +281,7 @@ def _fusable_kind(child: nn.Module) -> type | None:
     kind, own = type(child), child.__dict__
     if kind not in _FUSABLE or has_hooks(child) or "forward" in own:
         return None
-    if (call := own.get("_compiled_call_impl")) is not None and not isinstance(call, Site):
+    if (call := own.get("_compiled_call_impl")) is not None and not isinstance(call, Transparent):
         return None
     if kind is nn.ReLU:
         return kind
