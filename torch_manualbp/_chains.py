@@ -326,6 +326,11 @@ def _as_at_first(grad: bool) -> Iterator[None]:
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
+# The least number of hidden activations for which a chain takes less time than torch, without gradients and with. It
+# saves passes over them and, with gradients, nodes of the graph, and costs 10 µs.
+LEAST: list[int] = [1 << 15, 1 << 12]
+
+
 class Kind:
     """A chain of a model: its layers, when it is computed in one call, and the objects for it that are not in use."""
 
@@ -336,14 +341,11 @@ class Kind:
         self.relu = relu  # whether the last step is a ReLU
         self.spare: list[Chain] = []
         self.fits: tuple[Any, ...] = (None,) * 4  # parameters of the first layer, dtype and width, checked before
-        modules = [None if site is None else site.module() for site in sites]
-        weights = [module.weight for module in modules if module is not None]
+        weights = [site.module().weight for site in sites if site is not None]  # type: ignore[union-attr]
         hidden = sum(weight.shape[0] for weight in weights[: None if relu else -1]) or 1
         self.rows = rows_left_to_torch(weights[0], True) if len(sites) == 1 else 0.0
-        # Numbers in the smallest input, without gradients and with. What a chain saves are passes over activations
-        # and, with gradients, nodes of the graph; it costs 10 µs.
         width = weights[0].shape[1]
-        self.least = max(self.rows, (1 << 15) / hidden) * width, max(self.rows, (1 << 12) / hidden) * width
+        self.least = [max(self.rows, least / hidden) * width for least in LEAST]  # numbers in the input
 
     def begin(self, here: _Thread, plan: "Plan", input: Any, weight: Any, bias: Any) -> Pending | None:
         """The first layer, whose arguments are checked now, as plain torch does. None: torch must compute it."""
