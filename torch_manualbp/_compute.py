@@ -105,7 +105,7 @@ def _drawn(
     batch = math.prod(input.shape[:-1])
     sizes = [batch * weight.shape[:1].numel() if p else 0 for p, weight in zip(dropout, weights, strict=False)]
     kept = input.new_empty(sum(sizes), dtype=torch.bool)
-    for p, mask in zip(dropout, kept.split(sizes), strict=True):
+    for p, mask in zip(dropout, torch.split(kept, sizes), strict=True):
         if mask.numel():
             mask.bernoulli_(1 - p)
     return kept, [_scale(p, input.dtype) if p else 0.0 for p in dropout]

@@ -57,6 +57,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
        Dynamo guards all that this function reads, and a condition on the batch size would cause recompilations.)
     2. The input is an instance of a subclass of Tensor, which may give any op another meaning.
     3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
+       (A run with a Dropout or an Identity in it also asks `transparent_are_torchs`.)
        Such a mode sees even the attributes that are read, so that this is checked before anything else of the input.
     4. A transform must see through the computation (torch.func, forward-mode AD, make_fx, torch.jit.trace), or autocast
        chooses a dtype for each op.
@@ -128,6 +129,22 @@ def layers_are_torchs() -> bool:
         and nn.Sequential.forward is _sequential_forward
         and nn.Sequential.__iter__ is _sequential_iter
         and not (_count_function_modes() and _function_modes_matter())
+    )
+
+
+_dropout: Any = _of_torch(F.dropout, F)
+_dropout_forward: Any = _of_torch(nn.Dropout.forward, nn.modules.dropout)
+_identity_forward: Any = _of_torch(nn.Identity.forward, nn.modules.linear)
+
+
+def transparent_are_torchs() -> bool:
+    """Reason 3 does not hold for Dropout and Identity, too, which only few networks have."""
+    return (
+        F.dropout is _dropout
+        and nn.Dropout.forward is _dropout_forward
+        and nn.Identity.forward is _identity_forward
+        and nn.Dropout.__call__ is _module_call
+        and nn.Identity.__call__ is _module_call
     )
 
 

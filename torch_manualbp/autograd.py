@@ -65,8 +65,10 @@ class MLPFunction(ManualFunction):
     With `store`, `hidden` holds h_1 … h_{K−1} in one flat tensor. It is an output only so that gradients of gradients
     can flow through the activations that backward reads. Without `store` it is empty, and backward recomputes them.
 
-    Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp`: h_{k+1} = m_k ⊙ a[f_k].
-    backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}, so that only recomputation needs the masks (`reference`).
+    Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp`:
+
+    forward   h_{k+1} = m_k ⊙ a[f_k], each element of m_k being 0 or c_k
+    backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}, so that only recomputation needs the masks (`reference`)
     """
 
     @staticmethod

@@ -10,7 +10,7 @@ whose rows are the examples, so that the lecture's β + Ω h reads h Ωᵀ + β 
     output  = f_{K−1}                       ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
 
 With dropout after a ReLU, h_{k+1} = m_k ⊙ a[f_k], where each element of m_k is 0 with probability p, else c = 1/(1−p).
-Backward then is ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). It needs no mask: h_k = m_{k−1} ⊙ a[f_{k−1}] is
+Then ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). No mask is needed for it: h_k = m_{k−1} ⊙ a[f_{k−1}] is
 above 0 exactly where m_{k−1} = c and f_{k−1} > 0, so that m_{k−1} ⊙ I[f_{k−1} > 0] = c I[h_k > 0].
 
 It has three uses: it is the tests' oracle, it runs on devices without kernels, and double backward is composed of it
