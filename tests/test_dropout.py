@@ -270,6 +270,7 @@ def test_gradients_of_gradients(activations):
         assert_close(torch.zeros_like(other) if one is None else one, other)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own forward AD
 def test_transforms_see_the_modules():
     ours, theirs = pair()
     input = torch.randn(6, 5, dtype=torch.float64)
