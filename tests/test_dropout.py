@@ -423,7 +423,7 @@ def test_autocast_and_subclasses_go_through_the_modules():
     assert_equal(*results)
 
 
-def test_an_error_that_torch_does_not_raise_draws_no_mask_twice():
+def test_a_bias_that_broadcasts_draws_no_mask_twice():
     ours, theirs = pair()
     for model in (ours, theirs):
         model[3].bias = nn.Parameter(torch.ones(1, dtype=torch.float64))  # broadcasts

@@ -105,9 +105,11 @@ def _drawn(
     batch = math.prod(input.shape[:-1])
     sizes = [batch * weight.shape[:1].numel() if p else 0 for p, weight in zip(dropout, weights, strict=False)]
     kept = input.new_empty(sum(sizes), dtype=torch.bool)
-    for p, mask in zip(dropout, torch.split(kept, sizes), strict=True):
-        if mask.numel():
-            mask.bernoulli_(1 - p)
+    first = 0
+    for p, size in zip(dropout, sizes, strict=True):
+        if size:
+            kept[first : first + size].bernoulli_(1 - p)
+            first += size
     return kept, [_scale(p, input.dtype) if p else 0.0 for p in dropout]
 
 

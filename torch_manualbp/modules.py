@@ -154,17 +154,17 @@ class _Run:
         store = network._manualbp_activations == "store"
         if way is not TORCH and (self.size == 1 or input.dtype is torch.bfloat16):
             way = route_run(way, input, weights, self.relu, store)
-        if dropout is None or (dropout and (way is TORCH or not input.is_cpu)):
+        if dropout is None or (
+            # Once masks are drawn, the modules would draw others: an op that may raise where torch does not is no use.
+            dropout and (way is TORCH or not input.is_cpu or any(map(broadcasts, weights, biases)))
+        ):
             return self._one_by_one(input)
         if way is TORCH and self.size == 1:
             output = F.linear(input, weights[0], biases[0])
             return torch.relu(output) if self.relu else output
-        state = torch.get_rng_state() if dropout else None
         try:
             return _compute.layers(way, input, weights, biases, self.relu, store, dropout)
         except RuntimeError as error:  # for example because a bias broadcasts
-            if state is not None:
-                torch.set_rng_state(state)  # so that the modules draw the same masks
             output = _instead(error, self._one_by_one, input)
             self.refused = [*weights, *biases]
             return output
