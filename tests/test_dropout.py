@@ -457,6 +457,24 @@ def test_functions_that_need_all_layers_refuse_by_name(function):
         function(ours, torch.randn(6, 5), torch.randn(6, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_model_drops_as_the_modules_do(training):
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model[2] = nn.Sequential(model[2], nn.Identity())
+        model.train(training)
+    input = torch.randn(6, 5, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(mbp.fuse(ours), backend="aot_eager", fullgraph=True)
+    want = step(ours, input)
+    compiled(input)
+    torch.manual_seed(5)
+    assert_close(compiled(input).detach(), want[0])
+    assert_close(step(ours, input), step(theirs, input))
+    torch.compiler.reset()
+
+
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 

@@ -152,7 +152,14 @@ static void tile(const Tile<A>& t) {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         const vec<A> h = load<A>(t.mask + i * t.mask_stride + j * L);
-        acc[i][j] = h <= A(0) ? vec<A>{} : acc[i][j] * t.scale;
+        acc[i][j] = h <= A(0) ? vec<A>{} : acc[i][j];
+      }
+    }
+    if (t.scale != A(1)) {  // dropout
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) acc[i][j] *= t.scale;
       }
     }
   }
