@@ -105,6 +105,7 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
   masks = masks && n % kernel_table().tile_cols == 0;
   if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
   if (masks && chance(50)) p.column_sum = column_sum.data;
+  if (p.mask && chance(50)) p.scale = 2;
   if (chance(40)) {
     kernel.pack(p.b, p.b_k, p.b_n, k, n, packed.data);
     p.packed_b = packed.data;
@@ -118,7 +119,7 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
       for (int64_t kk = 0; kk < k; ++kk) sum += a.at(i, kk) * b.at(kk, j);
       if (p.bias) sum += to_double(bias.data[j * bias_stride]);
       if (p.relu && sum < 0) sum = 0;
-      if (p.mask && to_double(mask.data[i * mask_m + j]) <= 0) sum = 0;
+      if (p.mask) sum *= to_double(mask.data[i * mask_m + j]) <= 0 ? 0 : double(p.scale);
       sums[size_t(j)] += sum;
       want[size_t(i * n + j)] = to_double(rounded<Out>(sum));
     }
