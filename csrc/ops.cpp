@@ -17,16 +17,17 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, bool[] needs)"
       " -> Tensor[]");
   // linear -> ReLU -> ... -> linear (-> ReLU if final_relu). hidden: h_1 ... h_{K-1} one after another in a flat
-  // tensor, which is empty unless `store`.
+  // tensor, which is empty unless `store`. On the CPU, dropout may follow a ReLU: h' = m . a[f] with m in {0, c}.
+  // scales: c for each layer, 0 for none; kept: where m is c, flat, for the layers with dropout.
   m.def(
-      "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store)"
-      " -> (Tensor output, Tensor hidden)");
+      "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store, Tensor? kept=None,"
+      " float[] scales=[]) -> (Tensor output, Tensor hidden)");
   // The gradients asked for by needs = [input, weights..., biases...], in this order. hidden: as mlp stored it, or
-  // None: the activations are then recomputed, which needs the biases. output: that of an mlp with final_relu, else
-  // None.
+  // None: the activations are then recomputed, which needs the biases, and the masks of dropout. output: that of an mlp
+  // with final_relu, else None.
   m.def(
       "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
-      " Tensor? output, bool[] needs) -> Tensor[]");
+      " Tensor? output, bool[] needs, Tensor? kept=None, float[] scales=[]) -> Tensor[]");
   // The loss (a scalar) of an mlp's output and the gradients asked for, as mlp_backward lists them, in one pass.
   // loss: mse, cross_entropy or bce_with_logits; mean: divide by the number of terms; flat: the gradients of the
   // parameters are views of one buffer.

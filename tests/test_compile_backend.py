@@ -92,6 +92,12 @@ def keyword_arguments(net, x):
     return F.linear(torch.relu(input=net.fc1(h)), net.fc2.weight, net.fc2.bias)
 
 
+def inactive_dropouts(net, x):
+    h = F.dropout(F.relu(net.fc0(x)), 0.5, training=False)
+    h = F.dropout(F.dropout(F.relu_(net.fc1(h)), p=0.0), 0.1, False, inplace=True)
+    return F.dropout(net.fc2(h), training=False)
+
+
 FULL, CLOSED = "4–6–5–3 mlp", "4–6–5–3 mlp, ReLU at its end"
 STYLES = {
     "F.relu": (lambda n, x: n.fc2(F.relu(n.fc1(F.relu(n.fc0(x))))), [FULL]),
@@ -105,6 +111,16 @@ STYLES = {
     "in place, result unused": (in_place_without_using_its_result, [FULL]),
     "clamps": (clamped, [CLOSED]),
     "keywords": (keyword_arguments, [FULL]),
+    "inactive dropouts": (inactive_dropouts, [FULL]),
+    "inactive dropout, used twice": (
+        lambda n, x: (h := F.dropout(F.relu(n.fc0(x)), 0.5, False)) + F.relu(n.fc1(h)).sum(),
+        ["4–6 linear_relu", "6–5 linear_relu"],
+    ),
+    "inactive dropout before an effect": (
+        lambda n, x: torch.mul((h := F.dropout(F.relu(n.fc0(x)), 0.5, False)).new_ones(1).add_(1), n.fc1(h)),
+        ["4–6 linear_relu"],
+    ),
+    "inactive dropout at the end": (lambda n, x: F.dropout(F.relu(n.fc0(x)), 0.5, False), ["4–6 linear_relu"]),
     "one layer": (lambda n, x: F.relu(n.fc0(x)), ["4–6 linear_relu"]),
     "two networks": (
         lambda n, x: (F.relu(n.fc0(x)).neg(), F.relu(n.fc2(F.relu(n.fc1(x[:, :1].expand(-1, 6)))))),

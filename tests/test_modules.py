@@ -709,10 +709,129 @@ def test_children_that_another_thread_changes_are_called_in_turn(monkeypatch):
     theirs, input = plain_network([4, 8, 3]), torch.randn(5, 4)
     ours = mbp.fuse(copy.deepcopy(theirs))
     with monkeypatch.context() as patch:
-        patch.setattr(modules._Plan, "parameters", lambda self, children: None)  # they are no longer those of the plan
+        patch.setattr(modules._Plan, "parameters", lambda self, *args: None)  # they are no longer those of the plan
         assert_equal(ours(input), theirs(input))
         assert calls_of(ours, input) == []
     assert calls_of(ours, input) == ["mlp"]
+
+
+# --- Sequentials in a Sequential ------------------------------------------------------------------------------------
+
+
+def nested_pair():
+    """((Linear, ReLU), (Linear, Identity, ReLU), Linear), fused and plain."""
+    theirs = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 6), nn.Identity(), nn.ReLU()),
+        nn.Linear(6, 3),
+    ).double()
+    return mbp.fuse(copy.deepcopy(theirs)), theirs
+
+
+def assert_same_calls(ours, theirs, calls):
+    """Equal outputs and gradients, by these calls; twice, since the plan is kept."""
+    input = torch.randn(5, 4, dtype=torch.float64)
+    for _ in range(2):
+        results = []
+        for model in (ours, theirs):
+            output = model(input)
+            results.append(
+                [output.detach(), *torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)]
+            )
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+        assert calls_of(ours, input) == calls
+
+
+def test_nested_sequentials_are_one_run_with_the_same_keys():
+    ours, theirs = nested_pair()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert "in one call: (0.0) to (2)" in repr(ours)
+    assert_same_calls(ours, theirs, ["mlp"])
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert_same_calls(copied, theirs, ["mlp"])
+    input, target = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    mbp.train_step(ours, input, target, torch.optim.SGD(ours.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    F.mse_loss(theirs(input), target).backward()
+    optimizer.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()))
+
+
+NESTED = {
+    "a child more": (lambda model: model[1].append(nn.Tanh()), ["mlp"]),
+    "a child less": (lambda model: model[1].pop(2), ["mlp"]),
+    "another child": (lambda model: model[1].__setitem__(1, nn.Tanh()), ["mlp"]),
+    "another layer": (lambda model: model[1].__setitem__(0, nn.Linear(8, 6, bias=False).double()), ["mlp"]),
+    "an empty one": (lambda model: model.insert(1, nn.Sequential()), ["mlp"]),
+    "replaced": (lambda model: model.__setitem__(1, nn.Sequential(nn.Linear(8, 6), nn.Tanh()).double()), ["mlp"]),
+    "hook": (lambda model: model[1].register_forward_hook(lambda module, args, output: 2 * output), ["mlp"] * 2),
+    "backward hook": (
+        lambda model: model[1].register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
+        ["mlp"] * 2,
+    ),
+    "hook inside": (
+        lambda model: model[1][2].register_forward_hook(lambda module, args, output: 2 * output),
+        ["mlp"],
+    ),
+    "forward": (lambda model: setattr(model[1], "forward", lambda input: 2 * input[:, :6]), ["mlp"]),
+    "class": (lambda model: setattr(model[1], "__class__", type("Own", (type(model[1]),), {})), ["mlp"] * 2),
+    "deeper": (lambda model: model[1].__setitem__(2, nn.Sequential(nn.Sequential(nn.ReLU()))), ["mlp"]),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_a_change_inside_a_nested_sequential_is_seen_at_the_next_call(case):
+    change, calls = NESTED[case]
+    ours, theirs = nested_pair()
+    assert_same_calls(ours, theirs, ["mlp"])
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        change(model)
+    for parameters in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_equal(*parameters)
+    assert_same_calls(ours, theirs, calls)
+
+
+def test_a_hook_on_a_nested_sequential_that_is_removed_leaves_one_run():
+    ours, theirs = nested_pair()
+    handle = ours[0].register_forward_hook(lambda *_: None)
+    assert_same_calls(ours, theirs, ["mlp", "mlp"])
+    handle.remove()
+    assert_same_calls(ours, theirs, ["mlp"])
+
+
+def test_a_nested_sequential_with_a_memory_mode_of_its_own_is_called():
+    ours, theirs = nested_pair()
+    mbp.fuse(ours[0], activations="recompute")
+    assert_same_calls(ours, theirs, ["mlp", "mlp"])
+    mbp.fuse(ours, activations="recompute")
+    assert_same_calls(ours, theirs, ["mlp"])
+
+
+def test_a_nested_sequential_that_is_watched_is_called():
+    ours, theirs = nested_pair()
+    with mbp.GradientFlowMonitor(ours[0], every=1) as monitor:
+        assert calls_of(ours, torch.randn(5, 4).double())[-1] == "mlp"
+        ours(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+    assert len(monitor.history) > 0
+    ours.zero_grad()
+    input = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(ours(input), theirs(input))
+
+
+def test_a_nested_sequential_alone_computes_its_own_run():
+    ours, theirs = nested_pair()
+    input = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(ours[0](input), theirs[0](input))
+    assert calls_of(ours[0], input) == ["mlp"]
+    assert_same_calls(ours, theirs, ["mlp"])
+
+
+def test_one_sequential_nested_twice_gets_the_sum_of_its_gradients():
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    theirs = nn.Sequential(block, block, nn.Linear(4, 2)).double()
+    ours = mbp.fuse(copy.deepcopy(theirs))
+    assert_same_calls(ours, theirs, ["mlp"])
 
 
 # --- one small layer on its own -------------------------------------------------------------------------------------

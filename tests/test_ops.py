@@ -219,6 +219,22 @@ def test_transposed_inputs_give_contiguous_results_fake_and_real():
     same_metadata(_ops.linear_relu_backward(*to_meta(backward)), _ops.linear_relu_backward(*backward))
 
 
+@pytest.mark.parametrize("leading", [(), (0,), (6,), (2, 3)], ids=str)
+def test_mlp_with_dropout_is_registered_as_without(leading):
+    (*net, _, _), (grad, *_) = mlp_args(torch.float32, True, leading)
+    scales = [2.0, 0.0, 1.5]
+    rows = net[0].shape[:-1].numel()
+    kept = torch.rand(rows * (7 + 3)) < 0.5
+    forward = (*net, True, True, kept, scales)
+    output, hidden = _ops.mlp(*forward)
+    same_metadata(_ops.mlp(*to_meta(forward)), (output, hidden))
+    opcheck(_ops.mlp, forward)
+    for stored, mask in ((hidden, None), (hidden, kept), (None, kept)):
+        backward = (grad, *net, stored, output, ALL, mask, scales)
+        same_metadata(_ops.mlp_backward(*to_meta(backward)), _ops.mlp_backward(*backward))
+        opcheck(_ops.mlp_backward, backward)
+
+
 def test_isa_names_a_level():
     assert _ops.isa() in LEVELS
 
@@ -289,6 +305,40 @@ def test_mlp_backward_errors_name_the_argument(case):
     assert len(_ops.mlp_backward(**args)) == 7
     with pytest.raises(RuntimeError, match="mlp_backward: " + message):
         _ops.mlp_backward(**{**args, **changes})
+
+
+DROPOUT_ERRORS = {
+    "scales length": ({"scales": [2.0]}, r"`scales` must be empty or have one item per layer \(3\), got 1"),
+    "negative": ({"scales": [2.0, -1.0, 0.0]}, r"`scales\[1\]` must not be negative, got -1"),
+    "nan": ({"scales": [float("nan"), 2.0, 0.0]}, r"`scales\[0\]` must not be negative, got nan"),
+    "no relu": ({"scales": [2.0, 2.0, 2.0]}, r"`scales\[2\]` must be 0, since no ReLU follows, got 2"),
+    "no mask": ({"kept": None}, r"`kept` must be given with `scales`"),
+    "mask without scales": ({"scales": []}, r"`kept` must have shape \(0,\), got \(66,\)"),
+    "mask size": ({"kept": torch.ones(65, dtype=torch.bool)}, r"`kept` must have shape \(66,\), got \(65,\)"),
+    "mask dimensions": (
+        {"kept": torch.ones(6, 11, dtype=torch.bool)},
+        r"`kept` must have shape \(66,\), got \(6, 11\)",
+    ),
+    "mask dtype": ({"kept": torch.ones(66)}, r"`kept` must hold bools, got float32"),
+    "mask strides": ({"kept": torch.ones(132, dtype=torch.bool)[::2]}, r"`kept` must be contiguous"),
+}
+
+
+@pytest.mark.parametrize("op", ["mlp", "mlp_backward"])
+@pytest.mark.parametrize("case", DROPOUT_ERRORS)
+def test_dropout_errors_name_the_argument(case, op):
+    changes, message = DROPOUT_ERRORS[case]
+    (*net, final_relu, _), (grad, *_) = mlp_args(torch.float32)
+    args = {**dict(zip(("input", "weights", "biases"), net, strict=True)), "kept": torch.ones(66, dtype=torch.bool)}
+    args |= {"scales": [2.0, 1.5, 0.0]}
+    args |= (
+        {"final_relu": final_relu, "store": True}
+        if op == "mlp"
+        else {**{"grad_output": grad, "hidden": None, "output": None, "needs": ALL}}
+    )
+    assert len(getattr(_ops, op)(**args)) == (2 if op == "mlp" else 7)
+    with pytest.raises(RuntimeError, match=f"{op}: " + message):
+        getattr(_ops, op)(**{**args, **changes})
 
 
 UPDATE_ERRORS = {

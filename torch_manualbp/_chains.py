@@ -186,14 +186,16 @@ class Chain:
         return self.tokens[0]
 
     def _add(self, weight: Tensor, bias: Tensor | None) -> None:
-        version = _version(weight)
-        self.used.append(weight)
-        if bias is not None:
-            version += _version(bias)
-            self.used.append(bias)
-        self.version += version
         self.weights.append(weight)
         self.biases.append(bias)
+        try:
+            version = _version(weight) if bias is None else _version(weight) + _version(bias)
+        except RuntimeError:  # computed in inference mode
+            return
+        self.version += version
+        self.used.append(weight)
+        if bias is not None:
+            self.used.append(bias)
 
     def join(self, token: Pending, site: "Site | None", weight: Any, bias: Any) -> Tensor | None:
         """The next layer, applied to `token`. None: it is not what is expected."""
@@ -414,8 +416,6 @@ def _fits(input: Tensor, weight: Any, bias: Any) -> bool:
         and weight.dim() == 2
         and input.shape[-1] == weight.shape[1]
         and not broadcasts(weight, bias)
-        and not _is_inference(weight)
-        and not (bias is not None and _is_inference(bias))
     )
 
 

@@ -3,7 +3,9 @@
 Arguments are tensors; shapes and dtypes are checked by whatever computes.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,18 +28,25 @@ def layers(
     biases: Sequence[Tensor | None],
     final_relu: bool,
     store: bool,
+    dropout: Sequence[float] = (),
 ) -> Tensor:
-    """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass."""
+    """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass.
+
+    dropout: for `KERNELS` on the CPU, the probability p of the dropout after each layer, 0 where there is none; empty:
+    nowhere. Its masks are drawn from torch's generator, layer by layer, as its modules would draw them.
+    """
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
     if way is KERNELS:
         if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
             if first > 0:  # below it there is nothing to learn, so that no activation is needed again
-                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False)
-                weights, biases = weights[first:], biases[first:]
-            recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases)[0]
+                below = _drawn(dropout[:first], input, weights)
+                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False, *below)
+                weights, biases, dropout = weights[first:], biases[first:], dropout[first:]
+            drawn = _drawn(dropout, input, weights)
+            recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases, *drawn)[0]
             return recorded
-        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False)[0]
+        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *_drawn(dropout, input, weights))[0]
         return output
     if way is GRAPH:
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
@@ -87,6 +96,33 @@ def run_layers(
     weights, biases = check_layers("mlp", weights, biases)
     store = activations == "store"
     return layers(route(input, (*weights, *biases), store), input, weights, biases, final_relu, store)
+
+
+def _drawn(
+    dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[float]] | tuple[()]:
+    """`kept` and `scales` for the op `mlp`, if there is dropout.
+
+    Where torch's dropout draws a mask of numbers and divides it by 1−p, this draws the same mask as bools: one byte per
+    element. As in torch, nothing is drawn for an empty input.
+    """
+    if not any(dropout):
+        return ()
+    batch = math.prod(input.shape[:-1])
+    sizes = [batch * weight.shape[:1].numel() if p else 0 for p, weight in zip(dropout, weights, strict=False)]
+    kept = input.new_empty(sum(sizes), dtype=torch.bool)
+    first = 0
+    for p, size in zip(dropout, sizes, strict=True):
+        if size:
+            kept[first : first + size].bernoulli_(1 - p)
+            first += size
+    return kept, [_scale(p, input.dtype) if p else 0.0 for p in dropout]
+
+
+@lru_cache(256)
+def _scale(p: float, dtype: torch.dtype) -> float:
+    """1/(1−p), as torch's dropout rounds it."""
+    return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p))
 
 
 def _first_that_learns(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:

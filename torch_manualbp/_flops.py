@@ -59,6 +59,7 @@ def _mlp_backward(
     hidden: _Shape | None,
     output: _Shape | None,
     needs: Sequence[bool],
+    *dropout: Any,
     **kwargs: Any,
 ) -> int:
     recomputed = sum(_layers(input, weights)[:-1]) if hidden is None else 0  # h_1 … h_{K−1}

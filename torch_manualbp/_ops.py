@@ -102,6 +102,21 @@ def split_hidden(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -
     return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
 
 
+def split_kept(
+    kept: Tensor, scales: Sequence[float], shape: torch.Size, weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The masks m_k (…, D_{k+1}) in {False, True}, as views of `kept`, for the layers with dropout; else None."""
+    leading, start, masks = shape[:-1], 0, list[Tensor | None]()
+    for weight, scale in zip(weights, scales, strict=True):
+        if not scale:
+            masks.append(None)
+            continue
+        size = math.prod(leading) * weight.shape[0]
+        masks.append(kept[start : start + size].view(*leading, weight.shape[0]))
+        start += size
+    return masks
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -146,9 +161,15 @@ def _(grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, needs:
 
 @_fake("mlp")
 def _(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    final_relu: bool,
+    store: bool,
+    kept: Tensor | None = None,
+    scales: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
-    _check_devices("mlp", input=input, weights=weights, biases=biases)
+    _check_devices("mlp", input=input, weights=weights, biases=biases, kept=kept)
     batch = math.prod(input.shape[:-1])  # torch.Size.numel would fix the batch size of a graph that is being compiled
     hidden = batch * sum(weight.shape[0] for weight in weights[:-1]) if store else 0
     return input.new_empty((*input.shape[:-1], weights[-1].shape[0])), input.new_empty((hidden,))
@@ -163,9 +184,11 @@ def _(
     hidden: Tensor | None,
     output: Tensor | None,
     needs: Sequence[bool],
+    kept: Tensor | None = None,
+    scales: Sequence[float] = (),
 ) -> list[Tensor]:
-    kept = {"hidden": hidden, "output": output}
-    _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **kept)
+    made = {"hidden": hidden, "output": output, "kept": kept}
+    _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _needed_like(input, weights, needs)
 
 

@@ -62,6 +62,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
        Dynamo guards all that this function reads, and a condition on the batch size would cause recompilations.)
     2. The input is an instance of a subclass of Tensor, which may give any op another meaning.
     3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
+       (A run with a Dropout or an Identity in it also asks `transparent_are_torchs`.)
        Such a mode sees even the attributes that are read, so that this is checked before anything else of the input.
     4. A transform must see through the computation (torch.func, forward-mode AD, make_fx, torch.jit.trace), or autocast
        chooses a dtype for each op.
@@ -144,6 +145,22 @@ def linear_is_called(module: nn.Module) -> bool:
 def relu_is_called(module: nn.Module) -> bool:
     """Whether the call of an ``nn.ReLU`` without hooks is a call of F.relu and nothing else."""
     return nn.ReLU.forward is _relu_forward and "forward" not in module.__dict__ and not is_tracing()
+
+
+_dropout: Any = _of_torch(F.dropout, F)
+_dropout_forward: Any = _of_torch(nn.Dropout.forward, nn.modules.dropout)
+_identity_forward: Any = _of_torch(nn.Identity.forward, nn.modules.linear)
+
+
+def transparent_are_torchs() -> bool:
+    """Reason 3 does not hold for Dropout and Identity, too, which only few networks have."""
+    return (
+        F.dropout is _dropout
+        and nn.Dropout.forward is _dropout_forward
+        and nn.Identity.forward is _identity_forward
+        and nn.Dropout.__call__ is _module_call
+        and nn.Identity.__call__ is _module_call
+    )
 
 
 def _function_modes_matter() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._ops import split_hidden
+from torch_manualbp._ops import split_hidden, split_kept
 from torch_manualbp._route import backward_is_composed
 
 
@@ -64,11 +64,16 @@ class MLPFunction(ManualFunction):
 
     With `store`, `hidden` holds h_1 … h_{K−1} in one flat tensor. It is an output only so that gradients of gradients
     can flow through the activations that backward reads. Without `store` it is empty, and backward recomputes them.
+
+    Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp`:
+
+    forward   h_{k+1} = m_k ⊙ a[f_k], each element of m_k being 0 or c_k
+    backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}, so that only recomputation needs the masks (`reference`)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
+        ctx: Any, input: Tensor, final_relu: bool, store: bool, layers: int, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         """All layers in one call. Saves only what backward will read.
 
@@ -77,19 +82,20 @@ class MLPFunction(ManualFunction):
         """
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("MLPFunction")
+        parameters, dropout = rest[: 2 * layers], rest[2 * layers :]
         weights, biases = parameters[:layers], parameters[layers:]
-        output, hidden = _ops.mlp(input, weights, biases, final_relu, store)
+        output, hidden = _ops.mlp(input, weights, biases, final_relu, store, *dropout)
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad
         # Backward must multiply by the weights that forward used, and `weight.data = …` may replace their memory in
         # between, unnoticed by autograd. An alias keeps that memory, as does the view that torch's own linear saves.
         # (0.3 µs each.)
         used = [weight.detach() for weight in weights]
-        ctx.call = (store, input.shape, used, parameters)
+        ctx.call = (store, input.shape, used, parameters, *dropout[1:])
         result = output if final_relu else None
         if not store:
             biases_used = [None if bias is None else bias.detach() for bias in biases]
-            ctx.save_for_backward(_as_used(input, needs[0]), result, *used, *biases_used)
+            ctx.save_for_backward(_as_used(input, needs[0]), result, *used, *biases_used, *dropout[:1])
             return output, hidden
         first = 0  # backward multiplies by the weights of this layer and those above
         while first < layers and not (needs[0] or (first > 0 and (needs[3 + first] or needs[3 + layers + first]))):
@@ -101,11 +107,12 @@ class MLPFunction(ManualFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """All layers in reverse, in one call, down to the lowest layer whose gradient is needed."""
-        store, shape, weights, parameters = ctx.call
+        store, shape, weights, parameters, *scales = ctx.call
         layers = len(weights)
         input, output, *read = ctx.saved_tensors
-        hidden, biases = (read.pop(0), ()) if store else (None, read[layers:])
-        needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad))
+        hidden, biases = (read.pop(0), ()) if store else (None, read[layers : 2 * layers])
+        needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad)[: 1 + 2 * layers])
+        dropout = (None if store else read[-1], *scales) if scales else ()
         if grad_output is None:  # a gradient of a gradient that reaches `hidden` but not the last layer
             needs = [need and grad_hidden is not None and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
         if not any(needs):
@@ -116,30 +123,31 @@ class MLPFunction(ManualFunction):
         if grad_output is None and grad_hidden is None:
             shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
             zeros = [weights[0].new_zeros(size) if need else None for size, need in zip(shapes, needs, strict=True)]
-            return zeros[0], None, None, None, *zeros[1:]
+            return zeros[0], None, None, None, *zeros[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
             if grad_output is None:
                 grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
             in_graph = _connected(parameters[:layers], read[:layers])
             if hidden is None:
+                masks = _masks(dropout, input, weights)
                 _, h = reference.mlp_forward(
-                    input, in_graph, _connected(parameters[layers:], biases), output is not None
+                    input, in_graph, _connected(parameters[layers:], biases), output is not None, masks
                 )
             else:
                 h = [input, *split_hidden(hidden, shape, weights)]
             grad_h = None if grad_hidden is None else split_hidden(grad_hidden, shape, weights)
-            grads = reference.mlp_backward(grad_output, h, in_graph, output, grad_h, needs)
-            return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases
+            grads = reference.mlp_backward(grad_output, h, in_graph, output, grad_h, needs, *scales)
+            return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases, *[None] * len(dropout)
         input = _stand_in(weights[0], shape) if input is None else input
-        spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs))
-        return spread[0], None, None, None, *spread[1:]
+        spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs, *dropout))
+        return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
 
     @staticmethod
-    def composed(
-        input: Tensor, final_relu: bool, store: bool, layers: int, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def composed(input: Tensor, final_relu: bool, store: bool, layers: int, *rest: Any) -> tuple[Tensor, Tensor]:
         """The network in plain torch."""
-        output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu)
+        parameters = rest[: 2 * layers]
+        masks = _masks(rest[2 * layers :], input, parameters[:layers])
+        output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu, masks)
         hidden = [h_k.flatten() for h_k in h[1:]] if store else []
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
 
@@ -191,6 +199,18 @@ class MLPLossFunction(ManualFunction):
         """Network and loss in plain torch."""
         output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
         return loss.of(output, target)
+
+
+def _masks(dropout: Sequence[Any], input: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """m_k in {0, c_k} of the dropout after each layer, None where there is none; empty: nowhere.
+
+    dropout: `kept` and `scales`, or nothing.
+    """
+    if not dropout:
+        return []
+    kept, scales = dropout
+    pieces = zip(split_kept(kept, scales, input.shape, weights), scales, strict=True)
+    return [None if piece is None else piece.to(input.dtype) * scale for piece, scale in pieces]
 
 
 def _loss_gradients(

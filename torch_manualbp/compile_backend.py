@@ -41,7 +41,8 @@ def manualbp(
 
     A chain is linear → ReLU, or longer: linear → ReLU → linear → …, with or without a ReLU at its end. It ends where a
     result is used by something else too. ReLU is ``relu`` in any spelling of torch's, in place or not, and a clamp at 0
-    from below (whose gradient where a pre-activation is exactly 0 becomes that of ReLU: 0 instead of 1).
+    from below (whose gradient where a pre-activation is exactly 0 becomes that of ReLU: 0 instead of 1). A dropout that
+    does nothing, in eval mode or with p = 0, does not end a chain.
 
     Args:
         graph_module: what Dynamo captured.
@@ -94,6 +95,7 @@ class Layer:
 
     linear: fx.Node
     relu: fx.Node | None
+    identities: list[fx.Node] = field(default_factory=list)  # inactive dropouts between the ReLU and the next layer
 
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
@@ -134,20 +136,30 @@ def find_chains(graph: fx.Graph) -> list[Chain]:
     for node in graph.nodes:
         if node in taken or (layer := _layer(node, position)) is None:
             continue
-        chain = Chain()
+        chain, identities = Chain(), list[fx.Node]()
         while layer is not None and segments[layer.last] == segments[node]:
+            if chain.layers:
+                chain.layers[-1].identities = identities
             chain.layers.append(layer)
-            if layer.relu is None or (following := _only_user(layer)) is None:
+            if layer.relu is None:
                 break
-            layer = _layer(following, position, layer)
+            following, identities = _only_user(layer)
+            if following is None:
+                break
+            layer = _layer(following, position, layer, identities)
         if chain.layers and chain.layers[0].relu is not None:
             chains.append(chain)
             taken.update(layer.linear for layer in chain.layers)
     return chains
 
 
-def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None = None) -> Layer | None:
-    """The layer whose linear part is `node`, if our kernels can compute it; `before`: the layer that feeds it."""
+def _layer(
+    node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None = None, identities: Sequence[fx.Node] = ()
+) -> Layer | None:
+    """The layer whose linear part is `node`, if our kernels can compute it.
+
+    before: the layer that feeds it; identities: what lies between the two.
+    """
     if node.op != "call_function" or node.target is not F.linear:
         return None
     input, weight, bias = _arguments(node)
@@ -161,7 +173,7 @@ def _layer(node: fx.Node, position: Mapping[fx.Node, int], before: Layer | None 
     if any(_value(value).dtype is not output.dtype for value in nodes):  # autocast
         return None
     if before is not None:
-        hidden = (before.linear, before.relu)  # after a ReLU in place, two names of one tensor
+        hidden = (before.linear, before.relu, *identities)  # names of one tensor, after a ReLU in place
         if input not in hidden or weight in hidden or bias in hidden:
             return None
     return Layer(node, _relu_after(node, position))
@@ -181,9 +193,27 @@ def _relu_after(linear: fx.Node, position: Mapping[fx.Node, int]) -> fx.Node | N
     return users[0] if len(users) == 1 or in_place else None  # later users of an in-place ReLU get its result
 
 
-def _only_user(layer: Layer) -> fx.Node | None:
+def _only_user(layer: Layer) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The only node that uses the layer's output, and the inactive dropouts that lie between."""
     users = {user for node in (layer.linear, layer.relu) if node is not None for user in node.users} - {layer.relu}
-    return users.pop() if len(users) == 1 else None
+    identities: list[fx.Node] = []
+    while len(users) == 1:
+        user = users.pop()
+        if user is None or not _is_inactive_dropout(user):
+            return user, identities
+        identities.append(user)
+        users = set(user.users)
+    return None, identities
+
+
+def _is_inactive_dropout(node: fx.Node) -> bool:
+    """Whether the node is a dropout that returns its input."""
+    if node.op != "call_function" or node.target is not F.dropout or len(node.args) == 0:
+        return False
+    names = ("input", "p", "training")
+    given: dict[str, Any] = {"p": 0.5, "training": True, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    p, training = given["p"], given["training"]
+    return isinstance(p, int | float) and 0 <= p <= 1 and (training is False or p == 0)
 
 
 def _relu_in_place(node: fx.Node) -> bool | None:
@@ -201,7 +231,7 @@ def _has_effects(node: fx.Node, position: Mapping[fx.Node, int]) -> bool:
 
     In doubt, the answer is yes.
     """
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or _is_inactive_dropout(node):
         return False
     if _relu_in_place(node) and node.all_input_nodes[0].target is F.linear:
         return _relu_after(node.all_input_nodes[0], position) is not node  # if so, nothing has used the data before it
@@ -239,6 +269,8 @@ def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) ->
     fused.meta = dict(last.last.meta)
     last.last.replace_all_uses_with(fused)
     for layer in reversed(layers):
+        for identity in reversed(layer.identities):
+            graph.erase_node(identity)
         if layer.relu is not None:
             layer.linear.replace_all_uses_with(fused, lambda user, relu=layer.relu: user is not relu)  # type: ignore[misc]
             graph.erase_node(layer.relu)

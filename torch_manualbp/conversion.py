@@ -9,7 +9,7 @@ import copyreg
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar, cast, overload
 
@@ -39,8 +39,8 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
     are. Layers with hooks or parametrizations, and subclasses of ``nn.Linear``, run as plain modules. A Sequential does
     not change if
 
-    - no ``nn.Linear`` in it is directly followed by a ReLU: there is nothing to fuse. (After adding such layers, call
-      `fuse` again.)
+    - no ``nn.Linear`` in it, or in Sequentials inside it, is directly followed by a ReLU: there is nothing to fuse.
+      (After adding such layers, call `fuse` again.)
     - it does not call its children in turn as ``nn.Sequential`` does, but has its own ``forward`` or ``__iter__``.
     - torch recognises its class by identity, as ``convert`` does with ``torch.ao.nn.intrinsic.LinearReLU``.
 
@@ -224,9 +224,18 @@ def _may_be_written(kind: type) -> bool:
 
 def _has_run(sequential: nn.Sequential) -> bool:
     """Whether a ReLU follows a linear layer, with or without hooks and parametrizations, which may be removed later."""
-    kinds = [type_before_parametrizations(child) for child in sequential._modules.values()]
-    kinds = [getattr(kind, "cls_to_become", None) or kind for kind in kinds]  # what a lazy layer will become
+    kinds = [kind for kind in _kinds(sequential) if kind is not nn.Identity]
     return LinearReLU in kinds or (nn.Linear, nn.ReLU) in pairwise(kinds)
+
+
+def _kinds(sequential: nn.Module) -> Iterator[Any]:
+    """The classes of the children, and in the place of a Sequential those of its children."""
+    for child in sequential._modules.values():
+        kind: Any = type_before_parametrizations(cast(Any, child))
+        if kind in (nn.Sequential, _fused_class(nn.Sequential)):
+            yield from _kinds(cast(nn.Module, child))
+        else:
+            yield getattr(kind, "cls_to_become", None) or kind  # what a lazy layer will become
 
 
 def _is_of_torch(kind: type) -> bool:

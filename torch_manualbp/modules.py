@@ -35,6 +35,7 @@ from torch_manualbp._route import (
     route_run,
     rows_left_to_torch,
     target_is_ours,
+    transparent_are_torchs,
 )
 from torch_manualbp.functional import linear_relu
 
@@ -83,9 +84,12 @@ _Parameters = tuple[list[Tensor], list[Tensor | None]]
 
 
 class _Run:
-    """Adjacent children that one call computes: linear, ReLU, linear, …; `relu` is True if the last one is a ReLU."""
+    """Adjacent modules that one call computes: linear, ReLU, linear, …; `relu` is True if the last layer has a ReLU.
 
-    __slots__ = ("first", "last", "modules", "refused", "relu", "size")
+    Dropout may follow a ReLU: p and whether it is active are read at each call. An Identity may be anywhere in the run.
+    """
+
+    __slots__ = ("dropouts", "first", "last", "modules", "refused", "relu", "size", "transparent")
 
     def __init__(self, first: int) -> None:
         self.first = self.last = first  # linear layers [first, last) of the network belong to this run
@@ -93,13 +97,42 @@ class _Run:
         self.modules: list[nn.Module] = []
         self.refused: list[Tensor | None] = []  # parameters for which our op raised an error and torch did not
         self.relu = False
+        self.dropouts: list[tuple[int, nn.Dropout]] = []  # each after the ReLU of this layer of the run
+        self.transparent = False  # whether there is a Dropout or an Identity
 
-    def add(self, module: nn.Module) -> None:
-        """Appends a Linear, ReLU or LinearReLU."""
+    def takes(self, kind: type) -> bool:
+        """Whether the run goes on with a module of this kind."""
+        if kind is nn.Dropout:
+            return self.relu and not (self.dropouts and self.dropouts[-1][0] == self.size - 1)
+        return self.relu or kind in (nn.ReLU, nn.Identity)
+
+    def add(self, module: nn.Module, kind: type) -> None:
+        """Appends a module that `takes` accepts, or the linear layer that the run begins with."""
         self.modules.append(module)
-        self.size += type(module) is not nn.ReLU
+        if kind in _TRANSPARENT:
+            self.transparent = True
+            if kind is nn.Dropout:
+                self.dropouts.append((self.size - 1, cast(nn.Dropout, module)))
+            return
+        self.size += kind is not nn.ReLU
         self.last = self.first + self.size
-        self.relu = type(module) is not nn.Linear
+        self.relu = kind is not nn.Linear
+
+    def dropout(self) -> Sequence[float] | None:
+        """The p of the active dropout after each layer, 0 where there is none; empty: nowhere.
+
+        None: the modules must be called, since one is replaced, drops everything, or will raise an error.
+        """
+        probabilities = [0.0] * self.size
+        for k, module in self.dropouts:
+            p = module.p
+            if type(p) not in (float, int) or not (0 <= p < 1 or (p == 1 and not module.training)):
+                return None
+            if module.training:
+                probabilities[k] = p
+        if not transparent_are_torchs():
+            return None
+        return probabilities if any(probabilities) else ()
 
     def __call__(
         self, way: str, input: Any, weights: list[Tensor], biases: list[Tensor | None], network: "FusedForward"
@@ -117,14 +150,20 @@ class _Run:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
         if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
             return self._one_by_one(input)
+        dropout = self.dropout() if self.transparent else ()
         store = network._manualbp_activations == "store"
         if way is not TORCH and (self.size == 1 or input.dtype is torch.bfloat16):
             way = route_run(way, input, weights, self.relu, store)
+        if dropout is None or (
+            # Once masks are drawn, the modules would draw others: an op that may raise where torch does not is no use.
+            dropout and (way is TORCH or not input.is_cpu or any(map(broadcasts, weights, biases)))
+        ):
+            return self._one_by_one(input)
         if way is TORCH and self.size == 1:
             output = F.linear(input, weights[0], biases[0])
             return torch.relu(output) if self.relu else output
         try:
-            return _compute.layers(way, input, weights, biases, self.relu, store)
+            return _compute.layers(way, input, weights, biases, self.relu, store, dropout)
         except RuntimeError as error:  # for example because a bias broadcasts
             output = _instead(error, self._one_by_one, input)
             self.refused = [*weights, *biases]
@@ -153,14 +192,14 @@ def _steps_of(
     biases: list[Tensor | None] = []
     run: _Run | None = None
     for child, kind in zip(children, kinds, strict=True):
-        if kind is None or (run is None and kind is nn.ReLU):
+        if kind is None or not (kind in _LINEAR or (run is not None and run.takes(kind))):
             run = None
             steps.append(child)
             continue
-        if run is None or not (run.relu or kind is nn.ReLU):  # a linear layer right after another starts a run
+        if run is None or not run.takes(kind):  # a linear layer right after another starts a run
             steps.append(run := _Run(len(weights)))
-        run.add(child)
-        if kind is not nn.ReLU:
+        run.add(child, kind)
+        if kind in _LINEAR:
             weights.append(cast(Tensor, child._parameters["weight"]))
             biases.append(child._parameters["bias"])
     return steps, weights, biases
@@ -197,15 +236,18 @@ hook_counter: Any = RemovableHandle if isinstance(getattr(RemovableHandle, "next
 class _Plan:
     """How a FusedForward computes its children: the steps of its forward pass, kept between calls.
 
+    The children of a Sequential among them take its place if it is open (`_is_open`).
+
     A plan is valid while no hook has been registered anywhere (`stamp`), the children are the same objects of the same
     classes with the same number of attributes (an attribute "forward" would replace the method of the class), and their
     parameters are plain tensors. `parameters` checks this in the pass over the children that collects the parameters.
     """
 
-    __slots__ = ("children", "left_to_torch", "stamp", "steps")
+    __slots__ = ("children", "left_to_torch", "nested", "stamp", "steps")
 
-    def __init__(self, modules: dict[str, Any]) -> None:
-        children = list(modules.values())
+    def __init__(self, modules: dict[str, Any], activations: str) -> None:
+        self.nested = any(_may_be_open(type(child)) for child in modules.values())
+        children = [child for _, child in _flattened(modules, activations)]
         kinds = [_fusable_kind(child) for child in children]
         self.steps, _, _ = _steps_of(children, kinds)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
@@ -230,8 +272,10 @@ class _Plan:
             and (self.left_to_torch == _INFINITE or (input.numel() < self.left_to_torch and input.dtype in _FULL))
         )
 
-    def parameters(self, modules: dict[str, Any]) -> _Parameters | None:
+    def parameters(self, modules: dict[str, Any], activations: str) -> _Parameters | None:
         """The weights and biases of all runs; None if the plan is no longer valid."""
+        if self.nested:
+            modules = dict(_flattened(modules, activations))
         if len(modules) != len(self.children):
             return None
         weights: list[Tensor] = []
@@ -243,7 +287,7 @@ class _Plan:
                 continue
             if len(own) != size:
                 return None
-            if kind is not nn.ReLU:
+            if kind in _LINEAR:
                 parameters = own["_parameters"]
                 weights.append(weight := parameters.get("weight"))
                 biases.append(bias := parameters.get("bias"))
@@ -259,7 +303,9 @@ def no_plan() -> None:
     """None, the plan of a module that was copied or unpickled."""
 
 
-_FUSABLE = frozenset({nn.Linear, nn.ReLU, LinearReLU})
+_LINEAR = frozenset({nn.Linear, LinearReLU})
+_TRANSPARENT = frozenset({nn.Dropout, nn.Identity})
+_FUSABLE = _LINEAR | _TRANSPARENT | {nn.ReLU}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -277,13 +323,13 @@ class Transparent:
 
 
 def _fusable_kind(child: nn.Module) -> type | None:
-    """nn.Linear, LinearReLU or nn.ReLU if `child` is exactly that and skipping its call makes no difference."""
+    """The class of `child`, if it is one that joins runs and skipping the call of `child` makes no difference."""
     kind, own = type(child), child.__dict__
     if kind not in _FUSABLE or has_hooks(child) or "forward" in own:
         return None
     if (call := own.get("_compiled_call_impl")) is not None and not isinstance(call, Transparent):
         return None
-    if kind is nn.ReLU:
+    if kind not in _LINEAR:
         return kind
     weight, bias = (own["_parameters"].get(name, _MISSING) for name in ("weight", "bias"))
     plain = type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE and weight.layout is torch.strided
@@ -291,6 +337,42 @@ def _fusable_kind(child: nn.Module) -> type | None:
 
 
 _MISSING = object()
+
+
+def _may_be_open(kind: type) -> bool:
+    """Whether `kind` is exactly nn.Sequential, or what `fuse` makes of that class."""
+    return kind is nn.Sequential or (
+        vars(kind).get("_original_class") is nn.Sequential
+        and cast(Any, kind).forward is FusedForward.forward
+        and cast(Any, kind).__iter__ is nn.Sequential.__iter__
+    )
+
+
+def _is_open(child: nn.Module, activations: str) -> bool:
+    """Whether `child` is a Sequential whose children may be computed in its place, in this memory mode."""
+    own = child.__dict__
+    return (
+        _may_be_open(type(child))
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
+        and "_manualbp_watchers" not in own
+        and own.get("_compiled_call_impl") is None
+        and (type(child) is nn.Sequential or own.get("_manualbp_activations", "store") == activations)
+    )
+
+
+def _flattened(modules: dict[str, Any], activations: str, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The children with their names, those of open Sequentials in the place of these."""
+    leaves: list[tuple[str, nn.Module]] = []
+    for name, child in modules.items():
+        if _is_open(child, activations):
+            leaves += _flattened(child._modules, activations, f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, child))
+    return leaves
 
 
 def _iterates_as_usual(kind: type) -> bool:
@@ -319,9 +401,12 @@ class FusedForward(nn.Sequential):
     """An ``nn.Sequential`` that computes each run of Linear, ReLU, Linear, … among its children in one call.
 
     A child joins a run only while skipping its call makes no difference: it is exactly an ``nn.Linear``, ``nn.ReLU`` or
-    `LinearReLU`, its parameters are plain tensors, and it has no hook of any kind. Every other child (a subclass, a
-    parametrized layer, a layer with hooks) is called as a module. This is decided at each call, so that hooks may be
-    registered and removed at any time.
+    `LinearReLU`, an ``nn.Dropout`` after a ReLU, or an ``nn.Identity``, its parameters are plain tensors, and it has no
+    hook of any kind. The children of a Sequential in a Sequential join runs as if they were the outer one's, unless it
+    has hooks. Every other child (a subclass, a parametrized layer, a layer with hooks) is called as a module. This is
+    decided at each call, so that hooks may be registered and removed at any time.
+
+    Dropout draws from torch's generator what its modules would draw: the same seed gives the same masks.
     """
 
     # Attributes have this prefix because any subclass of nn.Sequential may be fused, with attributes of its own.
@@ -349,7 +434,8 @@ class FusedForward(nn.Sequential):
 
     def extra_repr(self) -> str:
         """Which children one call computes at present: a hook or a parametrization keeps a layer out."""
-        names, steps = list(self._modules), _Plan(self._modules).steps
+        arguments = cast(dict[str, Any], self._modules), self._manualbp_activations
+        names, steps = [name for name, _ in _flattened(*arguments)], _Plan(*arguments).steps
         calls, position = [], 0
         for step in steps:
             first, position = position, position + (len(step.modules) if isinstance(step, _Run) else 1)
@@ -383,16 +469,16 @@ class FusedForward(nn.Sequential):
             return None
         if way is GRAPH:
             children = list(self)
-            kinds = [_fusable_kind(child) for child in children]
+            kinds = [None if type(child) in _TRANSPARENT else _fusable_kind(child) for child in children]
             return None if global_hooks_exist() else (GRAPH, *_steps_of(children, kinds))
-        modules = own["_modules"]
-        if plan is None or plan.stamp != hook_counter.next_id or (parameters := plan.parameters(modules)) is None:
+        modules, mode = own["_modules"], self._manualbp_activations
+        if plan is None or plan.stamp != hook_counter.next_id or (parameters := plan.parameters(modules, mode)) is None:
             if global_hooks_exist() or not _iterates_as_usual(type(self)):
                 return None
             if way is TORCH and (way := route(input)) is TORCH:  # the plan that left it to torch is outdated
                 return None
-            own["_manualbp_plan"] = plan = _Plan(modules)
-            if (parameters := plan.parameters(modules)) is None:  # another thread is changing them
+            own["_manualbp_plan"] = plan = _Plan(modules, mode)
+            if (parameters := plan.parameters(modules, mode)) is None:  # another thread is changing them
                 return None
         weights, biases = parameters
         return way, plan.steps, weights, biases
@@ -550,7 +636,7 @@ class MLP(FusedForward):
 
 
 def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
-    """The parameters of the network, if it is one run without a final ReLU and our kernels compute it."""
+    """The parameters of the network, if it is one run without a final ReLU or active dropout, for our kernels."""
     own = network.__dict__
     if has_hooks(network):
         return None
@@ -561,7 +647,9 @@ def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
         return None
     _, steps, weights, biases = planned
     run = steps[0] if len(steps) == 1 else None
-    return (weights, biases) if isinstance(run, _Run) and not run.relu else None
+    if not isinstance(run, _Run) or run.relu or (run.transparent and run.dropout() != ()):
+        return None
+    return weights, biases
 
 
 def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:

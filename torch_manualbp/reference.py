@@ -9,6 +9,10 @@ whose rows are the examples, so that the lecture's β + Ω h reads h Ωᵀ + β 
     h_{k+1} = a[f_k] = max(0, f_k)          ∂ℓ/∂Ω_k     = ∂ℓ/∂f_k h_kᵀ                     (summed over the batch)
     output  = f_{K−1}                       ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
 
+With dropout after a ReLU, h_{k+1} = m_k ⊙ a[f_k], where each element of m_k is 0 with probability p, else c = 1/(1−p).
+Then ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). No mask is needed for it: h_k = m_{k−1} ⊙ a[f_{k−1}] is
+above 0 exactly where m_{k−1} = c and f_{k−1} > 0, so that m_{k−1} ⊙ I[f_{k−1} > 0] = c I[h_k > 0].
+
 It has three uses: it is the tests' oracle, it runs on devices without kernels, and double backward is composed of it
 (every line is differentiable, so autograd derives the gradient of the gradient).
 """
@@ -31,9 +35,15 @@ class Gradients(NamedTuple):
 
 
 def mlp_forward(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool = False
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    final_relu: bool = False,
+    masks: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """The forward pass: the output, and h_0 … h_{K−1}, the input of each layer.
+
+    masks: m_k of the dropout after each layer, None where there is none; empty: nowhere.
 
     Example:
         >>> x, omega = torch.ones(2, 3), [torch.ones(4, 3), torch.ones(1, 4)]
@@ -45,6 +55,8 @@ def mlp_forward(
     for k, (omega, beta) in enumerate(zip(weights, biases, strict=True)):
         f = F.linear(h[k], omega, beta)
         h.append(F.relu(f) if k < len(weights) - 1 or final_relu else f)
+        if masks and (m := masks[k]) is not None:
+            h[-1] = h[-1] * m
     return h.pop(), h
 
 
@@ -61,6 +73,7 @@ def mlp_backward(
     output: Tensor | None = None,
     grad_h: Sequence[Tensor] | None = None,
     needs: Sequence[bool] | None = None,
+    scales: Sequence[float] = (),
 ) -> Gradients:
     """The backward pass, from h_0 … h_{K−1} of the forward pass.
 
@@ -71,6 +84,7 @@ def mlp_backward(
         output: the output, if a ReLU follows the last layer too; else None.
         grad_h: further gradients of h_1 … h_{K−1}, which are added (double backward has some).
         needs: which gradients are needed, as [input, *weights, *biases]; None: all.
+        scales: c of the dropout after each layer, 0 where there is none; empty: nowhere.
 
     Example:
         >>> x, omega = torch.ones(1, 1), [torch.tensor([[2.0]]), torch.tensor([[3.0]])]
@@ -83,7 +97,7 @@ def mlp_backward(
     need_weights, need_biases = need[:layers], need[layers:]
     dweights: list[Tensor | None] = [None] * layers
     dbiases: list[Tensor | None] = [None] * layers
-    df = grad_output if output is None else relu_mask(output, grad_output)
+    df = grad_output if output is None else _scaled(relu_mask(output, grad_output), scales, layers - 1)
     for k in reversed(range(layers)):
         if need_weights[k] or need_biases[k]:
             rows = df.reshape(batch, df.shape[-1])
@@ -97,5 +111,9 @@ def mlp_backward(
         if k > 0:
             if grad_h is not None:
                 dh = dh + grad_h[k - 1]
-            df = relu_mask(h[k], dh)
+            df = _scaled(relu_mask(h[k], dh), scales, k - 1)
     return Gradients(dh if need_input else None, dweights, dbiases)
+
+
+def _scaled(df: Tensor, scales: Sequence[float], k: int) -> Tensor:
+    return df * scales[k] if scales and scales[k] else df

@@ -1,6 +1,9 @@
 // The backward pass of a network on the CPU, over the blocks of rows that a Plan (plan.h) cuts the batch into:
 //
-//   k = K-1 ... 0:   d(beta_k) = sum of df_k,   d(Omega_k) = df_k^T h_k,   df_{k-1} = I[h_k > 0] . (df_k Omega_k)
+//   k = K-1 ... 0:   d(beta_k) = sum of df_k,   d(Omega_k) = df_k^T h_k,   df_{k-1} = c I[h_k > 0] . (df_k Omega_k)
+//
+// c: 1, or the scale of the dropout that made h_k = m . a[f_{k-1}], m in {0, c}, c > 0. Its mask is not needed: the
+// derivative of h_k is m I[f_{k-1} > 0], which is c where h_k > 0, and 0 elsewhere.
 //
 // It starts from the gradient of the output (`backward`), or from the loss that it computes itself (LossPass). Layer k
 // maps D_k to D_{k+1} features; B is the number of rows of the input.
@@ -179,12 +182,12 @@ class BackwardPass {
     const auto activations = plan_.recomputed ? Activations{memory + 2 * plan_.buffer, plan_.rows, 0}
                                               : Activations{const_cast<T*>(hidden), net_.plan.batch, first};
     const auto place = [&](size_t k) { return k + 1 == net_.layers.size() ? buffers[0] : activations.at(net_, k + 1); };
-    net_.forward_block(h0, size_t(plan_.recomputed), place, workers);
+    net_.forward_block(h0, first, size_t(plan_.recomputed), place, workers);
     // df_{K-1} and d(beta_{K-1}); if the network ends with a ReLU, its mask in the same pass.
     const auto [gradient, output] = top(first, count, buffers[0]);
     auto df = output ? Matrix<const T>::contiguous(buffers[0], count, net_.plan.top) : gradient;
     if (double* dbeta = sums_.beta(slice, net_.layers.size() - 1); output) {
-      relu_backward<T>(gradient, output, buffers[0], dbeta, workers);
+      relu_backward<T>(gradient, output, buffers[0], dbeta, workers, net_.layers.back().scale);
     } else if (dbeta) {
       bias_gradient<T>(gradient, dbeta, workers);
     }
@@ -196,7 +199,7 @@ class BackwardPass {
       }
       if (k > size_t(plan_.lowest)) {
         T* const below = df.data == buffers[0] ? buffers[1] : buffers[0];
-        hidden_gradient<T>(df, layer, h.data, below, sums_.beta(slice, k - 1), workers);
+        hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers);
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
         input_gradient<T>(df, layer, grads_.input + first * layer.d_in(), workers);
@@ -218,17 +221,18 @@ class BackwardPass {
       const auto df_rows = [&](size_t k) { return const_cast<T*>(all_.df[k].data) + first * net_.layers[k].d_out(); };
       const Activations activations{all_.hidden, batch, first};
       const auto place = [&](size_t k) { return k + 1 == layers ? df_rows(k) : activations.at(net_, k + 1); };
-      net_.forward_block(rows_of(all_.input, first, count), size_t(plan_.recomputed), place, alone);
+      net_.forward_block(rows_of(all_.input, first, count), first, size_t(plan_.recomputed), place, alone);
       auto [gradient, output] = top(first, count, df_rows(layers - 1));
       if (output) {
         T* const df = df_rows(layers - 1);
-        relu_backward<T>(gradient, output, df, nullptr, alone);
+        relu_backward<T>(gradient, output, df, nullptr, alone, net_.layers.back().scale);
         gradient = Matrix<const T>::contiguous(df, count, net_.plan.top);
       } else if (first == 0) {
         whole = rows_of(gradient, 0, batch);
       }
       for (size_t k = layers - 1; k > lowest; --k) {
-        hidden_gradient<T>(gradient, net_.layers[k], activations.at(net_, k), df_rows(k - 1), nullptr, alone);
+        hidden_gradient<T>(gradient, net_.layers[k], activations.at(net_, k), net_.layers[k - 1].scale, df_rows(k - 1),
+                           nullptr, alone);
         gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, net_.layers[k].d_in());
       }
       if (T* const out = grads_.input) {

@@ -1,7 +1,8 @@
 // The steps of one layer on a block of rows. Lecture notation: f = beta + Omega h, h' = a[f].
 //
 //   forward           f = h Omega^T + beta, and ReLU if asked for, in one pass
-//   relu_backward     df = I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
+//   dropout           h' = m . a[f] with m in {0, scale}, in place
+//   relu_backward     df = scale I[h' > 0] . dh',  d(beta) = column sums of df, in one pass
 //   bias_gradient     d(beta) alone, where no ReLU follows
 //   input_gradient    dh = df Omega
 //   hidden_gradient   input_gradient and the relu_backward of the layer below
@@ -151,6 +152,10 @@ struct Layer {
   Bias<T> beta;  // (D_out), or none
   const accumulator_t<T>* packed_transposed = nullptr;  // Omega^T (D_in, D_out), for forward
   const accumulator_t<T>* packed = nullptr;  // Omega (D_out, D_in), for the input gradient
+  // Dropout after the ReLU: h' = m . a[f], where m is `scale` if `kept` is 1, else 0. Backward needs only the scale: where
+  // h' > 0, m was `scale`, and where h' = 0, either m or the ReLU blocks the gradient.
+  accumulator_t<T> scale = 1;
+  const uint8_t* kept = nullptr;  // (B, D_out); nullptr: no dropout, or its result is stored
 
   int64_t d_in() const { return omega.cols; }
   int64_t d_out() const { return omega.rows; }
@@ -214,6 +219,14 @@ void run_shares(int64_t size, double passes, const Workers& workers, const F& f)
               [&](int64_t begin, int64_t end) { f(begin * share, std::min(end * share, size)); });
 }
 
+// h (rows, D_out) = m . h, contiguous; `first`: the row of the batch that it begins with.
+template <typename T>
+void dropout(const Layer<T>& layer, int64_t first, int64_t rows, T* h, const Workers& workers) {
+  const Dropout<T> p{h, layer.kept + first * layer.d_out(), layer.scale};
+  run_shares(rows * layer.d_out(), 16, workers,  // a pass over memory, as in masked_pass
+             [&](int64_t begin, int64_t end) { kernels<T>().dropout(p, begin, end); });
+}
+
 // out (size) = the sum of the slices of partial (slices, size), which lie `stride` apart.
 template <typename T, typename Partial>
 void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size, T* out, const Workers& workers) {
@@ -227,10 +240,11 @@ void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size
   });
 }
 
-// The kernel relu_backward on all rows, for the functions below: out = I[h > 0] . dh, and sums (D) += the column sums
-// of out. h, out and sums may be nullptr: no mask, no result, no sums.
+// The kernel relu_backward on all rows, for the functions below: out = scale I[h > 0] . dh, and sums (D) += the column
+// sums of out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
-void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers) {
+void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers,
+                 accumulator_t<T> scale = 1) {
   const int64_t rows = dh.rows, cols = dh.cols;
   const auto part = [&](int64_t first, int64_t count, double* part_sums) {
     ReluBackward<T> p{};
@@ -243,6 +257,7 @@ void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Wor
     p.h_row = cols;
     p.out = out ? out + first * cols : nullptr;
     p.column_sum = part_sums;
+    p.scale = scale;
     kernels<T>().relu_backward(p);
   };
   // Threads take units of a fixed size, each with sums of its own. The first row of `partial` holds what `sums` held.
@@ -263,10 +278,12 @@ void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Wor
   if (sums) reduce<double>(partial.data, 1 + units, cols, cols, sums, workers);
 }
 
-// df (B, D) = I[h > 0] . dh, contiguous, which may be dh itself; and d(beta) (D) += the column sums of df, or nullptr.
+// df (B, D) = scale I[h > 0] . dh, contiguous, which may be dh itself; and d(beta) (D) += the column sums of df, or
+// nullptr.
 template <typename T>
-void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers) {
-  masked_pass<T>(dh, h, df, dbeta, workers);
+void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const Workers& workers,
+                   accumulator_t<T> scale = 1) {
+  masked_pass<T>(dh, h, df, dbeta, workers, scale);
 }
 
 // d(beta) (D) += the column sums of df (B, D).
@@ -287,12 +304,13 @@ void copy(Matrix<const T> from, T* to, const Workers& workers) {
   masked_pass<T>(from, nullptr, to, nullptr, workers);
 }
 
-// df_{k-1} (B, D_k) = I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += its column sums, or nullptr.
+// df_{k-1} (B, D_k) = scale I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += its column sums, or
+// nullptr. scale: of layer k-1.
 // On one thread, mask and sums are applied while the product is in registers, if D_k is a multiple of the tile: a pass
 // of their own takes 3 % of a step of 32-64-64-64-64-16. Tiles that overhang took 40 % longer than that pass (48 wide).
 template <typename T>
-void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* df_below, double* dbeta,
-                     const Workers& workers) {
+void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, accumulator_t<T> scale, T* df_below,
+                     double* dbeta, const Workers& workers) {
   const auto& omega = layer.omega;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
     if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0) {
@@ -300,12 +318,13 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, T* d
       p.packed_b = layer.packed;
       p.mask = h;
       p.mask_m = omega.cols;
+      p.scale = scale;
       p.column_sum = dbeta;
       return gemm<T>(p, workers);
     }
   }
   input_gradient<T>(df, layer, df_below, workers);
-  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers);
+  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers, scale);
 }
 
 // The block of a weight's gradient that one thread computes. It has so few columns that gemm reads the strip of df in

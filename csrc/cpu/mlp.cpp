@@ -10,7 +10,7 @@
 namespace manualbp {
 
 std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                               bool final_relu, bool store) {
+                               bool final_relu, bool store, std::optional<Tensor> kept, std::vector<double> scales) {
   const char* op = "mlp";
   check_network(op, input, weights, biases);
   return dispatch(op, input, [&](auto zero) {
@@ -19,6 +19,7 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
     Tensor keep;
     const auto h = as_matrix<T>(input, keep);
     auto net = network<T>(h.rows, weights, biases, final_relu);
+    set_dropout(op, net, kept, scales, /*needs_masks=*/true);
     Tensor output = empty(with_last_size(input, weights.back().size(0)), dtype);
     Tensor hidden = pooled({store ? net.hidden_size() : 0}, dtype);
     net.forward(h, store ? data<T>(hidden) : nullptr, data<T>(output));
@@ -28,7 +29,8 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
 
 std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
-                                 std::optional<Tensor> output, std::vector<bool> needs) {
+                                 std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
+                                 std::vector<double> scales) {
   const char* op = "mlp_backward";
   if (hidden) biases.resize(weights.size());  // callers may leave out biases, which are needed only to recompute
   check_network(op, input, weights, biases);
@@ -38,6 +40,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
     Tensor keep_input, keep_grad;
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, biases, output.has_value());
+    set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
     if (hidden) {
       check_same_shape(op, {"hidden"}, *hidden, {net.hidden_size()}, input);
       MBP_CHECK(hidden->is_contiguous(), op, ": `hidden` must be contiguous");

@@ -2,6 +2,7 @@
 //
 //   h_0 = input;   f_k = beta_k + Omega_k h_k;   h_{k+1} = a[f_k];   output = f_{K-1} (or a[f_{K-1}])
 //
+// Where dropout follows a ReLU, h_{k+1} = m_k . a[f_k] with a mask m_k that the caller has drawn (Layer in layer.h).
 // Layer k maps D_k to D_{k+1} features; B is the number of rows of the input. The backward pass is in backward.h.
 #pragma once
 
@@ -109,7 +110,7 @@ struct Network {
         if (k + 1 == layers.size()) return output + first * plan.top;
         return hidden ? Activations{hidden, batch, first}.at(*this, k + 1) : buffers + int64_t(k % 2) * pass.buffer;
       };
-      forward_block(rows_of(input, first, std::min(pass.rows, batch - first)), layers.size(), place, threads);
+      forward_block(rows_of(input, first, std::min(pass.rows, batch - first)), first, layers.size(), place, threads);
     };
     if (plan.way == Way::kWide) {
       for (int64_t first = 0; first < batch; first += pass.rows) block(first, memory.data, workers);
@@ -121,12 +122,13 @@ struct Network {
     });
   }
 
-  // The forward pass of a block of rows through the first `count` layers; h_{k+1} goes to place(k).
+  // The forward pass of a block of rows, from row `first` on, through the first `count` layers; h_{k+1} goes to place(k).
   template <typename Place>
-  void forward_block(Matrix<const T> h, size_t count, const Place& place, const Workers& workers) const {
+  void forward_block(Matrix<const T> h, int64_t first, size_t count, const Place& place, const Workers& workers) const {
     for (size_t k = 0; k < count; ++k) {
       T* next = place(k);
       manualbp::forward<T>(h, layers[k], k + 1 < layers.size() || final_relu, next, workers);
+      if (layers[k].kept) dropout<T>(layers[k], first, h.rows, next, workers);
       h = Matrix<const T>::contiguous(next, h.rows, layers[k].d_out());
     }
   }

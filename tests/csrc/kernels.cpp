@@ -105,6 +105,7 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
   masks = masks && n % kernel_table().tile_cols == 0;
   if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
   if (masks && chance(50)) p.column_sum = column_sum.data;
+  if (p.mask && chance(50)) p.scale = 2;
   if (chance(40)) {
     kernel.pack(p.b, p.b_k, p.b_n, k, n, packed.data);
     p.packed_b = packed.data;
@@ -118,7 +119,7 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
       for (int64_t kk = 0; kk < k; ++kk) sum += a.at(i, kk) * b.at(kk, j);
       if (p.bias) sum += to_double(bias.data[j * bias_stride]);
       if (p.relu && sum < 0) sum = 0;
-      if (p.mask && to_double(mask.data[i * mask_m + j]) <= 0) sum = 0;
+      if (p.mask) sum *= to_double(mask.data[i * mask_m + j]) <= 0 ? 0 : double(p.scale);
       sums[size_t(j)] += sum;
       want[size_t(i * n + j)] = to_double(rounded<Out>(sum));
     }
@@ -186,11 +187,12 @@ void check_relu_backward() {
   const bool in_place = grad.row == cols && grad.col == 1;
   if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
   if (chance(70)) p.column_sum = sum.data;
+  if (chance(50)) p.scale = 2;
   std::vector<double> want(size_t(rows * cols)), sums(sum.data, sum.data + cols);
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
       const bool off = p.h && to_double(h.data[i * h_row + j]) <= 0;
-      sums[size_t(j)] += want[size_t(i * cols + j)] = off ? 0 : grad.at(i, j);
+      sums[size_t(j)] += want[size_t(i * cols + j)] = off ? 0 : grad.at(i, j) * (p.h ? double(p.scale) : 1);
     }
   }
   kernels<T>().relu_backward(p);
@@ -199,6 +201,25 @@ void check_relu_backward() {
   }
   for (int64_t j = 0; p.column_sum && j < cols; ++j) {
     if (sum.data[j] != sums[size_t(j)]) fail("sums of relu_backward", name_of<T>(), rows, cols, 0);
+  }
+}
+
+template <typename T>
+void check_dropout() {
+  const int64_t size = draw_size(), begin = below(size + 1), end = begin + below(size - begin + 1);
+  Exact<T> h(size);
+  Exact<uint8_t> kept(size);
+  h.fill(2);
+  for (int64_t i = 0; i < size; ++i) kept.data[i] = uint8_t(below(2));
+  std::vector<double> want;
+  for (int64_t i = 0; i < size; ++i) {
+    const bool inside = i >= begin && i < end;
+    want.push_back(to_double(h.data[i]) * (!inside ? 1 : kept.data[i] ? 2 : 0));
+  }
+  Dropout<T> p{h.data, kept.data, 2};
+  kernels<T>().dropout(p, begin, end);
+  for (int64_t i = 0; i < size; ++i) {
+    if (to_double(h.data[i]) != want[size_t(i)]) fail("dropout", name_of<T>(), size, begin, end);
   }
 }
 
@@ -446,6 +467,7 @@ void check_all(int cases) {
     check_product<T, accumulator_t<T>>(kernel.gemm_accumulated, true, whole);
     check_rows<T>();
     check_relu_backward<T>();
+    check_dropout<T>();
     check_reduce<T>(kernels<T>().reduce);
     check_reduce<T>(kernels<T>().reduce_double);
     if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) check_add_up<T>(kernels<T>());

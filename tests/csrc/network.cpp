@@ -21,8 +21,13 @@ namespace {
 
 template <typename T>
 struct Case {
-  Case(int64_t batch_, const std::vector<int64_t>& sizes_, bool bias, bool final_relu_)
-      : batch(batch_), sizes(sizes_), final_relu(final_relu_), input(batch * sizes[0]), end(batch * sizes.back()) {
+  Case(int64_t batch_, const std::vector<int64_t>& sizes_, bool bias, bool final_relu_, bool dropout_)
+      : batch(batch_),
+        sizes(sizes_),
+        final_relu(final_relu_),
+        dropout(dropout_),
+        input(batch * sizes[0]),
+        end(batch * sizes.back()) {
     input.fill(2), end.fill(2);
     for (size_t k = 0; k + 1 < sizes.size(); ++k) {
       weights.push_back(std::make_unique<Exact<T>>(sizes[k] * sizes[k + 1]));
@@ -34,12 +39,21 @@ struct Case {
       biases[k]->fill(2);
       if (!bias) biases[k].reset();
     }
+    // Dropout after every other ReLU, by powers of two, so that sums stay exact.
+    for (size_t k = 0; k < weights.size(); ++k) {
+      kept.push_back(std::make_unique<Exact<uint8_t>>(batch * sizes[k + 1]));
+      for (int64_t i = 0; i < kept[k]->size; ++i) kept[k]->data[i] = uint8_t(below(3) > 0);
+    }
   }
+  bool drops(size_t k) const { return dropout && k % 2 == 0 && (k + 1 < weights.size() || final_relu); }
   std::vector<Layer<T>> layers() const {
     std::vector<Layer<T>> layers(weights.size());
     for (size_t k = 0; k < weights.size(); ++k) {
       layers[k].omega = Matrix<const T>::contiguous(weights[k]->data, sizes[k + 1], sizes[k]);
       layers[k].beta = {biases[k] ? biases[k]->data : nullptr, 1};
+      if (!drops(k)) continue;
+      layers[k].scale = kScale;
+      layers[k].kept = kept[k]->data;
     }
     return layers;
   }
@@ -49,9 +63,11 @@ struct Case {
   }
   int64_t batch;
   std::vector<int64_t> sizes;
-  bool final_relu;
+  bool final_relu, dropout;
   Exact<T> input, end;
   std::vector<std::unique_ptr<Exact<T>>> weights, biases;
+  std::vector<std::unique_ptr<Exact<uint8_t>>> kept;
+  static constexpr int kScale = 2;
 };
 
 // The gradients of a network, each in separate memory.
@@ -81,8 +97,8 @@ struct Results {
 
 // Returns how the batch is split.
 template <typename T>
-Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu) {
-  const Case<T> c(batch, sizes, bias, final_relu);
+Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu, bool dropout = false) {
+  const Case<T> c(batch, sizes, bias, final_relu, dropout);
   const auto require = [&](bool fine, const char* what) {
     if (fine) return;
     std::printf("%s: wrong for %lld rows of", what, (long long)batch);
@@ -142,7 +158,9 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
           sum += h[size_t(i * sizes[k] + m)] * to_double(c.weights[k]->data[j * sizes[k] + m]);
         }
         if (sum < 0 && (k + 2 < sizes.size() || final_relu)) sum = 0;
-        f[size_t(i * sizes[k + 1] + j)] = to_double(rounded<T>(sum));
+        const int64_t at = i * sizes[k + 1] + j;
+        if (c.drops(k)) sum *= c.kept[k]->data[at] ? Case<T>::kScale : 0;
+        f[size_t(at)] = to_double(rounded<T>(sum));
       }
     }
     h = f;
@@ -234,6 +252,9 @@ void check_all(int cases) {
       check<T>(300, {40, 200, 1}, true, false),
       check<T>(40, {64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64}, true, true),
   };
+  check<T>(1500, {33, 100, 64, 7}, true, false, true);
+  check<T>(250, {30, 100, 90, 20}, true, true, true);
+  check<T>(5, {1100, 1000, 3}, true, true, true);
   for (const Way way : {Way::kTall, Way::kShort, Way::kWide}) {
     if (std::count(std::begin(ways), std::end(ways), way)) continue;
     std::printf("%s: no network is cut in way %d\n", name_of<T>(), int(way));
@@ -243,7 +264,7 @@ void check_all(int cases) {
   for (int i = 0; i < cases; ++i) {
     std::vector<int64_t> sizes(size_t(2 + below(4)));
     for (auto& size : sizes) size = chance(70) ? below(20) : 1 + below(100);
-    check<T>(chance(60) ? below(40) : below(600), sizes, chance(70), chance(50));
+    check<T>(chance(60) ? below(40) : below(600), sizes, chance(70), chance(50), chance(30));
   }
 }
 

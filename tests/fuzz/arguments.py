@@ -40,6 +40,7 @@ class Case:
     loss: str = "mse"
     final_relu: bool = False
     stored: bool = True
+    dropout: bool = False
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "fresh": {"longer": lambda v: [*v, True], "not bools": lambda v: ["yes"], "missing": lambda v: None},
     "order": {
-        "too large": lambda v: v + 1,
+        "too large": lambda v: v + len(v),  # in the first batch: `train` reports the steps before one that fails
         "negative": lambda v: v - 1,
         "float32": lambda v: v.float(),
         "two dimensions": lambda v: v[None],
@@ -157,6 +158,14 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "freed": _freed,
     },
     "batch_size": {"zero": lambda v: 0, "negative": lambda v: -1, "text": lambda v: "1", "missing": lambda v: None},
+    "scales": {
+        "shorter": lambda v: v[:-1],
+        "longer": lambda v: [*v, 0.0],
+        "negative": lambda v: [-1e-9, *v[1:]],
+        "nan": lambda v: [float("nan"), *v[1:]],
+        "text": lambda v: "0.1",
+        "missing": lambda v: None,
+    },
     "relus": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
 }
 CLASSES: dict[str, Callable[[Tensor], Any]] = {
@@ -182,6 +191,7 @@ def draw(seed: int) -> Case:
         loss=rng.choice(("mse", "cross_entropy", "bce_with_logits")),
         final_relu=rng.random() < 0.5,
         stored=rng.random() < 0.7,
+        dropout=rng.random() < 0.5,
     )
     if huge:
         return case
@@ -207,11 +217,12 @@ def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
 def _places(case: Case) -> list[str]:
     layers = range(len(case.sizes) - 1)
     network = [f"{name}[{k}]" for name in ("weights", "biases") for k in layers] + ["weights"]
+    dropout = ["kept", "scales"] if case.dropout and len(layers) > 1 else []
     return {
         "linear_relu": ["input", "weight", "bias"],
         "linear_relu_backward": ["grad_output", "input", "weight", "output", "needs"],
-        "mlp": ["input", *network, "store"],
-        "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs"],
+        "mlp": ["input", *network, "store", *dropout],
+        "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs", *dropout],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
         "flow_forward": ["input", *network, "relus", "f", "h"],
         "flow_backward": ["grad_output", "input", *network, "relus", "f", "df", "copies"],
@@ -252,11 +263,12 @@ def _valid(case: Case) -> dict[str, Any]:
         return {"grad_output": grad, "input": input, "weight": net.weights[0], "output": output, "needs": needs}
     if case.op == "mlp":
         parameters = {"weights": net.weights, "biases": net.biases}
-        return {"input": input, **parameters, "final_relu": case.final_relu, "store": case.stored}
+        options = {"final_relu": case.final_relu, "store": case.stored}
+        return {"input": input, **parameters, **options, **_dropout(case)}
     if case.op == "mlp_backward":
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
-        return {**parameters, **kept, "needs": needs}
+        return {**parameters, **kept, "needs": needs, **_dropout(case)}
     if case.op == "update":
         like = [torch.ones_like(weight) for weight in net.weights]
         rest = {"parameters": net.weights, "gradients": like, "groups": [0] * len(like)}
@@ -297,6 +309,16 @@ def _valid(case: Case) -> dict[str, Any]:
         }
     needs[0] = case.stored
     return {"input": input, "target": tall(target), **rest, "label_smoothing": 0.1, "needs": needs, "flat": False}
+
+
+def _dropout(case: Case) -> dict[str, Any]:
+    """The dropout after each ReLU, all elements being kept."""
+    layers = len(case.sizes) - 1
+    scales = [2.0] * (layers - 1 + case.final_relu) + [0.0] * (not case.final_relu)
+    size = case.rows * sum(width for width, scale in zip(case.sizes[1:], scales, strict=True) if scale)
+    if not case.dropout or layers == 1:
+        return {}
+    return {"kept": torch.ones(size if size < 2**20 else 0, dtype=torch.bool), "scales": scales}
 
 
 def check(case: Case) -> None:

@@ -6,6 +6,8 @@
 
 #include "relu_backward-inl.h"
 
+#include "dropout-inl.h"
+
 #include "reduce-inl.h"
 
 #include "loss-inl.h"

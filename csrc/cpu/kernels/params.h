@@ -40,17 +40,19 @@ struct Gemm {
   bool relu = false;
   bool accumulate = false;                     // C += A B
   const accumulator_t<T>* packed_b = nullptr;  // B as `pack` leaves it, or nullptr: packed on the way
-  // C = I[mask > 0] . C by the rule of ReluBackward, and the column sums of the result, row after row. Only if N is a
-  // multiple of the register tile, and not in half precision.
+  // C = scale I[mask > 0] . C by the rule of ReluBackward, and the column sums of the result, row after row. Only if N
+  // is a multiple of the register tile, and not in half precision.
   const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
   int64_t mask_m = 0;
+  accumulator_t<T> scale = 1;
   double* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
   // If K counts rows of a batch: the unit in which they are summed, kUnitRows or kLongUnitRows. 0: K counts features.
   int64_t unit_rows = 0;
 };
 
-// df = I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta); units are added in double.
-// As in PyTorch, a gradient passes unless h <= 0: NaN lets it pass, 0 does not.
+// df = scale I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta); units are added in double.
+// As in PyTorch, a gradient passes unless h <= 0: NaN lets it pass, 0 does not. scale: 1, or that of the dropout that
+// made h; it multiplies what passes.
 template <typename T>
 struct ReluBackward {
   int64_t rows, cols;
@@ -60,6 +62,16 @@ struct ReluBackward {
   int64_t h_row;
   T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
   double* column_sum;  // (cols): added to what is in it; nullptr: not wanted
+  accumulator_t<T> scale = 1;
+};
+
+// h = m . h, in place, with m = scale where `kept` is not 0, and 0 elsewhere: dropout, once its mask has been drawn. As in
+// PyTorch it is a product: NaN stays NaN, and Inf that is dropped becomes NaN.
+template <typename T>
+struct Dropout {
+  T* h;
+  const uint8_t* kept;
+  accumulator_t<T> scale;
 };
 
 // out[i] = sum over s of partial[s][i], in a fixed order: groups of four slices, which are added in double.
@@ -187,6 +199,7 @@ struct Kernels {
   // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
   int64_t (*workspace_bytes)(int64_t n, int64_t k);
   void (*relu_backward)(const ReluBackward<T>&);
+  void (*dropout)(const Dropout<T>&, int64_t begin, int64_t end);
   void (*reduce)(const Reduce<T, A>&, int64_t begin, int64_t end);
   void (*reduce_double)(const Reduce<T, double>&, int64_t begin, int64_t end);
   void (*add_up)(const AddUp<A>&, int64_t begin, int64_t end);

@@ -2,8 +2,8 @@
 
 // One row. Always inlined, with constant arguments if they are known, so that the compiler vectorises it.
 template <typename T>
-MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T* out, accumulator_t<T>* sum,
-                                  int64_t cols) {
+MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, accumulator_t<T> scale, T* out,
+                                  accumulator_t<T>* sum, int64_t cols) {
   using A = accumulator_t<T>;
   int64_t j = 0;
   if constexpr (kConverted<T> > 0) {
@@ -13,7 +13,7 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T
       convert(grad + j, df);
       if (h) {
         convert(h + j, mask);
-        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i];
+        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i] * scale;
       }
       if (out) convert(df, out + j);
       for (int i = 0; sum && i < L; ++i) sum[j + i] += df[i];
@@ -21,14 +21,13 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, T
   }
   for (; j < cols; ++j) {
     const T g = grad[j * grad_col];
-    const bool pass = h ? !(widen(h[j]) <= A(0)) : true;
-    const A df = pass ? widen(g) : A(0);
+    const A df = !h ? widen(g) : widen(h[j]) <= A(0) ? A(0) : widen(g) * scale;
     if (out) out[j] = narrow<T>(df);
     if (sum) sum[j] += df;
   }
 }
 
-// df = I[h > 0] . dh, and d(beta) = column sums of df, in one pass over memory.
+// df = scale I[h > 0] . dh, and d(beta) = column sums of df, in one pass over memory.
 //
 // Sums of at most kSumRows rows are made in the accumulator type and added in double, so that the error does not grow
 // with the number of rows. Wide rows are processed kStripe columns at a time. Several narrow rows are processed as one
@@ -54,11 +53,11 @@ static void relu_backward(const ReluBackward<T>& p) {
         T* out = p.out ? p.out + i * p.cols + j0 : nullptr;
         A* const sum = p.column_sum ? sums + row * cols : nullptr;
         if (group > 1 && wide_rows && i + group <= stop) {
-          relu_backward_row<T>(grad, 1, h, out, sum, group * cols);
+          relu_backward_row<T>(grad, 1, h, p.scale, out, sum, group * cols);
           i += group;
           row = group - 1;  // the next row begins a wide row
         } else {
-          relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, out, sum, cols);
+          relu_backward_row<T>(grad, p.grad_col == 1 ? 1 : p.grad_col, h, p.scale, out, sum, cols);
           ++i;
         }
       }

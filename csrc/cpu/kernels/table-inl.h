@@ -11,6 +11,7 @@ static constexpr Kernels<T> kernels_of() {
   kernels.gemm_accumulated = gemm_accumulated<T>;
   kernels.workspace_bytes = workspace_bytes<T>;
   kernels.relu_backward = relu_backward<T>;
+  kernels.dropout = dropout<T>;
   kernels.reduce = reduce<T, accumulator_t<T>>;
   kernels.reduce_double = reduce<T, double>;
   kernels.add_up = add_up<accumulator_t<T>>;
