@@ -78,7 +78,7 @@ class Pending(Tensor):
     """A step of a chain that is not computed yet. Any function but the next step computes it."""
 
     _manualbp_chain: "Chain"
-    _manualbp_step: int  # 2k: the output of layer k of the chain; 2k + 1: its ReLU
+    _manualbp_step: int  # 4k: the output of layer k of the chain; 4k + 1: its ReLU; 4k + 2: dropout of it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,6 +92,8 @@ class Pending(Tensor):
                 output = first._manualbp_chain.join(first, this_thread.site, weight, bias)
             elif (in_place := relu_in_place(func, args, kwargs or {})) is not None:
                 output = first._manualbp_chain.rectify(first, in_place)
+            elif func is F.dropout:
+                output = first._manualbp_chain.drop(first, *args[1:], **(kwargs or {}))
             else:
                 output = None
             if output is not None:
@@ -154,8 +156,8 @@ class Chain:
     """
 
     __slots__ = (
-        *("biases", "grad", "used", "input", "kind", "now", "plan", "renumber", "tokens", "version"),
-        "weights",
+        *("biases", "dropped", "grad", "input", "kept", "kind", "now", "plan", "renumber", "scales", "tokens", "used"),
+        *("version", "weights"),
     )
 
     kind: "Kind"
@@ -167,12 +169,17 @@ class Chain:
     biases: list[Tensor | None]
     grad: bool  # whether autograd recorded when the chain began
     now: int  # the step that was made last
-    tokens: list[Pending]  # for each step but the last
+    kept: list[Tensor | None]  # the masks of the dropout after the layers, as far as there is any
+    scales: list[float]
+    tokens: list[Pending]  # of each layer and each ReLU but the last
+    dropped: dict[int, Pending]  # of the dropout after a layer
     renumber: bool
 
     def __init__(self, steps: int) -> None:
-        self.used, self.weights, self.biases, self.renumber = [], [], [], False
-        self.tokens = [_token(self, step) for step in range(steps - 1)]
+        self.used, self.weights, self.biases, self.kept, self.scales = [], [], [], [], []
+        self.renumber = False
+        self.tokens = [_token(self, (k >> 1 << 2) + (k & 1)) for k in range(steps - 1)]
+        self.dropped = {}
 
     def begin(self, kind: "Kind", plan: "Plan", input: Any, weight: Tensor, bias: Tensor | None) -> Pending:
         """The first layer."""
@@ -199,52 +206,73 @@ class Chain:
 
     def join(self, token: Pending, site: "Site | None", weight: Any, bias: Any) -> Tensor | None:
         """The next layer, applied to `token`. None: it is not what is expected."""
-        step = self.now
+        step, last = (self.now | 3) + 1, len(self.kind.sites) - 1
         if (
-            token._manualbp_step != step
-            or not step & 1
-            or self.kind.sites[(step + 1) >> 1] is not site
+            token._manualbp_step != self.now
+            or not self.now & 3
+            or step >> 2 > last
+            or self.kind.sites[step >> 2] is not site
             or _is_grad_enabled() is not self.grad
             or type(weight) not in PLAIN
             or type(bias) not in PLAIN_OR_NONE
         ):
             return None
-        step += 1
-        if step < len(self.tokens):
+        if step >> 2 < last or self.kind.relu:
             self._add(weight, bias)
             self.now = step
-            return self.tokens[step]
+            return self.tokens[step >> 1]
         if not is_quiet() or saved_tensor_hooks() is not None:
             return None
         self.check_versions()
         self._add(weight, bias)
         self.now = step
-        return self._compute(self.weights, self.biases, False)
+        return self._compute(step)
 
     def rectify(self, token: Pending, in_place: bool = False) -> Tensor | None:
         """The ReLU of `token`. None: it is not what is expected."""
-        step = self.now
-        if token._manualbp_step != step or step & 1 or _is_grad_enabled() is not self.grad:
+        if token._manualbp_step != self.now or self.now & 3 or _is_grad_enabled() is not self.grad:
             return None
-        self.now = step = step + 1
+        self.now = step = self.now + 1
+        is_last = step >> 2 == len(self.kind.sites) - 1
         if in_place:
             token._manualbp_step = step
             self.renumber = True
-            if step == len(self.tokens):
-                self.tokens[-1] = _token(self, step - 1)
+            if is_last:
+                self.tokens[step >> 1] = _token(self, step - 1)
                 return _become(token)
             return token
-        return self.tokens[step] if step < len(self.tokens) else self.value(step)
+        return self.value(step) if is_last else self.tokens[(step >> 1) + 1]
+
+    def drop(self, token: Pending, p: float, training: bool, inplace: bool = False) -> Tensor | None:
+        """Dropout of `token`, whose mask is drawn now. None: it is not what is expected."""
+        if (
+            token._manualbp_step != self.now
+            or self.now & 3 != 1
+            or type(p) not in (float, int)
+            or not 0 <= p < 1
+            or inplace
+            or _is_grad_enabled() is not self.grad
+            or not self.input.is_cpu
+        ):
+            return None
+        if not training or p == 0:
+            return token
+        k = self.now >> 2
+        self.kept += [None] * (k + 1 - len(self.kept))
+        self.scales += [0.0] * (k + 1 - len(self.scales))
+        self.kept[k], self.scales[k] = _compute.draw(p, self.input, self.weights[k])
+        self.now += 1
+        if (dropped := self.dropped.get(k)) is None:
+            dropped = self.dropped[k] = _token(self, self.now)
+        return dropped
 
     def value(self, step: int) -> Tensor:
         """The result of a step that has been made."""
         self.check_versions()
-        count, relu = (step >> 1) + 1, bool(step & 1)
-        arguments = self.weights[:count], self.biases[:count], relu
         if _is_grad_enabled() is self.grad and is_quiet() and saved_tensor_hooks() is None:
-            return self._compute(*arguments)
+            return self._compute(step)
         with _as_at_first(self.grad):
-            return self._compute(*arguments)
+            return self._compute(step)
 
     def check_versions(self) -> None:
         """Raises an error if the input or a parameter is not what it was when the layers were called."""
@@ -257,48 +285,64 @@ class Chain:
             "now computed at once"
         )
 
-    def _compute(self, weights: list[Tensor], biases: list[Tensor | None], relu: bool) -> Tensor:
-        input, store = self.input, self.plan.store
-        way = KERNELS
-        if len(weights) == 1 or input.dtype is torch.bfloat16:
+    def _compute(self, step: int) -> Tensor:
+        input, weights, biases, relu = self.input, self.weights, self.biases, bool(step & 3)
+        count, dropout = (step >> 2) + 1, ()
+        if count < len(weights):
+            weights, biases = weights[:count], biases[:count]
+        if self.kept:
+            dropout = self._masks(step, count)
+        way, store = KERNELS, self.plan.store
+        if count == 1 or input.dtype is torch.bfloat16:
             way = route_run(way, input, weights, relu, store)
         if way is KERNELS and not transforms_active():
             try:
-                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store)
+                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, dropout)
                 return output
             except RuntimeError:  # torch computes more than we do, or raises its own error
                 pass
         for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             input = F.linear(input, weight, bias)
-            if relu or k < len(weights) - 1:
+            if relu or k < count - 1:
                 input = torch.relu(input)
+            if dropout and (kept := dropout.kept[k]) is not None:
+                input = input * (kept.view_as(input) * dropout.scales[k])
         return cast(Tensor, input)
+
+    def _masks(self, step: int, count: int) -> Any:
+        """The masks of the first `count` layers; of the last one only if the step is its dropout."""
+        missing = count - len(self.kept)
+        kept, scales = [*self.kept, *[None] * missing][:count], [*self.scales, *[0.0] * missing][:count]
+        if step & 3 != 2:
+            kept[-1], scales[-1] = None, 0.0
+        return _compute.Masks(kept, scales) if any(scales) else ()
 
     def cut(self, step: int) -> None:
         """The result of this step is needed: from now on the chain ends here, and another may begin."""
-        count = (step >> 1) + 1
-        self.plan.add(self.kind.sites[:count], bool(step & 1))
+        count = (step >> 2) + 1
+        self.plan.add(self.kind.sites[:count], bool(step & 3))
         self.plan.add(self.kind.sites[count:], self.kind.relu)
 
     def end(self) -> None:
         """At the end of the forward: computes what outlives it. If nothing does, the object waits for the next call."""
-        tokens, kind = self.tokens, self.kind
-        is_free = max(map(getrefcount, tokens)) == _ONLY_OURS
+        kind = self.kind
+        tokens = [*self.tokens, *self.dropped.values()] if self.dropped else self.tokens
+        is_free = max(map(getrefcount, tokens)) <= _ONLY_OURS + bool(self.dropped)
         if not is_free:
-            for token in tokens[: self.now + 1]:
-                if getrefcount(token) > _ONLY_OURS + 2:  # the slice, the variable
-                    settle(token)
+            for token in list(tokens):
+                if type(token) is Pending and getrefcount(token) > _ONLY_OURS + 2 + bool(self.dropped):
+                    settle(token)  # it has outlived the forward
         elif self.renumber:
-            for step, token in enumerate(tokens):
-                token._manualbp_step = step
-        self.used.clear()
-        self.weights.clear()
-        self.biases.clear()
+            for k, token in enumerate(self.tokens):
+                token._manualbp_step = (k >> 1 << 2) + (k & 1)
+        for items in (self.used, self.weights, self.biases, self.kept, self.scales):
+            items.clear()
         del self.input, self.kind, self.plan
         if is_free:
             kind.spare.append(self)
         else:
-            tokens.clear()
+            self.tokens.clear()
+            self.dropped.clear()
 
 
 _ONLY_OURS: Final = max(map(getrefcount, [object()]))
@@ -343,7 +387,7 @@ class Kind:
         self.relu = relu  # whether the last step is a ReLU
         self.spare: list[Chain] = []
         self.fits: tuple[Any, ...] = (None,) * 4  # parameters of the first layer, dtype and width, checked before
-        weights = [site.module().weight for site in sites if site is not None]  # type: ignore[union-attr]
+        weights = [cast(Tensor, site.weight) for site in sites if site is not None]
         hidden = sum(weight.shape[0] for weight in weights[: None if relu else -1]) or 1
         self.rows = rows_left_to_torch(weights[0], True) if len(sites) == 1 else 0.0
         width = weights[0].shape[1]
@@ -430,10 +474,11 @@ def _hooked(model: nn.Module) -> frozenset[int]:
 class Site(Transparent):
     """The call of a module in a fused model, in the place of ``nn.Module._compiled_call_impl``."""
 
-    __slots__ = ("__weakref__", "module", "stamp")
+    __slots__ = ("__weakref__", "module", "stamp", "weight")
 
     def __init__(self, module: nn.Module) -> None:
         self.module: ReferenceType[Any] = ref(module)  # no cycle: models must go when they are dropped
+        self.weight: Tensor | None = None  # its shape and dtype, without numbers
         self.stamp: float = hook_counter.next_id  # when it had no hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -447,7 +492,7 @@ class Site(Transparent):
                 return output
         return module._call_impl(*args, **kwargs)
 
-    def _next(self, here: _Thread, module: Any, input: Any) -> Tensor | None:
+    def _next(self, here: _Thread, module: Any, input: Any) -> Any:
         """The next step of a chain; None: the module must be called."""
         return None
 
@@ -525,12 +570,13 @@ class OtherLinearSite(Site):
 
     __slots__ = ()
 
-    def _next(self, here: _Thread, module: Any, input: Any) -> Tensor | None:
+    def _next(self, here: _Thread, module: Any, input: Any) -> Any:
+        plan = cast(Plan, here.plan)
         outer, here.site = here.site, self
         try:
-            if type(input) is Pending or self not in here.plan.kinds:
+            if type(input) is Pending or self not in plan.kinds:
                 return module._call_impl(input)
-            with _Beginning(self, here.plan):
+            with _Beginning(self, plan):
                 return module._call_impl(input)
         finally:
             here.site = outer

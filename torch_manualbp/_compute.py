@@ -6,6 +6,7 @@ Arguments are tensors; shapes and dtypes are checked by whatever computes.
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch_manualbp._checks import check_layers, check_tensor
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import GRAPH, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
-
 
 # Told of each network that our kernels compute, while `fusion_report` runs a model.
 recorder: Callable[[str, Tensor, Sequence[Tensor], bool], None] | None = None
@@ -28,25 +28,27 @@ def layers(
     biases: Sequence[Tensor | None],
     final_relu: bool,
     store: bool,
-    dropout: Sequence[float] = (),
+    dropout: "Sequence[float] | Masks" = (),
 ) -> Tensor:
     """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass.
 
     dropout: for `KERNELS` on the CPU, the probability p of the dropout after each layer, 0 where there is none; empty:
-    nowhere. Its masks are drawn from torch's generator, layer by layer, as its modules would draw them.
+    nowhere. Its masks are drawn from torch's generator, layer by layer, as its modules would draw them. Or `Masks`
+    that have been drawn.
     """
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
     if way is KERNELS:
+        masks = dropout if isinstance(dropout, Masks) else _drawn(dropout, input, weights)
         if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
             if first > 0:  # below it there is nothing to learn, so that no activation is needed again
-                below = _drawn(dropout[:first], input, weights)
+                below = masks.arguments(0, first)
                 input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False, *below)
-                weights, biases, dropout = weights[first:], biases[first:], dropout[first:]
-            drawn = _drawn(dropout, input, weights)
+                weights, biases = weights[first:], biases[first:]
+            drawn = masks.arguments(first, None)
             recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases, *drawn)[0]
             return recorded
-        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *_drawn(dropout, input, weights))[0]
+        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *masks.arguments(0, None))[0]
         return output
     if way is GRAPH:
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
@@ -98,25 +100,36 @@ def run_layers(
     return layers(route(input, (*weights, *biases), store), input, weights, biases, final_relu, store)
 
 
-def _drawn(
-    dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, list[float]] | tuple[()]:
-    """`kept` and `scales` for the op `mlp`, if there is dropout.
+class Masks(NamedTuple):
+    """The masks of the dropout in a network: of each layer which numbers are kept, flat, and 1/(1−p); or None and 0."""
+
+    kept: list[Tensor | None]
+    scales: list[float]
+
+    def arguments(self, first: int, last: int | None) -> tuple[Tensor, list[float]] | tuple[()]:
+        """`kept` and `scales` for the op `mlp`, of layers [first, last), if there is dropout."""
+        kept = [mask for mask in self.kept[first:last] if mask is not None]
+        return (torch.cat(kept), self.scales[first:last]) if kept else ()
+
+
+_NO_MASKS = Masks([], [])
+
+
+def draw(p: float, input: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+    """The mask of the dropout after this layer, and its scale.
 
     Where torch's dropout draws a mask of numbers and divides it by 1−p, this draws the same mask as bools: one byte per
     element. As in torch, nothing is drawn for an empty input.
     """
+    mask = input.new_empty(math.prod(input.shape[:-1]) * weight.shape[0], dtype=torch.bool)
+    return (mask.bernoulli_(1 - p) if mask.numel() else mask), _scale(p, input.dtype)
+
+
+def _drawn(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]) -> Masks:
     if not any(dropout):
-        return ()
-    batch = math.prod(input.shape[:-1])
-    sizes = [batch * weight.shape[:1].numel() if p else 0 for p, weight in zip(dropout, weights, strict=False)]
-    kept = input.new_empty(sum(sizes), dtype=torch.bool)
-    first = 0
-    for p, size in zip(dropout, sizes, strict=True):
-        if size:
-            kept[first : first + size].bernoulli_(1 - p)
-            first += size
-    return kept, [_scale(p, input.dtype) if p else 0.0 for p in dropout]
+        return _NO_MASKS
+    drawn = [draw(p, input, weight) if p else (None, 0.0) for p, weight in zip(dropout, weights, strict=True)]
+    return Masks([mask for mask, _ in drawn], [scale for _, scale in drawn])
 
 
 @lru_cache(256)

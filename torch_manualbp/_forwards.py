@@ -141,6 +141,14 @@ class _Observer(OwnFunctionMode):
                 after = self._see(output, seen.site, True)
                 after.relu_site = self._site
                 return output
+        if func is F.dropout and (seen := self._find(args[0])) is not None and seen.is_relu:
+            output = func(*args, **kwargs)
+            if output is not args[0]:  # otherwise it does nothing, or works in place
+                seen.joins.append(seen.moment == self._moment())
+                self._see(output, seen.site, True)
+            elif kwargs.get("inplace"):
+                seen.joins.append(False)
+            return output
         self._use(args, kwargs)
         if _may_write(func, args, kwargs):
             self._writes += 1
@@ -157,7 +165,9 @@ class _Observer(OwnFunctionMode):
             output = _compute.layers(KERNELS, input, (weight,), (bias,), False, True)
         else:
             output = F.linear(input, weight, bias)
-        self._see(output, self._site, False).before = before
+        if (site := self._site) is not None:
+            site.weight = torch.empty_like(weight, device="meta")
+        self._see(output, site, False).before = before
         return output
 
     def _see(self, tensor: Tensor, site: Site | None, is_relu: bool) -> _Seen:

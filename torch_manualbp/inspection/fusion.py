@@ -119,7 +119,8 @@ def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport
             model(*inputs, **kwargs)
         with _Recorder(model) as recorder, _recording(recorder):
             output = model(*inputs, **kwargs)
-    return recorder.report(output)
+    report: FusionReport = recorder.report(output)
+    return report
 
 
 @contextmanager
