@@ -76,6 +76,7 @@ bench: $(VENV)/.bench  ## the speed tables, peak memory and scaling: build/*.md,
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
 	@$(RUN) python benchmarks/whole_step.py --json build/whole_step.json --markdown build/whole_step.md
+	@$(RUN) python benchmarks/hand_written.py --json build/hand_written.json --markdown build/hand_written.md
 	@$(RUN) python benchmarks/peak_memory.py --figure $(FIGURES)/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
@@ -84,6 +85,7 @@ bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compi
 	@mkdir -p build
 	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
 	@$(RUN) python benchmarks/whole_step.py --quick --json build/whole_step.json --markdown build/whole_step.md
+	@$(RUN) python benchmarks/hand_written.py --quick --json build/hand_written.json --markdown build/hand_written.md
 	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png

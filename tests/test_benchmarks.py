@@ -367,6 +367,24 @@ def test_small_calls_compares_checkouts_by_their_speed_beside_plain(small_calls,
     ]
 
 
+def test_hand_written_checks_all_its_peers_and_writes_what_it_measured(training_step, monkeypatch, capsys, tmp_path):
+    import hand_written
+
+    names = ["17-64-64-6", "flow", "tabular"]
+    files = ["--json", str(tmp_path / "h.json"), "--markdown", str(tmp_path / "h.md")]
+    monkeypatch.setattr(
+        sys, "argv", ["hand_written.py", "--quick", "--rounds", "2", "--models", *names, "--modes", "train", *files]
+    )
+    hand_written.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "h.md").read_text() == printed
+    measured = json.loads((tmp_path / "h.json").read_text())["models"]
+    assert [each["model"] for each in measured] == names
+    for each in measured:
+        assert {"plain", "fuse(model)"} <= set(each["peers"])
+        assert all(timing["error"] == "" and len(timing["seconds"]) == 2 for timing in each["peers"].values())
+
+
 @pytest.fixture
 def whole_step(training_step):
     import whole_step

@@ -8,7 +8,7 @@ from torch_manualbp import lecture as lecture
 from torch_manualbp._flops import register_when_needed
 from torch_manualbp.conversion import fuse, safe_globals, unfuse
 from torch_manualbp.functional import linear_relu, mlp, mlp_loss
-from torch_manualbp.inspection.fusion import FusionReport, fusion_report
+from torch_manualbp.inspection.fusion import fusion_report
 from torch_manualbp.inspection.gradient_flow import gradient_flow
 from torch_manualbp.inspection.memory import empty_cache, memory
 from torch_manualbp.inspection.monitor import GradientFlowMonitor
@@ -19,7 +19,6 @@ from torch_manualbp.training import History, fit, train_step
 
 __all__ = [
     "MLP",
-    "FusionReport",
     "GradientFlowMonitor",
     "History",
     "LinearReLU",

@@ -572,9 +572,13 @@ class OtherLinearSite(Site):
 
     def _next(self, here: _Thread, module: Any, input: Any) -> Any:
         plan = cast(Plan, here.plan)
+        if type(input) is not Pending:
+            kind = plan.kinds.get(self)
+            if kind is None or type(input) is not Tensor or input.numel() < kind.least[_is_grad_enabled()]:
+                return None
         outer, here.site = here.site, self
         try:
-            if type(input) is Pending or self not in plan.kinds:
+            if type(input) is Pending:
                 return module._call_impl(input)
             with _Beginning(self, plan):
                 return module._call_impl(input)

@@ -1,8 +1,8 @@
-"""`fuse` and `unfuse`: switch every ``nn.Sequential`` of a model, or an optimizer, to fused computation, and back.
+"""`fuse` and `unfuse`: switch a model, or an optimizer, to fused computation, and back.
 
-Only the class of a Sequential changes, to a subclass of its own class with a fused forward. Children, parameters, hooks
-and state_dict keys stay as they are. So it is with an optimizer, whose step is fused (`optimizers`). `safe_globals`
-lists the classes that a saved model of this kind refers to.
+Only the classes of Sequentials and of modules with a forward of their own change, to a subclass with a fused forward.
+Children, parameters, hooks and state_dict keys stay as they are. So it is with an optimizer, whose step is fused
+(`optimizers`). `safe_globals` lists the classes that a saved model of this kind refers to.
 """
 
 import copyreg
@@ -35,14 +35,24 @@ def fuse(module: _O) -> _O: ...
 def fuse(module: Any, *, activations: str = "store") -> Any:
     """Computes a model's runs of Linear / ReLU, or an optimizer's step, fused from now on; in place.
 
-    In **a model**, every Sequential changes. Parameters stay the same objects, state_dict keys and hooks stay as they
-    are. Layers with hooks or parametrizations, and subclasses of ``nn.Linear``, run as plain modules. A Sequential does
-    not change if
+    In **a model**, the class of every Sequential and of every module with a forward of its own changes, to a subclass.
+    Parameters stay the same objects, state_dict keys and hooks stay as they are, and so do the layers. (After adding
+    layers, call `fuse` again.)
 
-    - no ``nn.Linear`` in it, or in Sequentials inside it, is directly followed by a ReLU: there is nothing to fuse.
-      (After adding such layers, call `fuse` again.)
-    - it does not call its children in turn as ``nn.Sequential`` does, but has its own ``forward`` or ``__iter__``.
-    - torch recognises its class by identity, as ``convert`` does with ``torch.ao.nn.intrinsic.LinearReLU``.
+    A **Sequential** computes each run of Linear, ReLU, Linear, … in one call; Dropout after a ReLU, Identity and
+    Sequentials inside it belong to the run. Layers with hooks or parametrizations, and subclasses of ``nn.Linear``, run
+    as plain modules.
+
+    A **forward of your own** is observed in its first call. From then on, layers whose output goes to a ReLU and from
+    there to the next layer are computed in one call, if they are large enough to gain: linear layers and subclasses
+    that call ``F.linear`` (masked ones, for example), ReLU in any spelling, ``F.dropout`` after it, across modules of
+    the model. A clamp at 0 counts as a ReLU (its gradient where it is given exactly 0 becomes 0). If a later call does
+    something else with such an output, it gets the value, and from then on the layer is computed at once. Between a
+    layer and the use of its output, the forward must not begin to modify the layer's input or parameters: this raises
+    an error, once, and is not noticed if it is done by ``.data`` or numpy. The first call of a model in which no chain
+    is found gives it its class back. `fusion_report` shows the chains, and why a layer is in none.
+
+    Classes that torch recognises by identity do not change, as ``torch.ao.nn.intrinsic.LinearReLU``.
 
     The ``step`` of **an optimizer** of the class ``torch.optim.SGD``, ``Adam`` or ``AdamW`` updates all parameters in
     one call, as torch's does: to the last bit with SGD, within rounding with Adam, and in float32 for half types. All
@@ -59,11 +69,14 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
             only. An `MLP` in the model is fused already, and keeps its own setting.
 
     Returns:
-        `module` itself. If it is one of the Sequentials, or an optimizer, its type changes to a subclass of its type.
+        `module` itself. Its type may change to a subclass of its type.
 
     Raises:
         TypeError: `module` is neither an ``nn.Module`` nor an ``Optimizer``.
         ValueError: unknown `activations`.
+
+    Warns:
+        UserWarning: there is no linear layer with a ReLU after it in the model.
 
     Example:
         >>> model = fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))

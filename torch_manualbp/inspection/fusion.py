@@ -52,7 +52,7 @@ class PlainLayer:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What `fusion_report` found; to be printed."""
+    """What `fusion_report` found; to be printed. Its parts are the fields and `to_dict`."""
 
     chains: tuple[FusedChain, ...]
     """In the order in which they were computed. A layer that was called several times may be in several."""
