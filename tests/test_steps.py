@@ -401,26 +401,39 @@ def test_steps_do_not_depend_on_threads():
             assert all(map(torch.equal, results[k], other))
 
 
-@pytest.mark.parametrize("case", ["order", "losses", "batch_size", "needs", "states", "target"])
+@pytest.mark.parametrize(
+    "case", ["order", "losses", "batch_size", "needs", "states", "target", "parameters", "options", "handle"]
+)
 def test_errors_of_the_op_name_the_argument(case):
     model, _, _, _ = twins("SGD")
     input, target = data()
-    weights, biases = [each.weight for each in model[::2]], [each.bias for each in model[::2]]
+    kept = {
+        "biases": [True] * 3, "needs": [True] * 6, "loss": "mse", "mean": True, "ignore_index": -100,
+        "label_smoothing": 0.0, "rule": "sgd", "states": [], "groups": [0] * 6, "fresh": [],
+    }  # fmt: skip
+    handle = _ops.keep(*kept.values())
     arguments = {
-        "input": input, "target": target, "order": torch.arange(23), "batch_size": 5, "weights": weights,
-        "biases": biases, "loss": "mse", "mean": True, "ignore_index": -100, "label_smoothing": 0.0,
-        "needs": [True] * 6, "rule": "sgd", "states": [], "options": [0.1, 0, 0, 0, 0, 0], "groups": [0] * 6,
-        "fresh": [], "max_grad_norm": None, "losses": torch.empty(5), "seconds": 1.0,
+        "handle": handle, "input": input, "target": target, "order": torch.arange(23), "batch_size": 5,
+        "parameters": list(model.parameters()), "options": [0.1, 0, 0, 0, 0, 0], "max_grad_norm": None,
+        "losses": torch.empty(5), "seconds": 1.0,
     }  # fmt: skip
     assert _ops.train(*arguments.values()) == 5
     wrong = {
         "order": torch.tensor([0, 23, 1]), "losses": torch.empty(6), "batch_size": 0, "needs": [True] * 5,
-        "states": [input], "target": target[:, :2],
+        "states": [input], "target": target[:, :2], "parameters": arguments["parameters"][:5], "options": [0.1],
+        "handle": -1,
     }  # fmt: skip
-    arguments[case] = wrong[case]
     if case == "order":
         arguments["losses"] = torch.empty(1)
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(RuntimeError, match=f"train: `{case}"):
+    with pytest.raises(RuntimeError, match=f"(train|keep): `{case}"):
+        if case in kept:
+            kept[case] = wrong[case]
+            arguments["handle"] = _ops.keep(*kept.values())
+        else:
+            arguments[case] = wrong[case]
         _ops.train(*arguments.values())
     assert all(map(torch.equal, before, model.parameters()))
+    _ops.release(handle)
+    with pytest.raises(RuntimeError, match="`handle`"):
+        _ops.train(*{**arguments, "handle": handle}.values())

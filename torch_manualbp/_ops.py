@@ -60,6 +60,8 @@ flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
 update = torch.ops.manualbp.update.default
+keep = torch.ops.manualbp.keep.default
+release = torch.ops.manualbp.release.default
 train = torch.ops.manualbp.train.default
 plan = torch.ops.manualbp.plan.default
 empty_cache = torch.ops.manualbp.empty_cache.default
@@ -71,7 +73,7 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "train",
+    "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 

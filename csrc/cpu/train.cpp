@@ -4,8 +4,16 @@
 //
 // Memory is allocated before the first step, and once more for a last batch of fewer rows. Each step has the bits that
 // its parts have as single calls.
+//
+// A step of a small network is 2 us of arithmetic. To hand the states of its optimizer to an op took 10 us, to prepare
+// the step as long. So the op `keep` takes the states once, and a Training stays for the next call with the same memory.
+
+#include <pthread.h>
 
 #include <chrono>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 
 #include "loss.h"
@@ -60,7 +68,7 @@ class Rows {
   std::optional<Buffer<T>> copies_;
 };
 
-// The parameters that are trained, and their gradients of one step in one block of memory.
+// The gradients of one step, in one block of memory.
 template <typename T>
 struct StepGradients {
   StepGradients(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
@@ -68,9 +76,9 @@ struct StepGradients {
     constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
     int64_t size = 0;
     const auto add = [&](const Tensor& parameter) {
-      parameters.push_back(parameter);
+      sizes.push_back(parameter.numel());
       offsets.push_back(size);
-      size += round_up(parameter.numel(), kAlign);
+      size += round_up(sizes.back(), kAlign);
     };
     for (size_t k = 0; k < weights.size(); ++k) {
       if (needs[2 * k]) add(weights[k]);
@@ -85,8 +93,7 @@ struct StepGradients {
   }
   T* at(size_t i) const { return data<T>(memory) + offsets[i]; }
 
-  std::vector<Tensor> parameters;  // in the order of layers, each weight before its bias
-  std::vector<int64_t> offsets;  // of their gradients
+  std::vector<int64_t> sizes, offsets;  // in the order of layers, each weight before its bias
   Tensor memory;
   Gradients<T> pointers;
 };
@@ -97,11 +104,9 @@ template <typename T>
 class Clip {
  public:
   Clip(const StepGradients<T>& grads, double max_norm) : max_norm_(max_norm) {
-    const size_t count = grads.parameters.size();
+    const size_t count = grads.sizes.size();
     norms_ = empty({int64_t(count)}, dtype_of(grads.memory));
-    for (size_t i = 0; i < count; ++i) {
-      views_.push_back(seen_as(grads.memory, {grads.parameters[i].numel()}, {1}, grads.offsets[i]));
-    }
+    for (size_t i = 0; i < count; ++i) views_.push_back(seen_as(grads.memory, {grads.sizes[i]}, {1}, grads.offsets[i]));
   }
   double factor() const {
     T* const norms = data<T>(norms_);
@@ -133,35 +138,102 @@ class Clip {
   std::vector<Tensor> views_;
 };
 
-// Training steps of a network on the rows of one data set.
+// A Training stays for the next call unless it takes more bytes than this: with so many, a step takes long enough.
+constexpr int64_t kMostKept = 1 << 20;
+
+// What `keep` was given, and what `train` keeps from one call to the next.
+struct Kept {
+  std::vector<bool> biases, needs;
+  LossOptions loss;
+  std::string rule;
+  std::vector<Tensor> states;
+  std::vector<int64_t> groups;
+  std::vector<bool> fresh;
+
+  std::mutex busy;  // of what follows; it is never waited for, since a process may fork while it is held
+  std::vector<int64_t> seen;  // what the Training below was made for
+  std::shared_ptr<void> training;
+};
+
+// All that is kept in this process, each under a number. As the pool, it is never destroyed, and works after a fork.
+class AllKept {
+ public:
+  static AllKept& global() {
+    static AllKept* const all = [] {
+      const auto lock = [] { global().mutex_.lock(); };
+      const auto unlock = [] { global().mutex_.unlock(); };
+      pthread_atfork(lock, unlock, unlock);
+      return new AllKept;
+    }();
+    return *all;
+  }
+  int64_t add(std::shared_ptr<Kept> kept) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    all_.emplace(++last_, std::move(kept));
+    return last_;
+  }
+  std::shared_ptr<Kept> find(const char* op, int64_t handle) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = all_.find(handle);
+    MBP_CHECK(found != all_.end(), op, ": `handle` must be one that `keep` returned and `release` did not take, got ",
+              handle);
+    return found->second;
+  }
+  void remove(int64_t handle) {
+    std::shared_ptr<Kept> removed;  // destroyed after the lock, since that of a tensor may wait for Python's
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = all_.find(handle);
+    if (found == all_.end()) return;
+    removed = std::move(found->second);
+    all_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<Kept>> all_;
+  int64_t last_ = 0;
+};
+
+// The batches of one data set.
+template <typename T>
+struct Batches {
+  Batches(Matrix<const T> input, const Target<T>& target, const int64_t* order, int64_t batch)
+      : input(input, order, batch), values(target.values, order, batch), classes(target.classes, order, batch) {}
+  Rows<T> input, values;
+  Rows<int64_t> classes;
+};
+
+// Training steps of a network. It refers to the memory of the parameters and states, but to none of their tensors:
+// torch counts the references to a parameter (swap_tensors, or `use_count` in Python).
 template <typename T>
 class Training {
  public:
-  Training(const char* op, Matrix<const T> input, const Target<T>& target, const int64_t* order, int64_t batch,
-           const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-           const LossOptions& loss, const StepGradients<T>& grads, Updater& updater, const std::optional<Clip<T>>& clip)
+  Training(const char* op, const Kept& kept, const std::vector<Tensor>& weights,
+           const std::vector<std::optional<Tensor>>& biases, const std::vector<double>& options,
+           std::optional<double> max_grad_norm)
       : op_(op),
-        weights_(weights),
-        biases_(biases),
-        loss_(loss),
-        grads_(grads),
-        updater_(updater),
-        clip_(clip),
-        input_(input, order, batch),
-        values_(target.values, order, batch),
-        classes_(target.classes, order, batch) {}
+        loss_(kept.loss),
+        layers_(layers_of<T>(weights, biases)),
+        grads_(weights, biases, kept.needs),
+        updater_(op, kept.rule, learners(weights, biases, kept.needs), kept.states, options, kept.groups, kept.fresh) {
+    for (size_t i = 0; i < grads_.sizes.size(); ++i) updater_.set_gradient(int64_t(i), grads_.at(i));
+    if (max_grad_norm) clip_.emplace(grads_, *max_grad_norm);
+  }
+
+  bool fits() const { return updater_.fits(); }
+  int64_t bytes() const { return grads_.memory.numel() * int64_t(sizeof(T)) + (pass_ ? pass_->loss.bytes() : 0); }
 
   // One step on rows [first, first + count); writes the loss of before the update.
-  void step(int64_t first, int64_t count, T* loss) {
-    input_.check(op_, first, count);
+  void step(const Batches<T>& data, int64_t first, int64_t count, T* loss) {
+    data.input.check(op_, first, count);
     Pass& pass = pass_of(count);
     const Workers& workers = pass.loss.workers();
-    const auto h = input_.batch(first, count, workers);
+    const auto h = data.input.batch(first, count, workers);
     Target<T> target{};
     if (has_class_target(loss_.kind)) {
-      target.classes = classes_.batch(first, count, workers);
+      target.classes = data.classes.batch(first, count, workers);
     } else {
-      target.values = values_.batch(first, count, workers);
+      target.values = data.values.batch(first, count, workers);
     }
     BatchLoss<T> batch(op_, loss_, target, count, pass.net.plan.top);
     batch.terms.gradient = true;
@@ -172,11 +244,22 @@ class Training {
   }
 
  private:
+  static std::vector<Tensor> learners(const std::vector<Tensor>& weights,
+                                      const std::vector<std::optional<Tensor>>& biases,
+                                      const std::vector<bool>& needs) {
+    std::vector<Tensor> all;
+    for (size_t k = 0; k < weights.size(); ++k) {
+      if (needs[2 * k]) all.push_back(weights[k]);
+      if (needs[2 * k + 1] && biases[k]) all.push_back(*biases[k]);
+    }
+    return all;
+  }
+
   // The passes for batches of one size: all batches but the last have the same.
   struct Pass {
     Pass(int64_t rows, const Training& t)
         : rows(rows),
-          net(network<T>(rows, t.weights_, t.biases_, /*final_relu=*/false)),
+          net(rows, t.layers_, /*final_relu=*/false),
           loss(net, kernels<T>().loss(t.loss_.kind), t.grads_.pointers) {}
     int64_t rows;
     Network<T> net;
@@ -188,16 +271,43 @@ class Training {
   }
 
   const char* op_;
-  const std::vector<Tensor>& weights_;
-  const std::vector<std::optional<Tensor>>& biases_;
-  const LossOptions& loss_;
-  const StepGradients<T>& grads_;
-  Updater& updater_;
-  const std::optional<Clip<T>>& clip_;
-  Rows<T> input_, values_;
-  Rows<int64_t> classes_;
+  LossOptions loss_;
+  std::vector<Layer<T>> layers_;
+  StepGradients<T> grads_;
+  Updater updater_;
+  std::optional<Clip<T>> clip_;
   std::optional<Pass> pass_;
 };
+
+// All that a Training depends on: memory, layouts, options, the number of threads.
+std::vector<int64_t> seen_now(const Kept& kept, const Tensor& input, const std::vector<Tensor>& parameters,
+                              const std::vector<double>& options, const std::optional<double>& max_grad_norm) {
+  std::vector<int64_t> seen;
+  seen.reserve(8 * (parameters.size() + kept.states.size()) + options.size() + 8);
+  const auto add_number = [&](double number) {
+    seen.push_back(0);
+    std::memcpy(&seen.back(), &number, sizeof(number));
+  };
+  const auto add = [&](const Tensor& t) {
+    const Layout layout(t);
+    seen.push_back(reinterpret_cast<int64_t>(t.mutable_data_ptr()));  // mutable: before a write, a lazy copy is made
+    seen.push_back(layout.dtype);
+    seen.push_back(layout.dim);
+    seen.insert(seen.end(), layout.sizes, layout.sizes + layout.dim);
+    seen.insert(seen.end(), layout.strides, layout.strides + layout.dim);
+  };
+  seen.push_back(dtype_of(input));
+  seen.push_back(input.dim() ? input.size(input.dim() - 1) : -1);
+  seen.push_back(torch::stable::get_num_threads());
+  add_number(max_grad_norm.value_or(-1));
+  for (const double option : options) add_number(option);
+  for (const Tensor& parameter : parameters) add(parameter);
+  for (const Tensor& state : kept.states) {
+    MBP_CHECK(state.is_cpu(), "train: `states` must be on the CPU");  // the dispatcher has seen the other tensors only
+    add(state);
+  }
+  return seen;
+}
 
 void check_order(const char* op, const Tensor& order) {
   MBP_CHECK(dtype_of(order) == aoti_torch_dtype_int64() && order.dim() == 1 && order.is_contiguous(), op,
@@ -207,25 +317,56 @@ void check_order(const char* op, const Tensor& order) {
 
 }  // namespace
 
-int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
-              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
-              double label_smoothing, std::vector<bool> needs, StringHandle rule, std::vector<Tensor> states,
-              std::vector<double> options, std::vector<int64_t> groups, std::vector<bool> fresh,
-              std::optional<double> max_grad_norm, Tensor losses, double seconds) {
-  const char* op = "train";
-  const std::string rule_name = take_text(rule);
-  const LossOptions loss{parse_loss(op, take_text(loss_name)), mean, ignore_index, label_smoothing};
-  check_network(op, input, weights, biases);
-  const int64_t cols = weights.back().size(0);
-  check_loss(op, input, target, cols, loss.kind, label_smoothing);
-  check_dtype(op, {"losses"}, losses, input);
-  MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
-  MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
-  MBP_CHECK(needs.size() == 2 * weights.size(), op, ": `needs` must have 2 x ", weights.size(), " items, got ",
+int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
+             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<int64_t> groups,
+             std::vector<bool> fresh) {
+  const char* op = "keep";
+  const std::string rule_name = take_text(rule), loss = take_text(loss_name);
+  MBP_CHECK(needs.size() == 2 * biases.size(), op, ": `needs` must have 2 x ", biases.size(), " items, got ",
             needs.size());
-  for (size_t k = 0; k < weights.size(); ++k) {
-    if (!weights[k].is_contiguous() || (biases[k] && !biases[k]->is_contiguous())) return -1;
+  auto kept = std::make_shared<Kept>();
+  kept->loss = {parse_loss(op, loss), mean, ignore_index, label_smoothing};
+  kept->biases = std::move(biases);
+  kept->needs = std::move(needs);
+  kept->rule = rule_name;
+  kept->states = std::move(states);
+  kept->groups = std::move(groups);
+  kept->fresh = std::move(fresh);
+  return AllKept::global().add(std::move(kept));
+}
+
+void release(int64_t handle) { AllKept::global().remove(handle); }
+
+int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size,
+              std::vector<Tensor> parameters, std::vector<double> options, std::optional<double> max_grad_norm,
+              Tensor losses, double seconds) {
+  const char* op = "train";
+  const std::shared_ptr<Kept> kept = AllKept::global().find(op, handle);
+  MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
+  MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
+  check_dtype(op, {"losses"}, losses, input);
+  auto seen = seen_now(*kept, input, parameters, options, max_grad_norm);
+  // Another thread may be making steps: this call then makes a Training of its own.
+  const std::unique_lock<std::mutex> lock(kept->busy, std::try_to_lock);
+  std::shared_ptr<void> own;
+  std::shared_ptr<void>& training = lock ? kept->training : own;
+  const bool known = training && kept->seen == seen;
+  std::vector<Tensor> weights;
+  std::vector<std::optional<Tensor>> biases;
+  const size_t layers = kept->biases.size(),
+               wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
+  MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
+  for (size_t k = 0, next = 0; k < layers; ++k) {
+    weights.push_back(parameters[next++]);
+    biases.push_back(kept->biases[k] ? std::optional<Tensor>(parameters[next++]) : std::nullopt);
   }
+  if (!known) {
+    check_network(op, input, weights, biases);
+    for (const Tensor& parameter : parameters) {
+      if (!parameter.is_contiguous()) return -1;
+    }
+  }
+  check_loss(op, input, target, weights.back().size(0), kept->loss.kind, kept->loss.label_smoothing);
   return dispatch(op, input, [&](auto zero) -> int64_t {
     using T = decltype(zero);
     Tensor keep_input, keep_target;
@@ -234,28 +375,29 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
     const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
     MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
               " rows make fewer batches of ", batch_size);
-    const StepGradients<T> grads(weights, biases, needs);
-    Updater updater(op, rule_name, grads.parameters, states, options, groups, fresh);
-    if (!updater.fits()) return -1;
-    for (size_t i = 0; i < grads.parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
-    std::optional<Clip<T>> clip;
-    if (max_grad_norm) clip.emplace(grads, *max_grad_norm);
-    Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target),
-                         order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows), weights, biases,
-                         loss, grads, updater, clip);
+    const auto network = known ? std::static_pointer_cast<Training<T>>(training)
+                               : std::make_shared<Training<T>>(op, *kept, weights, biases, options, max_grad_norm);
+    if (!network->fits()) return -1;
+    const Batches<T> data(h, as_target<T>(target, kept->loss.kind, keep_target),
+                          order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows));
     T* const values = const_cast<T*>(const_data<T>(losses));
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
       const int64_t first = step * batch_size;
       try {
-        training.step(first, std::min(batch_size, rows - first), values + step);
+        network->step(data, first, std::min(batch_size, rows - first), values + step);
       } catch (...) {  // a row or a class out of bounds: nothing of this step has been done
         if (step == 0) throw;
         break;  // the next call will begin with the step that fails
       }
       ++step;
       if (step < steps && std::chrono::steady_clock::now() >= deadline) break;
+    }
+    if (lock && step > 0) {
+      std::fill(kept->fresh.begin(), kept->fresh.end(), false);
+      training = network->bytes() <= kMostKept ? network : nullptr;
+      kept->seen = std::move(seen);
     }
     return step;
   });

@@ -139,7 +139,14 @@ class Updater {
 
   // Whether the dtypes and layouts are those that the kernels take, and the counters and betas of Adam ordinary (else
   // Python would divide by zero, which is an error there). If not, only torch's own step may run.
-  bool fits() const { return fits_; }
+  bool fits() const {
+    return fits_ && (!adam_ || std::all_of(items_.begin(), items_.end(), [&](const Item& item) {
+             const double steps = item.step32 ? double(*item.step32) : *item.step64;
+             const double* o = options(item.group);
+             return steps > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
+                    o[AdamOption::beta2] < 1;
+           }));
+  }
 
   // What clip_grad_norm_ multiplies gradients by; 1: nothing.
   void set_gradient_scale(double scale) { gradient_scale_ = scale; }
@@ -259,12 +266,7 @@ class Updater {
       item.step64 = static_cast<double*>(data);
     } else {
       fits_ = false;
-      return;
     }
-    const double* o = options(item.group);
-    const double steps = item.step32 ? double(*item.step32) : *item.step64;
-    fits_ = fits_ && steps > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
-            o[AdamOption::beta2] < 1;
   }
 
   UpdateScalars<double> sgd_scalars(int64_t group) const {
