@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from operator import attrgetter, is_, itemgetter, methodcaller
+from operator import attrgetter, is_, itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -64,10 +64,10 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
-        check_tensor(self._op, "input", input)
-        check_tensor(self._op, "target", target)
         if (loss := self._by_kernels(input, target, None, _ALL, ())) is not None:
             return loss
+        check_tensor(self._op, "input", input)
+        check_tensor(self._op, "target", target)
         with self._own_gradients() as parameters:
             return self._compose(input, target, parameters)
 
@@ -207,7 +207,7 @@ class Steps:
 
 _END = object()
 _group_parameters = itemgetter("params")
-_values = methodcaller("values")
+_values = dict.values
 _requires_grad = attrgetter("requires_grad")
 _flags = attrgetter("requires_grad", "is_leaf", "grad_dtype" if hasattr(Tensor, "grad_dtype") else "dtype")
 
@@ -254,12 +254,13 @@ class _Kept:
         _, kept.structure = _read(optimizer)
         if True in arguments.fresh:  # momentum buffers that are part of the state only after this step
             kept.stamp = float("nan")
-        kept.handle = _ops.keep(
-            [bias is not None for bias in biases],
-            [each is not None and each.requires_grad for each in in_turn],
-            *(loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing),
-            *(arguments.rule, arguments.states, arguments.groups, arguments.fresh),
-        )
+        needs = [each is not None and each.requires_grad for each in in_turn]
+        options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
+        rule, states, _, groups, fresh = arguments
+        try:
+            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, rule, states, groups, fresh)
+        except RuntimeError:  # for example because a state is the negative view of something
+            return None
         weakref.finalize(kept, _ops.release, kept.handle).atexit = False
         return kept
 

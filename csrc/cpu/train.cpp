@@ -302,10 +302,7 @@ std::vector<int64_t> seen_now(const Kept& kept, const Tensor& input, const std::
   add_number(max_grad_norm.value_or(-1));
   for (const double option : options) add_number(option);
   for (const Tensor& parameter : parameters) add(parameter);
-  for (const Tensor& state : kept.states) {
-    MBP_CHECK(state.is_cpu(), "train: `states` must be on the CPU");  // the dispatcher has seen the other tensors only
-    add(state);
-  }
+  for (const Tensor& state : kept.states) add(state);
   return seen;
 }
 
@@ -364,6 +361,9 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
     check_network(op, input, weights, biases);
     for (const Tensor& parameter : parameters) {
       if (!parameter.is_contiguous()) return -1;
+    }
+    for (const Tensor& state : kept->states) {  // the dispatcher has seen the other tensors only
+      if (!state.is_cpu()) return -1;
     }
   }
   check_loss(op, input, target, weights.back().size(0), kept->loss.kind, kept->loss.label_smoothing);

@@ -30,12 +30,12 @@ struct AdamOption {
 
 // The shape and strides of a tensor, which must outlive it: each call of torch's C interface takes time.
 struct Layout {
-  explicit Layout(const Tensor& t) : dtype(dtype_of(t)) {
-    const auto& all_sizes = t.sizes();
-    const auto& all_strides = t.strides();
-    dim = int64_t(all_sizes.size());
-    sizes = all_sizes.data();
-    strides = all_strides.data();
+  explicit Layout(const Tensor& t) : dtype(dtype_of(t)), dim(t.dim()) {
+    int64_t *all_sizes, *all_strides;
+    MBP_TORCH(aoti_torch_get_sizes(t.get(), &all_sizes));
+    MBP_TORCH(aoti_torch_get_strides(t.get(), &all_strides));
+    sizes = all_sizes;
+    strides = all_strides;
   }
   int64_t numel() const {
     int64_t count = 1;

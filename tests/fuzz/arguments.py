@@ -105,6 +105,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "not bools": lambda v: ["yes"] * len(v),
         "missing": lambda v: None,
     },
+    "biases": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
     "weights": {
         "no layers": lambda v: [],
         "fewer": lambda v: v[:-1],
@@ -222,9 +223,9 @@ def _places(case: Case) -> list[str]:
             *(f"states[{2 * len(layers) + k}]" for k in layers if case.stored),  # the counts
         ],
         "train": [
-            *("input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs", "order", "batch_size"),
-            *(f"states[{k}]" for k in range(2 * len(layers))),
-            *("states", "rule", "options", "groups", "fresh", "losses"),
+            *("input", "target", "loss", "ignore_index", "label_smoothing", "needs", "order", "batch_size"),
+            *(f"{name}[{k}]" for name in ("parameters", "states") for k in range(2 * len(layers))),
+            *("parameters", "states", "rule", "options", "groups", "fresh", "losses", "biases"),
         ],
     }[case.op]
 
@@ -285,18 +286,36 @@ def _valid(case: Case) -> dict[str, Any]:
         return {"grad_output": grad, **rest, "f": f, "has_f": case.stored, "df": other, "copies": copies}
     is_class = case.loss == "cross_entropy"
     target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
-    rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}
+    rest = {"loss": case.loss, "mean": True, "ignore_index": -100, "label_smoothing": 0.1}
     if case.op == "train":
         parameters = [each for layer in zip(net.weights, net.biases, strict=True) for each in layer if each is not None]
         return {
             **{"input": input, "target": tall(target), "order": torch.arange(rows), "batch_size": 3, **rest},
-            **{"label_smoothing": 0.1, "needs": [True] * (2 * len(net.weights)), "rule": "sgd"},
-            **{"states": [each.clone() for each in parameters], "options": [0.1, 0.9, 0, 0, 0, 0]},
+            **{"biases": [each is not None for each in net.biases], "needs": [True] * (2 * len(net.weights))},
+            **{"parameters": parameters, "rule": "sgd", "options": [0.1, 0.9, 0, 0, 0, 0]},
+            **{"states": [each.clone() for each in parameters]},
             **{"groups": [0] * len(parameters), "fresh": [case.final_relu] * len(parameters)},
             **{"max_grad_norm": 1.0 if case.stored else None, "losses": torch.empty(-(-rows // 3)), "seconds": 1.0},
         }
     needs[0] = case.stored
-    return {"input": input, "target": tall(target), **rest, "label_smoothing": 0.1, "needs": needs, "flat": False}
+    parameters = {"weights": net.weights, "biases": net.biases}
+    return {"input": input, "target": tall(target), **parameters, **rest, "needs": needs, "flat": False}
+
+
+KEPT = (
+    "biases", "needs", "loss", "mean", "ignore_index", "label_smoothing", "rule", "states", "groups", "fresh",
+)  # fmt: skip
+
+
+def _call(case: Case, arguments: dict[str, Any]) -> Any:
+    """What the op returns. `train` is called for what `keep` is given first."""
+    if case.op != "train":
+        return getattr(_ops, case.op)(**arguments)
+    handle = _ops.keep(**{name: arguments[name] for name in KEPT})
+    try:
+        return _ops.train(handle, **{name: value for name, value in arguments.items() if name not in KEPT})
+    finally:
+        _ops.release(handle)
 
 
 def check(case: Case) -> None:
@@ -327,7 +346,7 @@ def check(case: Case) -> None:
             certain = False  # a valid count of steps
         _set(arguments, place, after)
     try:
-        result = getattr(_ops, case.op)(**arguments)
+        result = _call(case, arguments)
     except Exception:  # as required
         return
     if result is False or (isinstance(result, int) and result == -1):  # rejected, too
@@ -338,7 +357,7 @@ def check(case: Case) -> None:
         assert all(t.device.type == "meta" for t in _tensors(list(arguments.values()))), "mixed devices were accepted"
         return
     apart = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
-    for one, other in zip(_tensors(result), _tensors(getattr(_ops, case.op)(**apart)), strict=True):
+    for one, other in zip(_tensors(result), _tensors(_call(case, apart)), strict=True):
         torch.testing.assert_close(
             one, other, rtol=0, atol=0, equal_nan=True, msg="memory that arguments share matters"
         )
