@@ -53,21 +53,21 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "update(Tensor(a!)[] parameters, Tensor[] gradients, str rule, Tensor(b!)[] states, float[] options,"
       " int[] groups, bool[] fresh) -> bool");
-  // Keeps what `train` needs of a network and of an optimizer beside parameters and options: a handle, until `release`.
+  // Keeps what `train` needs of a network and of an optimizer beside the parameters: a handle, until `release`.
   // biases: of each layer, whether it has one; needs: which of weight 0, bias 0, weight 1, ... are trained; these are
   // the parameters of the arguments that follow, as for update.
   m.def(
       "keep(bool[] biases, bool[] needs, str loss, bool mean, int ignore_index, float label_smoothing, str rule,"
-      " Tensor(a!)[] states, int[] groups, bool[] fresh) -> int");
+      " Tensor(a!)[] states, float[] options, int[] groups, bool[] fresh) -> int");
   m.def("release(int handle) -> ()");
   // Training steps, losses.numel() of them or fewer once `seconds` have passed, on one batch of `batch_size` rows after
   // another, in the order given: loss and gradients (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and
-  // update, in place. parameters: weight 0, bias 0, weight 1, ...; options: as for update. Returns how many steps were
-  // made: all before one that fails. Without a change: -1, if dtypes or layouts are not for it, or an error, if the
-  // first step fails.
+  // update, in place. parameters: weight 0, bias 0, weight 1, ...; options: None for those that were kept. Returns how
+  // many steps were made: all before one that fails. Without a change: -1, if dtypes or layouts are not for it, or an
+  // error, if the first step fails.
   m.def(
       "train(int handle, Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] parameters,"
-      " float[] options, float? max_grad_norm, Tensor(b!) losses, float seconds) -> int");
+      " float[]? options, float? max_grad_norm, Tensor(b!) losses, float seconds) -> int");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:

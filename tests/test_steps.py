@@ -253,7 +253,14 @@ def write_into_a_weight(model, optimizer):
     "change",
     [
         *(change_lr, change_to_amsgrad, freeze, load_state, forget_state, exchange_storage, exchange_a_state),
-        *(exchange_the_storage_of_a_state, count_again, swap_tensors, replace_a_layer, write_into_a_weight),
+        *(
+            change_betas,
+            exchange_the_storage_of_a_state,
+            count_again,
+            swap_tensors,
+            replace_a_layer,
+            write_into_a_weight,
+        ),
     ],
 )
 def test_a_change_between_steps_counts(made, change):
@@ -468,6 +475,36 @@ def test_steps_do_not_depend_on_threads():
             assert all(map(torch.equal, results[k], other))
 
 
+def test_options_in_place_and_parameters_that_move_between_groups(made):
+    def grouped(model):
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 0.3}, {"params": rest}]
+        return mbp.fuse(torch.optim.Adam(groups, lr=0.01))
+
+    model, other = network(), network()
+    optimizer, other_optimizer = grouped(model), grouped(other)
+    input, target = data()
+    for _ in range(2):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+        for each in (optimizer, other_optimizer):
+            first, second = each.param_groups
+            first["params"].append(second["params"].pop(0))
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    assert_same(model, optimizer, other, other_optimizer)
+    for each in (optimizer, other_optimizer):
+        each.param_groups[1]["betas"] = [0.8, 0.99]
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    for each in (optimizer, other_optimizer):
+        each.param_groups[1]["betas"][0] = 0.5
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    assert_same(model, optimizer, other, other_optimizer)
+    assert made == [1] * 5
+
+
 def test_a_scheduler_and_another_limit_keep_what_is_kept(made):
     model, optimizer, other, other_optimizer = twins()
     input, target = data()
@@ -481,6 +518,20 @@ def test_a_scheduler_and_another_limit_keep_what_is_kept(made):
         composed(other, other_optimizer, input, target, max_grad_norm=step / 10)
         assert optimizer._manualbp_kept is kept
     assert made == [1] * 4
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_a_list_of_betas_may_change_in_place(made):
+    model, optimizer, other, other_optimizer = twins()
+    for each in (optimizer, other_optimizer):
+        each.param_groups[0]["betas"] = [0.8, 0.9]
+    input, target = data()
+    for step in range(1, 4):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+        for each in (optimizer, other_optimizer):
+            each.param_groups[0]["betas"][0] = 0.8 - step / 10
+    assert made == [1] * 3
     assert_same(model, optimizer, other, other_optimizer)
 
 
@@ -590,17 +641,17 @@ def test_errors_of_the_op_name_the_argument(case):
     input, target = data()
     kept = {
         "biases": [True] * 3, "needs": [True] * 6, "loss": "mse", "mean": True, "ignore_index": -100,
-        "label_smoothing": 0.0, "rule": "sgd", "states": [], "groups": [0] * 6, "fresh": [],
+        "label_smoothing": 0.0, "rule": "sgd", "states": [], "options": [0.1, 0, 0, 0, 0, 0], "groups": [0] * 6,
+        "fresh": [],
     }  # fmt: skip
     arguments = {
         "input": input, "target": target, "order": torch.arange(23), "batch_size": 5,
-        "parameters": list(model.parameters()), "options": [0.1, 0, 0, 0, 0, 0], "max_grad_norm": None,
-        "losses": torch.empty(5), "seconds": 1.0,
+        "parameters": list(model.parameters()), "max_grad_norm": None, "losses": torch.empty(5), "seconds": 1.0,
     }  # fmt: skip
 
     def train():
         arguments["handle"] = _ops.keep(**kept)
-        return _ops.train(**arguments)
+        return _ops.train(**arguments, options=None)
 
     assert train() == 5
     wrong = {

@@ -140,8 +140,9 @@ class Steps:
         # torch.empty takes twice as long for the shape ().
         losses = torch.empty_strided(shape, (1,) * len(shape), dtype=dtype, device="cpu")
         limits = self._max_grad_norm, losses, _SECONDS
+        others = None if options is kept.arguments.options else options
         try:
-            made: int = _ops.train(kept.handle, input, target, order, batch_size, kept.parameters, options, *limits)
+            made: int = _ops.train(kept.handle, input, target, order, batch_size, kept.parameters, others, *limits)
         except RuntimeError:  # nothing has been changed: the composition raises the error of torch, or computes
             return None
         if made <= 0:
@@ -221,11 +222,12 @@ class _Kept:
     """
 
     __slots__ = (
-        *("__weakref__", "arguments", "frozen", "handle", "learners", "loss", "objects", "parameters", "stamp"),
-        "structure",
+        *("__weakref__", "arguments", "frozen", "group", "handle", "learners", "loss", "objects", "parameters"),
+        *("stamp", "structure"),
     )
 
     arguments: Arguments
+    group: list[Any] | None  # what it holds, if there is a single one
     handle: int  # of the op `keep`
     loss: LossSpec
     stamp: float
@@ -252,13 +254,15 @@ class _Kept:
         kept.arguments = arguments
         kept.objects = [*_objects(optimizer, weights, biases)]
         _, kept.structure = _read(optimizer)
+        group, *more = optimizer.param_groups
+        # The lists of parameters of several groups may change, and a list of betas. All else is exchanged as a whole.
+        kept.group = None if more or type(group.get("betas", ())) is not tuple else [*group.values()]
         if True in arguments.fresh:  # momentum buffers that are part of the state only after this step
             kept.stamp = float("nan")
         needs = [each is not None and each.requires_grad for each in in_turn]
         options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
-        rule, states, _, groups, fresh = arguments
         try:
-            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, rule, states, groups, fresh)
+            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, *arguments)
         except RuntimeError:  # for example because a state is the negative view of something
             return None
         weakref.finalize(kept, _ops.release, kept.handle).atexit = False
@@ -267,7 +271,7 @@ class _Kept:
     def options_of(
         self, optimizer: Any, weights: list[Tensor], biases: list[Tensor | None], loss: LossSpec, dtype: torch.dtype
     ) -> list[float] | None:
-        """The options of all groups; None unless `of` would return an equal object.
+        """The options of all groups, those of `arguments` if they are the same; None if this does not hold.
 
         dtype: of the input. The op rejects parameters of another, so that this must be that of gradients.
         """
@@ -281,6 +285,8 @@ class _Kept:
             or torch.is_anomaly_enabled()
         ):
             return None
+        if self.group is not None and all(map(is_, _values(optimizer.param_groups[0]), self.group)):
+            return self.arguments.options
         options, structure = _read(optimizer)
         return options if structure == self.structure else None
 

@@ -43,14 +43,14 @@ bool update(std::vector<Tensor> parameters, std::vector<Tensor> gradients, Strin
             std::vector<bool> fresh);
 
 int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
-             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<int64_t> groups,
-             std::vector<bool> fresh);
+             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
+             std::vector<int64_t> groups, std::vector<bool> fresh);
 
 void release(int64_t handle);
 
 int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size,
-              std::vector<Tensor> parameters, std::vector<double> options, std::optional<double> max_grad_norm,
-              Tensor losses, double seconds);
+              std::vector<Tensor> parameters, std::optional<std::vector<double>> other_options,
+              std::optional<double> max_grad_norm, Tensor losses, double seconds);
 
 // The same for tensors that are not dense tensors on the CPU: false, since the CPU's is the only one.
 bool update_elsewhere(std::vector<Tensor> parameters, std::vector<Tensor> gradients, StringHandle rule,

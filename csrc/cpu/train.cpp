@@ -11,6 +11,7 @@
 #include <pthread.h>
 
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -141,18 +142,53 @@ class Clip {
 // A Training stays for the next call unless it takes more bytes than this: with so many, a step takes long enough.
 constexpr int64_t kMostKept = 1 << 20;
 
+// All that a Training depends on beside what `keep` was given.
+struct Seen {
+  struct Memory {  // of a tensor of at most two dimensions: there is no Training of others
+    const void* data;
+    int64_t dtype, dim, sizes[2], strides[2];
+  };
+  Seen() = default;
+  Seen(const Tensor& input, const std::vector<Tensor>& parameters, const std::vector<Tensor>& states,
+       const std::vector<double>& options, std::optional<double> max_grad_norm)
+      : numbers{double(dtype_of(input)), input.dim() ? double(input.size(input.dim() - 1)) : -1,
+                double(torch::stable::get_num_threads()), max_grad_norm.value_or(-1)} {
+    numbers.insert(numbers.end(), options.begin(), options.end());
+    memory.reserve(parameters.size() + states.size());
+    for (const auto* tensors : {&parameters, &states}) {
+      for (const Tensor& t : *tensors) {
+        const Layout layout(t);
+        Memory m{
+            t.mutable_data_ptr(), layout.dtype, layout.dim, {}, {}};  // mutable: a lazy copy is made before a write
+        for (int64_t d = 0; d < std::min<int64_t>(layout.dim, 2); ++d) {
+          m.sizes[d] = layout.sizes[d];
+          m.strides[d] = layout.strides[d];
+        }
+        memory.push_back(m);
+      }
+    }
+  }
+  bool operator==(const Seen& other) const {
+    return numbers == other.numbers && memory.size() == other.memory.size() &&
+           std::memcmp(memory.data(), other.memory.data(), memory.size() * sizeof(Memory)) == 0;
+  }
+  std::vector<double> numbers;
+  std::vector<Memory> memory;
+};
+
 // What `keep` was given, and what `train` keeps from one call to the next.
 struct Kept {
   std::vector<bool> biases, needs;
   LossOptions loss;
   std::string rule;
   std::vector<Tensor> states;
+  std::vector<double> options;
   std::vector<int64_t> groups;
   std::vector<bool> fresh;
 
   std::mutex busy;  // of what follows; it is never waited for, since a process may fork while it is held
-  std::vector<int64_t> seen;  // what the Training below was made for
   std::shared_ptr<void> training;
+  Seen seen;  // what it was made for
 };
 
 // All that is kept in this process, each under a number. As the pool, it is never destroyed, and works after a fork.
@@ -279,33 +315,6 @@ class Training {
   std::optional<Pass> pass_;
 };
 
-// All that a Training depends on: memory, layouts, options, the number of threads.
-std::vector<int64_t> seen_now(const Kept& kept, const Tensor& input, const std::vector<Tensor>& parameters,
-                              const std::vector<double>& options, const std::optional<double>& max_grad_norm) {
-  std::vector<int64_t> seen;
-  seen.reserve(8 * (parameters.size() + kept.states.size()) + options.size() + 8);
-  const auto add_number = [&](double number) {
-    seen.push_back(0);
-    std::memcpy(&seen.back(), &number, sizeof(number));
-  };
-  const auto add = [&](const Tensor& t) {
-    const Layout layout(t);
-    seen.push_back(reinterpret_cast<int64_t>(t.mutable_data_ptr()));  // mutable: before a write, a lazy copy is made
-    seen.push_back(layout.dtype);
-    seen.push_back(layout.dim);
-    seen.insert(seen.end(), layout.sizes, layout.sizes + layout.dim);
-    seen.insert(seen.end(), layout.strides, layout.strides + layout.dim);
-  };
-  seen.push_back(dtype_of(input));
-  seen.push_back(input.dim() ? input.size(input.dim() - 1) : -1);
-  seen.push_back(torch::stable::get_num_threads());
-  add_number(max_grad_norm.value_or(-1));
-  for (const double option : options) add_number(option);
-  for (const Tensor& parameter : parameters) add(parameter);
-  for (const Tensor& state : kept.states) add(state);
-  return seen;
-}
-
 void check_order(const char* op, const Tensor& order) {
   MBP_CHECK(dtype_of(order) == aoti_torch_dtype_int64() && order.dim() == 1 && order.is_contiguous(), op,
             ": `order` must be a contiguous int64 tensor of one dimension, got ", dtype_name(dtype_of(order)), " ",
@@ -315,8 +324,8 @@ void check_order(const char* op, const Tensor& order) {
 }  // namespace
 
 int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
-             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<int64_t> groups,
-             std::vector<bool> fresh) {
+             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
+             std::vector<int64_t> groups, std::vector<bool> fresh) {
   const char* op = "keep";
   const std::string rule_name = take_text(rule), loss = take_text(loss_name);
   MBP_CHECK(needs.size() == 2 * biases.size(), op, ": `needs` must have 2 x ", biases.size(), " items, got ",
@@ -327,6 +336,7 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
   kept->needs = std::move(needs);
   kept->rule = rule_name;
   kept->states = std::move(states);
+  kept->options = std::move(options);
   kept->groups = std::move(groups);
   kept->fresh = std::move(fresh);
   return AllKept::global().add(std::move(kept));
@@ -335,29 +345,30 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
 void release(int64_t handle) { AllKept::global().remove(handle); }
 
 int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size,
-              std::vector<Tensor> parameters, std::vector<double> options, std::optional<double> max_grad_norm,
-              Tensor losses, double seconds) {
+              std::vector<Tensor> parameters, std::optional<std::vector<double>> other_options,
+              std::optional<double> max_grad_norm, Tensor losses, double seconds) {
   const char* op = "train";
   const std::shared_ptr<Kept> kept = AllKept::global().find(op, handle);
+  const std::vector<double>& options = other_options ? *other_options : kept->options;
+  const size_t layers = kept->biases.size();
+  const size_t wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
+  MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
+  MBP_CHECK(layers > 0, op, ": there must be at least one layer");
   MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
   MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
   check_dtype(op, {"losses"}, losses, input);
-  auto seen = seen_now(*kept, input, parameters, options, max_grad_norm);
+
+  Seen seen(input, parameters, kept->states, options, max_grad_norm);
   // Another thread may be making steps: this call then makes a Training of its own.
   const std::unique_lock<std::mutex> lock(kept->busy, std::try_to_lock);
-  std::shared_ptr<void> own;
-  std::shared_ptr<void>& training = lock ? kept->training : own;
-  const bool known = training && kept->seen == seen;
+  const std::shared_ptr<void> known = lock && kept->seen == seen ? kept->training : nullptr;
   std::vector<Tensor> weights;
   std::vector<std::optional<Tensor>> biases;
-  const size_t layers = kept->biases.size(),
-               wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
-  MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
-  for (size_t k = 0, next = 0; k < layers; ++k) {
-    weights.push_back(parameters[next++]);
-    biases.push_back(kept->biases[k] ? std::optional<Tensor>(parameters[next++]) : std::nullopt);
-  }
   if (!known) {
+    for (size_t k = 0, next = 0; k < layers; ++k) {
+      weights.push_back(parameters[next++]);
+      biases.push_back(kept->biases[k] ? std::optional<Tensor>(parameters[next++]) : std::nullopt);
+    }
     check_network(op, input, weights, biases);
     for (const Tensor& parameter : parameters) {
       if (!parameter.is_contiguous()) return -1;
@@ -366,7 +377,8 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
       if (!state.is_cpu()) return -1;
     }
   }
-  check_loss(op, input, target, weights.back().size(0), kept->loss.kind, kept->loss.label_smoothing);
+  const Tensor& last = parameters[wanted - (kept->biases.back() ? 2 : 1)];
+  check_loss(op, input, target, last.size(0), kept->loss.kind, kept->loss.label_smoothing);
   return dispatch(op, input, [&](auto zero) -> int64_t {
     using T = decltype(zero);
     Tensor keep_input, keep_target;
@@ -375,7 +387,7 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
     const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
     MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
               " rows make fewer batches of ", batch_size);
-    const auto network = known ? std::static_pointer_cast<Training<T>>(training)
+    const auto network = known ? std::static_pointer_cast<Training<T>>(known)
                                : std::make_shared<Training<T>>(op, *kept, weights, biases, options, max_grad_norm);
     if (!network->fits()) return -1;
     const Batches<T> data(h, as_target<T>(target, kept->loss.kind, keep_target),
@@ -396,7 +408,7 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
     }
     if (lock && step > 0) {
       std::fill(kept->fresh.begin(), kept->fresh.end(), false);
-      training = network->bytes() <= kMostKept ? network : nullptr;
+      kept->training = network->bytes() <= kMostKept ? network : nullptr;
       kept->seen = std::move(seen);
     }
     return step;

@@ -303,7 +303,8 @@ def _valid(case: Case) -> dict[str, Any]:
 
 
 KEPT = (
-    "biases", "needs", "loss", "mean", "ignore_index", "label_smoothing", "rule", "states", "groups", "fresh",
+    "biases", "needs", "loss", "mean", "ignore_index", "label_smoothing", "rule", "states", "options", "groups",
+    "fresh",
 )  # fmt: skip
 
 
@@ -313,7 +314,8 @@ def _call(case: Case, arguments: dict[str, Any]) -> Any:
         return getattr(_ops, case.op)(**arguments)
     handle = _ops.keep(**{name: arguments[name] for name in KEPT})
     try:
-        return _ops.train(handle, **{name: value for name, value in arguments.items() if name not in KEPT})
+        rest = {name: value for name, value in arguments.items() if name not in KEPT}
+        return _ops.train(handle, **rest, options=arguments["options"] if case.final_relu else None)
     finally:
         _ops.release(handle)
 
