@@ -60,14 +60,15 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       "keep(bool[] biases, bool[] needs, str loss, bool mean, int ignore_index, float label_smoothing, str rule,"
       " Tensor(a!)[] states, float[] options, int[] groups, bool[] fresh) -> int");
   m.def("release(int handle) -> ()");
-  // Training steps, losses.numel() of them or fewer once `seconds` have passed, on one batch of `batch_size` rows after
-  // another, in the order given: loss and gradients (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and
-  // update, in place. parameters: weight 0, bias 0, weight 1, ...; options: None for those that were kept. Returns how
-  // many steps were made: all before one that fails. Without a change: -1, if dtypes or layouts are not for it, or an
-  // error, if the first step fails.
+  // Training steps, as many as asked for or fewer once `seconds` have passed, on one batch of `batch_size` rows after
+  // another (None: a single step on all rows), in the order given: loss and gradients (mlp_loss), clip_grad_norm_
+  // unless max_grad_norm is None, and update, in place. parameters: weight 0, bias 0, weight 1, ...; options: None for
+  // those that were kept. Returns the losses of all steps that were made, those before one that fails; without a
+  // dimension if the step is single. Without a change: None, if dtypes or layouts are not for it, or an error, if the
+  // first step fails.
   m.def(
-      "train(int handle, Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] parameters,"
-      " float[]? options, float? max_grad_norm, Tensor(b!) losses, float seconds) -> int");
+      "train(int handle, Tensor input, Tensor target, Tensor? order, int? batch_size, int steps,"
+      " Tensor(a!)[] parameters, float[]? options, float? max_grad_norm, float seconds) -> Tensor?");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:

@@ -30,7 +30,6 @@ from torch_manualbp.optimizers import Arguments, arguments_of, finish, steps_by_
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-_ALL = 1 << 62  # rows: more than any batch has
 _MOST = 1 << 16  # steps in one call of the op
 _SECONDS = 0.02  # after which `run` returns, so that Python handles signals and shows progress
 
@@ -64,7 +63,7 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
-        if (loss := self._by_kernels(input, target, None, _ALL, ())) is not None:
+        if (loss := self._by_kernels(input, target, None, None, 1)) is not None:
             return loss
         check_tensor(self._op, "input", input)
         check_tensor(self._op, "target", target)
@@ -88,11 +87,11 @@ class Steps:
                 return self.run(input, target, order, batch_size, losses, first)
         if input.dim() == 2 and first < len(losses):
             done = first * batch_size
-            shape = (min(len(losses) - first, _MOST),)
+            most = min(len(losses) - first, _MOST)
             if order is None:
-                values = self._by_kernels(input[done:], target[done:], None, batch_size, shape)
+                values = self._by_kernels(input[done:], target[done:], None, batch_size, most)
             else:
-                values = self._by_kernels(input, target, order[done:], batch_size, shape)
+                values = self._by_kernels(input, target, order[done:], batch_size, most)
             if values is not None:
                 losses[first : first + len(values)] = values
                 return first + len(values)
@@ -106,7 +105,7 @@ class Steps:
         return len(losses)
 
     def _by_kernels(
-        self, input: Tensor, target: Tensor, order: Tensor | None, batch_size: int, shape: tuple[int, ...]
+        self, input: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, steps: int
     ) -> Tensor | None:
         """Steps in one call of the op `train`, for about `_SECONDS`. Returns their losses; None: the composition must.
 
@@ -116,8 +115,8 @@ class Steps:
             input: as for `run`.
             target: as for `run`.
             order: as for `run`.
-            batch_size: as for `run`.
-            shape: of the losses, one for each step; () if there is a single step.
+            batch_size: as for `run`; None: a single step on all rows, whose loss has no dimension.
+            steps: how many at most.
         """
         network, loss, optimizer = self._model, self._loss, self._optimizer
         if not (isinstance(network, FusedForward) and isinstance(loss, LossSpec)) or network.__dict__.get(
@@ -129,26 +128,24 @@ class Steps:
             return None
         if _distributed.is_initialized() or not steps_by_kernels(optimizer):
             return None
-        dtype = input.dtype
         kept: _Kept | None = optimizer.__dict__.get("_manualbp_kept")
-        options = None if kept is None else kept.options_of(optimizer, *parameters, loss, dtype)
+        options = None if kept is None else kept.options_of(optimizer, *parameters, loss, input.dtype)
         if kept is None or options is None:
             if (kept := _Kept.of(optimizer, *parameters, loss)) is None:
                 return None
             optimizer.__dict__["_manualbp_kept"] = kept
             options = kept.arguments.options
-        # torch.empty takes twice as long for the shape ().
-        losses = torch.empty_strided(shape, (1,) * len(shape), dtype=dtype, device="cpu")
-        limits = self._max_grad_norm, losses, _SECONDS
         others = None if options is kept.arguments.options else options
+        limits = others, self._max_grad_norm, _SECONDS
         try:
-            made: int = _ops.train(kept.handle, input, target, order, batch_size, kept.parameters, others, *limits)
+            losses: Tensor | None = _ops.train(
+                kept.handle, input, target, order, batch_size, steps, kept.parameters, *limits
+            )
         except RuntimeError:  # nothing has been changed: the composition raises the error of torch, or computes
             return None
-        if made <= 0:
-            return None
-        finish(optimizer, kept.learners, kept.arguments)
-        return losses[:made] if shape else losses
+        if losses is not None:
+            finish(optimizer, kept.learners, kept.arguments)
+        return losses
 
     @contextmanager
     def _own_gradients(self) -> Iterator[list[Tensor]]:

@@ -48,9 +48,10 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
 
 void release(int64_t handle);
 
-int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size,
-              std::vector<Tensor> parameters, std::optional<std::vector<double>> other_options,
-              std::optional<double> max_grad_norm, Tensor losses, double seconds);
+std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order,
+                            std::optional<int64_t> batch_size, int64_t steps, std::vector<Tensor> parameters,
+                            std::optional<std::vector<double>> other_options, std::optional<double> max_grad_norm,
+                            double seconds);
 
 // The same for tensors that are not dense tensors on the CPU: false, since the CPU's is the only one.
 bool update_elsewhere(std::vector<Tensor> parameters, std::vector<Tensor> gradients, StringHandle rule,

@@ -344,9 +344,10 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
 
 void release(int64_t handle) { AllKept::global().remove(handle); }
 
-int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size,
-              std::vector<Tensor> parameters, std::optional<std::vector<double>> other_options,
-              std::optional<double> max_grad_norm, Tensor losses, double seconds) {
+std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order,
+                            std::optional<int64_t> batch_size, int64_t steps, std::vector<Tensor> parameters,
+                            std::optional<std::vector<double>> other_options, std::optional<double> max_grad_norm,
+                            double seconds) {
   const char* op = "train";
   const std::shared_ptr<Kept> kept = AllKept::global().find(op, handle);
   const std::vector<double>& options = other_options ? *other_options : kept->options;
@@ -354,9 +355,7 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
   const size_t wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
   MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
   MBP_CHECK(layers > 0, op, ": there must be at least one layer");
-  MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
-  MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
-  check_dtype(op, {"losses"}, losses, input);
+  MBP_CHECK(!batch_size || *batch_size >= 1, op, ": `batch_size` must be positive, got ", *batch_size);
 
   Seen seen(input, parameters, kept->states, options, max_grad_norm);
   // Another thread may be making steps: this call then makes a Training of its own.
@@ -371,34 +370,35 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
     }
     check_network(op, input, weights, biases);
     for (const Tensor& parameter : parameters) {
-      if (!parameter.is_contiguous()) return -1;
+      if (!parameter.is_contiguous()) return std::nullopt;
     }
     for (const Tensor& state : kept->states) {  // the dispatcher has seen the other tensors only
-      if (!state.is_cpu()) return -1;
+      if (!state.is_cpu()) return std::nullopt;
     }
   }
   const Tensor& last = parameters[wanted - (kept->biases.back() ? 2 : 1)];
   check_loss(op, input, target, last.size(0), kept->loss.kind, kept->loss.label_smoothing);
-  return dispatch(op, input, [&](auto zero) -> int64_t {
+  return dispatch(op, input, [&](auto zero) -> std::optional<Tensor> {
     using T = decltype(zero);
     Tensor keep_input, keep_target;
     const auto h = as_matrix<T>(input, keep_input);
     if (order) check_order(op, *order);
-    const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
-    MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
-              " rows make fewer batches of ", batch_size);
+    const int64_t rows = order ? order->numel() : h.rows, batch = std::min(batch_size.value_or(rows), rows);
+    const int64_t most = (batch ? (rows - 1) / batch : 0) + 1;
+    MBP_CHECK(steps >= 1 && steps <= most, op, ": `steps` must be between 1 and ", most, ", got ", steps);
     const auto network = known ? std::static_pointer_cast<Training<T>>(known)
                                : std::make_shared<Training<T>>(op, *kept, weights, biases, options, max_grad_norm);
-    if (!network->fits()) return -1;
-    const Batches<T> data(h, as_target<T>(target, kept->loss.kind, keep_target),
-                          order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows));
-    T* const values = const_cast<T*>(const_data<T>(losses));
+    if (!network->fits()) return std::nullopt;
+    const Batches<T> batches(h, as_target<T>(target, kept->loss.kind, keep_target),
+                             order ? const_data<int64_t>(*order) : nullptr, batch);
+    const Tensor losses = batch_size ? empty({steps}, dtype_of(input)) : empty({}, dtype_of(input));
+    T* const values = data<T>(losses);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
-      const int64_t first = step * batch_size;
+      const int64_t first = step * batch;
       try {
-        network->step(data, first, std::min(batch_size, rows - first), values + step);
+        network->step(batches, first, std::min(batch, rows - first), values + step);
       } catch (...) {  // a row or a class out of bounds: nothing of this step has been done
         if (step == 0) throw;
         break;  // the next call will begin with the step that fails
@@ -406,12 +406,12 @@ int64_t train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor>
       ++step;
       if (step < steps && std::chrono::steady_clock::now() >= deadline) break;
     }
-    if (lock && step > 0) {
+    if (lock) {
       std::fill(kept->fresh.begin(), kept->fresh.end(), false);
       kept->training = network->bytes() <= kMostKept ? network : nullptr;
       kept->seen = std::move(seen);
     }
-    return step;
+    return step < steps ? seen_as(losses, {step}, {1}) : losses;
   });
 }
 
