@@ -30,12 +30,12 @@ struct AdamOption {
 
 // The shape and strides of a tensor, which must outlive it: each call of torch's C interface takes time.
 struct Layout {
-  explicit Layout(const Tensor& t) : dtype(dtype_of(t)), dim(t.dim()) {
-    int64_t *all_sizes, *all_strides;
-    MBP_TORCH(aoti_torch_get_sizes(t.get(), &all_sizes));
-    MBP_TORCH(aoti_torch_get_strides(t.get(), &all_strides));
-    sizes = all_sizes;
-    strides = all_strides;
+  explicit Layout(const Tensor& t) : dtype(dtype_of(t)) {
+    const auto& all_sizes = t.sizes();
+    const auto& all_strides = t.strides();
+    dim = int64_t(all_sizes.size());
+    sizes = all_sizes.data();
+    strides = all_strides.data();
   }
   int64_t numel() const {
     int64_t count = 1;
@@ -85,7 +85,8 @@ class Updater {
   //         nothing yet
   //   Adam  exp_avg, exp_avg_sq and step of each parameter, then max_exp_avg_sq of those whose group has amsgrad; fresh
   //         is empty
-  // The tensors must outlive the Updater, and their memory must not move.
+  // The memory of the tensors must outlive the Updater, and must not move; where gradients are tensors, so must the
+  // parameters themselves.
   Updater(const char* op, const std::string& rule, const std::vector<Tensor>& parameters,
           const std::vector<Tensor>& states, const std::vector<double>& options, const std::vector<int64_t>& groups,
           const std::vector<bool>& fresh)

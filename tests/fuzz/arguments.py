@@ -303,13 +303,14 @@ KEPT = (
 
 
 def _call(case: Case, arguments: dict[str, Any]) -> Any:
-    """What the op returns. `train` is called for what `keep` is given first."""
+    """What the op returns; of `train`, which is called for what `keep` is given first, the number of steps."""
     if case.op != "train":
         return getattr(_ops, case.op)(**arguments)
     handle = _ops.keep(**{name: arguments[name] for name in KEPT})
     try:
         rest = {name: value for name, value in arguments.items() if name not in KEPT}
-        return _ops.train(handle, **rest, options=arguments["options"] if case.final_relu else None)
+        losses = _ops.train(handle, **rest, options=arguments["options"] if case.final_relu else None)
+        return None if losses is None else losses.numel()
     finally:
         _ops.release(handle)
 
