@@ -73,22 +73,19 @@ class Rows {
 // The gradients of one step, in one block of memory.
 template <typename T>
 struct StepGradients {
-  StepGradients(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                const std::vector<bool>& needs) {
+  // trained: the parameters that `needs` asks for; biases: which layers have one.
+  StepGradients(const std::vector<Tensor>& trained, const std::vector<bool>& biases, const std::vector<bool>& needs,
+                int32_t dtype) {
     constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
     int64_t size = 0;
-    const auto add = [&](const Tensor& parameter) {
+    for (const Tensor& parameter : trained) {
       sizes.push_back(parameter.numel());
       offsets.push_back(size);
       size += round_up(sizes.back(), kAlign);
-    };
-    for (size_t k = 0; k < weights.size(); ++k) {
-      if (needs[2 * k]) add(weights[k]);
-      if (needs[2 * k + 1] && biases[k]) add(*biases[k]);
     }
-    memory = empty({size}, dtype_of(weights[0]));
+    memory = empty({size}, dtype);
     size_t next = 0;
-    for (size_t k = 0; k < weights.size(); ++k) {
+    for (size_t k = 0; k < biases.size(); ++k) {
       pointers.omega.push_back(needs[2 * k] ? at(next++) : nullptr);
       pointers.beta.push_back(needs[2 * k + 1] && biases[k] ? at(next++) : nullptr);
     }
@@ -247,14 +244,14 @@ template <typename T>
 class Training {
  public:
   Training(const char* op, const Kept& kept, const std::vector<Tensor>& weights,
-           const std::vector<std::optional<Tensor>>& biases, const std::vector<double>& options,
-           std::optional<double> max_grad_norm)
+           const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& trained,
+           const std::vector<double>& options, std::optional<double> max_grad_norm)
       : op_(op),
         loss_(kept.loss),
         layers_(layers_of<T>(weights, biases)),
-        grads_(weights, biases, kept.needs),
-        updater_(op, kept.rule, learners(weights, biases, kept.needs), kept.states, options, kept.groups, kept.fresh) {
-    for (size_t i = 0; i < grads_.sizes.size(); ++i) updater_.set_gradient(int64_t(i), grads_.at(i));
+        grads_(trained, kept.biases, kept.needs, dtype_of(weights[0])),
+        updater_(op, kept.rule, trained, kept.states, options, kept.groups, kept.fresh) {
+    for (size_t i = 0; i < trained.size(); ++i) updater_.set_gradient(int64_t(i), grads_.at(i));
     if (max_grad_norm) clip_.emplace(grads_, *max_grad_norm);
   }
 
@@ -282,17 +279,6 @@ class Training {
   }
 
  private:
-  static std::vector<Tensor> learners(const std::vector<Tensor>& weights,
-                                      const std::vector<std::optional<Tensor>>& biases,
-                                      const std::vector<bool>& needs) {
-    std::vector<Tensor> all;
-    for (size_t k = 0; k < weights.size(); ++k) {
-      if (needs[2 * k]) all.push_back(weights[k]);
-      if (needs[2 * k + 1] && biases[k]) all.push_back(*biases[k]);
-    }
-    return all;
-  }
-
   // The passes for batches of one size: all batches but the last have the same.
   struct Pass {
     Pass(int64_t rows, const Training& t)
@@ -330,6 +316,7 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
              std::vector<int64_t> groups, std::vector<bool> fresh) {
   const char* op = "keep";
   const std::string rule_name = take_text(rule), loss = take_text(loss_name);
+  MBP_CHECK(!biases.empty(), op, ": `biases` must hold at least one item");
   MBP_CHECK(needs.size() == 2 * biases.size(), op, ": `needs` must have 2 x ", biases.size(), " items, got ",
             needs.size());
   auto kept = std::make_shared<Kept>();
@@ -356,19 +343,22 @@ std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::op
   const size_t layers = kept->biases.size();
   const size_t wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
   MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
-  MBP_CHECK(layers > 0, op, ": the network must have at least one layer");
   MBP_CHECK(!batch_size || *batch_size >= 1, op, ": `batch_size` must be positive, got ", *batch_size);
 
   Seen seen(input, parameters, kept->states, options, max_grad_norm);
   // Another thread may be making steps: this call then makes a Training of its own.
   const std::unique_lock<std::mutex> lock(kept->busy, std::try_to_lock);
   const std::shared_ptr<void> known = lock && kept->seen == seen ? kept->training : nullptr;
-  std::vector<Tensor> weights;
+  std::vector<Tensor> weights, trained;
   std::vector<std::optional<Tensor>> biases;
   if (!known) {
-    for (size_t k = 0, next = 0; k < layers; ++k) {
-      weights.push_back(parameters[next++]);
-      biases.push_back(kept->biases[k] ? std::optional<Tensor>(parameters[next++]) : std::nullopt);
+    auto take = [&, next = size_t(0)](size_t need) mutable -> const Tensor& {
+      if (kept->needs[need]) trained.push_back(parameters[next]);
+      return parameters[next++];
+    };
+    for (size_t k = 0; k < layers; ++k) {
+      weights.push_back(take(2 * k));
+      biases.push_back(kept->biases[k] ? std::optional<Tensor>(take(2 * k + 1)) : std::nullopt);
     }
     check_network(op, input, weights, biases);
     for (const Tensor& parameter : parameters) {
@@ -388,8 +378,9 @@ std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::op
     const int64_t rows = order ? order->numel() : h.rows, batch = std::min(batch_size.value_or(rows), rows);
     const int64_t most = (batch ? (rows - 1) / batch : 0) + 1;
     MBP_CHECK(steps >= 1 && steps <= most, op, ": `steps` must be between 1 and ", most, ", got ", steps);
-    const auto network = known ? std::static_pointer_cast<Training<T>>(known)
-                               : std::make_shared<Training<T>>(op, *kept, weights, biases, options, max_grad_norm);
+    const auto network =
+        known ? std::static_pointer_cast<Training<T>>(known)
+              : std::make_shared<Training<T>>(op, *kept, weights, biases, trained, options, max_grad_norm);
     if (!network->fits()) return std::nullopt;
     const Batches<T> batches(h, as_target<T>(target, kept->loss.kind, keep_target),
                              order ? const_data<int64_t>(*order) : nullptr, batch);
