@@ -346,7 +346,7 @@ def check(case: Case) -> None:
         result = _call(case, arguments)
     except Exception:  # as required
         return
-    if result is False or result is None and case.op == "train":  # rejected, too
+    if result is False or (result is None and case.op == "train"):  # rejected, too
         return
     assert not impossible or case.changes, "returned more than fits into memory"
     assert not (certain and len(case.changes) == 1), "accepted an invalid argument"
