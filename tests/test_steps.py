@@ -595,24 +595,39 @@ def test_a_copied_optimizer_keeps_nothing_of_the_original(made, copied):
     assert made == [1] * 3
 
 
-def test_threads_may_train_one_network_or_two():
-    results = []
+def in_two_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_two_threads_train_two_networks():
+    one, optimizer, two, other_optimizer = twins()
 
     def train(model, optimizer):
         for _ in range(300):
             model.train_step(*data(4), optimizer)
 
-    for shared in (False, True):
-        one, optimizer, two, other_optimizer = twins()
-        pairs = [(one, optimizer), (one, optimizer) if shared else (two, other_optimizer)]
-        threads = [threading.Thread(target=train, args=pair) for pair in pairs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(parameter.isfinite().all() for parameter in one.parameters())
-        results.append((one, optimizer, two, other_optimizer))
-    assert_same(*results[0])
+    in_two_threads(lambda: train(one, optimizer), lambda: train(two, other_optimizer))
+    assert_same(one, optimizer, two, other_optimizer)
+
+
+def test_two_threads_may_share_what_is_kept():
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    handle, parameters, finite = optimizer._manualbp_kept.handle, list(model.parameters()), []
+
+    def train():
+        for rows in range(1, 300):
+            losses = _ops.train(handle, input[: rows % 23 + 1], target[: rows % 23 + 1], *rest)
+            finite.append(bool(losses.isfinite()))
+
+    rest = None, None, 1, parameters, None, None, 1.0
+    in_two_threads(train, train)
+    assert finite == [True] * 598
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
