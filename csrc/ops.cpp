@@ -54,15 +54,22 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "update(Tensor(a!)[] parameters, Tensor[] gradients, str rule, Tensor(b!)[] states, float[] options,"
       " int[] groups, bool[] fresh) -> bool");
-  // Training steps, losses.numel() of them or fewer once `seconds` have passed, on one batch of `batch_size` rows after
-  // another, in the order given: loss and gradients (mlp_loss), clip_grad_norm_ unless max_grad_norm is None, and
-  // update, in place. needs: which of weight 0, bias 0, weight 1, ... are trained; these are the parameters of the
-  // arguments that follow, as for update. Returns how many steps were made: all before one that fails. Without a
-  // change: -1, if dtypes or layouts are not for it, or an error, if the first step fails.
+  // Keeps what `train` needs of a network and of an optimizer beside the parameters: a handle, until `release`.
+  // biases: of each layer, whether it has one; needs: which of weight 0, bias 0, weight 1, ... are trained; these are
+  // the parameters of the arguments that follow, as for update.
   m.def(
-      "train(Tensor input, Tensor target, Tensor? order, int batch_size, Tensor(a!)[] weights, Tensor(b!)?[] biases,"
-      " str loss, bool mean, int ignore_index, float label_smoothing, bool[] needs, str rule, Tensor(c!)[] states,"
-      " float[] options, int[] groups, bool[] fresh, float? max_grad_norm, Tensor(d!) losses, float seconds) -> int");
+      "keep(bool[] biases, bool[] needs, str loss, bool mean, int ignore_index, float label_smoothing, str rule,"
+      " Tensor(a!)[] states, float[] options, int[] groups, bool[] fresh) -> int");
+  m.def("release(int handle) -> ()");
+  // Training steps, as many as asked for or fewer once `seconds` have passed, on one batch of `batch_size` rows after
+  // another (None: a single step on all rows), in the order given: loss and gradients (mlp_loss), clip_grad_norm_
+  // unless max_grad_norm is None, and update, in place. parameters: weight 0, bias 0, weight 1, ...; options: None for
+  // those that were kept. Returns the losses of all steps that were made, those before one that fails; without a
+  // dimension if the step is single. Without a change: None, if dtypes or layouts are not for it, or an error, if the
+  // first step fails.
+  m.def(
+      "train(int handle, Tensor input, Tensor target, Tensor? order, int? batch_size, int steps,"
+      " Tensor(a!)[] parameters, float[]? options, float? max_grad_norm, float seconds) -> Tensor?");
   // How the batch of a network D_0 ... D_K = widths is cut: the way (0 tall, 1 short, 2 wide); rows of a block of the
   // forward pass, of a block, a chunk and a slice of the backward pass; bytes that the forward and the backward pass
   // allocate beside their results. store: the forward pass stores activations; needs: as for mlp_backward; recomputed:
@@ -91,6 +98,8 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(manualbp, CompositeExplicitAutograd, m) {
   m.impl("update", TORCH_BOX(&manualbp::update_elsewhere));
+  m.impl("keep", TORCH_BOX(&manualbp::keep));
+  m.impl("release", TORCH_BOX(&manualbp::release));
   m.impl("plan", TORCH_BOX(&manualbp::plan));
   m.impl("empty_cache", TORCH_BOX(&manualbp::empty_cache));
   m.impl("cache_size", TORCH_BOX(&manualbp::cache_size));

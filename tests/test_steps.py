@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import pickle
+import threading
+import weakref
 
 import pytest
 import torch
@@ -28,13 +32,14 @@ SIZES = [5, 19, 8, 3]
 
 @pytest.fixture
 def made(monkeypatch):
-    """The steps that each call of the op has made."""
+    """The steps that each call of the op has made; -1: it has left them to the composition."""
     counts = []
     train = _ops.train
 
     def counted(*args):
-        counts.append(train(*args))
-        return counts[-1]
+        losses = train(*args)
+        counts.append(-1 if losses is None else losses.numel())
+        return losses
 
     monkeypatch.setattr(_ops, "train", counted)
     return counts
@@ -213,6 +218,27 @@ def exchange_a_state(model, optimizer):
     optimizer.state[model[0].weight]["exp_avg"] = torch.ones_like(model[0].weight)
 
 
+def exchange_the_storage_of_a_state(model, optimizer):
+    state = optimizer.state[model[2].bias]["exp_avg_sq"]
+    state.data = state.data + 1
+
+
+def count_again(model, optimizer):
+    for state in optimizer.state.values():
+        state["step"].fill_(7)
+
+
+def swap_tensors(model, optimizer):
+    torch.utils.swap_tensors(model[2].weight, nn.Parameter(2 * model[2].weight.detach()))
+    state = optimizer.state[model[2].weight]
+    torch.utils.swap_tensors(model[0].bias, nn.Parameter(model[0].bias.detach() + 1))
+    state["exp_avg"] = state["exp_avg"] + 1
+
+
+def use_two_threads(model, optimizer):
+    torch.set_num_threads(3 - torch.get_num_threads())
+
+
 def replace_a_layer(model, optimizer):
     torch.manual_seed(5)
     model[2] = nn.Linear(19, 8)
@@ -228,12 +254,60 @@ def write_into_a_weight(model, optimizer):
     "change",
     [
         *(change_lr, change_to_amsgrad, freeze, load_state, forget_state, exchange_storage, exchange_a_state),
-        *(replace_a_layer, write_into_a_weight),
+        *(
+            exchange_the_storage_of_a_state,
+            count_again,
+            swap_tensors,
+            replace_a_layer,
+            write_into_a_weight,
+        ),
     ],
 )
 def test_a_change_between_steps_counts(made, change):
     train_twins(change)
     assert made == [1] * 4
+
+
+def narrow(model, optimizer):
+    weight, bias = model[0].weight, model[0].bias
+    weight.data, bias.data = weight.data[:7].clone(), bias.data[:7].clone()
+    model[2].weight.data = model[2].weight.data[:, :7].clone()
+
+
+def shift_in_memory(model, optimizer):
+    weight = model[2].weight
+    weight.data = torch.cat([weight.data.flatten(), torch.ones(1)])[1:].view(weight.shape)
+
+
+@pytest.mark.parametrize("change", [narrow, shift_in_memory])
+def test_parameters_may_get_other_memory_and_shapes(made, change):
+    train_twins(change, "SGD")
+    assert made == [1] * 4
+
+
+def test_the_dtype_may_change(made):
+    model, optimizer, other, other_optimizer = twins("SGD")
+    input, target = data()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        for parameter in (*model.parameters(), *other.parameters()):
+            parameter.data = parameter.data.to(dtype)
+        value = model.train_step(input.to(dtype), target.to(dtype), optimizer)
+        assert torch.equal(value, composed(other, other_optimizer, input.to(dtype), target.to(dtype)))
+    assert made == [1] * 3
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_a_square_weight_transposed_in_place_takes_the_composition(made):
+    model, optimizer, other, other_optimizer = twins("SGD", sizes=[5, 8, 8, 3])
+    input, target = data()
+    for step in range(4):
+        if step == 2:
+            for each in (model, other):
+                each[2].weight.data = each[2].weight.data.t()  # the same memory and the same shape
+        value = model.train_step(input, target, optimizer)
+        assert torch.equal(value, composed(other, other_optimizer, input, target))
+    assert [count for count in made if count > 0] == [1, 1]
+    assert_same(model, optimizer, other, other_optimizer)
 
 
 def parameter_hook(model, optimizer):
@@ -401,26 +475,206 @@ def test_steps_do_not_depend_on_threads():
             assert all(map(torch.equal, results[k], other))
 
 
-@pytest.mark.parametrize("case", ["order", "losses", "batch_size", "needs", "states", "target"])
+def test_options_in_place_and_parameters_that_move_between_groups(made):
+    def grouped(model):
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 0.3}, {"params": rest}]
+        return mbp.fuse(torch.optim.Adam(groups, lr=0.01))
+
+    model, other = network(), network()
+    optimizer, other_optimizer = grouped(model), grouped(other)
+    input, target = data()
+    for _ in range(2):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+        for each in (optimizer, other_optimizer):
+            first, second = each.param_groups
+            first["params"].append(second["params"].pop(0))
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    assert_same(model, optimizer, other, other_optimizer)
+    for each in (optimizer, other_optimizer):
+        each.param_groups[1]["betas"] = [0.8, 0.99]
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    for each in (optimizer, other_optimizer):
+        each.param_groups[1]["betas"][0] = 0.5
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    assert_same(model, optimizer, other, other_optimizer)
+    assert made == [1] * 5
+
+
+def test_a_scheduler_and_another_limit_keep_what_is_kept(made):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    kept = optimizer._manualbp_kept
+    for step in range(1, 4):
+        for each in (optimizer, other_optimizer):
+            each.param_groups[0]["lr"] = 0.1 / step
+        model.train_step(input, target, optimizer, max_grad_norm=step / 10)
+        composed(other, other_optimizer, input, target, max_grad_norm=step / 10)
+        assert optimizer._manualbp_kept is kept
+    assert made == [1] * 4
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_a_list_of_betas_may_change_in_place(made):
+    model, optimizer, other, other_optimizer = twins()
+    for each in (optimizer, other_optimizer):
+        each.param_groups[0]["betas"] = [0.8, 0.9]
+    input, target = data()
+    for step in range(1, 4):
+        model.train_step(input, target, optimizer)
+        composed(other, other_optimizer, input, target)
+        for each in (optimizer, other_optimizer):
+            each.param_groups[0]["betas"][0] = 0.8 - step / 10
+    assert made == [1] * 3
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+def test_losses_may_alternate(made):
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    for loss in ("mse", "bce_with_logits") * 2:
+        value = model.train_step(input, target, optimizer, loss)
+        assert torch.equal(value, composed(other, other_optimizer, input, target, loss))
+    assert made == [1] * 4
+
+
+def is_known(handle):
+    """Whether the op knows this handle. It rejects the other arguments."""
+    with pytest.raises(RuntimeError) as error:
+        _ops.train(handle, torch.ones(1, 1), torch.ones(1, 1), None, None, 1, [], None, None, 0.0)
+    return "`handle`" not in str(error.value)
+
+
+def test_what_is_kept_is_released_with_its_owner():
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    first = optimizer._manualbp_kept.handle
+    assert is_known(first)
+    forget_state(model, optimizer)
+    model.train_step(input, target, optimizer)
+    second = optimizer._manualbp_kept.handle
+    assert not is_known(first)
+    assert is_known(second)
+    memory = weakref.ref(optimizer.state[model[0].weight]["exp_avg"])
+    mbp.unfuse(optimizer)
+    optimizer.state.clear()
+    assert not is_known(second)
+    assert memory() is None
+
+
+def test_parameters_are_not_kept():
+    model, optimizer, _, _ = twins()
+    model.train_step(*data(), optimizer)
+    assert all(parameter._use_count() == 1 for parameter in model.parameters())
+    assert model.loss_backward(*data()).grad_fn is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copied_optimizer_keeps_nothing_of_the_original(made, copied):
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    handle = optimizer._manualbp_kept.handle
+    before = [each.detach().clone() for each in numbers(model, optimizer)]
+    other, other_optimizer = copied((model, optimizer))
+    other.train_step(input, target, other_optimizer)
+    assert other_optimizer._manualbp_kept.handle != handle
+    assert all(map(torch.equal, before, numbers(model, optimizer)))
+    assert copied(optimizer.__dict__)["_manualbp_kept"] is None
+    shallow = copy.copy(optimizer)
+    model.train_step(input, target, shallow)
+    del shallow, other_optimizer
+    assert is_known(handle)
+    assert made == [1] * 3
+
+
+def in_two_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_two_threads_train_two_networks():
+    one, optimizer, two, other_optimizer = twins()
+
+    def train(model, optimizer):
+        for _ in range(300):
+            model.train_step(*data(4), optimizer)
+
+    in_two_threads(lambda: train(one, optimizer), lambda: train(two, other_optimizer))
+    assert_same(one, optimizer, two, other_optimizer)
+
+
+def test_two_threads_may_share_what_is_kept():
+    model, optimizer, _, _ = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    handle, parameters, finite = optimizer._manualbp_kept.handle, list(model.parameters()), []
+
+    def train():
+        for rows in range(1, 300):
+            losses = _ops.train(handle, input[: rows % 23 + 1], target[: rows % 23 + 1], *rest)
+            finite.append(bool(losses.isfinite()))
+
+    rest = None, None, 1, parameters, None, None, 1.0
+    in_two_threads(train, train)
+    assert finite == [True] * 598
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_makes_the_same_steps(made):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    model, optimizer, other, other_optimizer = twins()
+    input, target = data()
+    model.train_step(input, target, optimizer)
+    composed(other, other_optimizer, input, target)
+    child = os.fork()
+    if child == 0:
+        value = model.train_step(input, target, optimizer)
+        os._exit(0 if made == [1, 1] and torch.equal(value, composed(other, other_optimizer, input, target)) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    torch.set_num_threads(2)
+    assert torch.equal(model.train_step(input, target, optimizer), composed(other, other_optimizer, input, target))
+    assert_same(model, optimizer, other, other_optimizer)
+
+
+@pytest.mark.parametrize("case", ["order", "steps", "batch_size", "needs", "states", "target", "parameters", "options"])
 def test_errors_of_the_op_name_the_argument(case):
     model, _, _, _ = twins("SGD")
     input, target = data()
-    weights, biases = [each.weight for each in model[::2]], [each.bias for each in model[::2]]
+    kept = {
+        "biases": [True] * 3, "needs": [True] * 6, "loss": "mse", "mean": True, "ignore_index": -100,
+        "label_smoothing": 0.0, "rule": "sgd", "states": [], "options": [0.1, 0, 0, 0, 0, 0], "groups": [0] * 6,
+        "fresh": [],
+    }  # fmt: skip
     arguments = {
-        "input": input, "target": target, "order": torch.arange(23), "batch_size": 5, "weights": weights,
-        "biases": biases, "loss": "mse", "mean": True, "ignore_index": -100, "label_smoothing": 0.0,
-        "needs": [True] * 6, "rule": "sgd", "states": [], "options": [0.1, 0, 0, 0, 0, 0], "groups": [0] * 6,
-        "fresh": [], "max_grad_norm": None, "losses": torch.empty(5), "seconds": 1.0,
+        "input": input, "target": target, "order": torch.arange(23), "batch_size": 5, "steps": 5,
+        "parameters": list(model.parameters()), "max_grad_norm": None, "seconds": 1.0,
     }  # fmt: skip
-    assert _ops.train(*arguments.values()) == 5
+
+    def train():
+        arguments["handle"] = _ops.keep(**kept)
+        return _ops.train(**arguments, options=None)
+
+    assert len(train()) == 5
     wrong = {
-        "order": torch.tensor([0, 23, 1]), "losses": torch.empty(6), "batch_size": 0, "needs": [True] * 5,
-        "states": [input], "target": target[:, :2],
+        "order": torch.tensor([0, 23, 1]), "steps": 6, "batch_size": 0, "needs": [True] * 5,
+        "states": [input], "target": target[:, :2], "parameters": arguments["parameters"][:5], "options": [0.1],
     }  # fmt: skip
-    arguments[case] = wrong[case]
+    (kept if case in kept else arguments)[case] = wrong[case]
     if case == "order":
-        arguments["losses"] = torch.empty(1)
+        arguments["steps"] = 1
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(RuntimeError, match=f"train: `{case}"):
-        _ops.train(*arguments.values())
+    with pytest.raises(RuntimeError, match=f"(train|keep): `{case}"):
+        train()
     assert all(map(torch.equal, before, model.parameters()))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from torch_manualbp import _ops
 from torch_manualbp._checks import REDUCTIONS, check_choice
@@ -179,7 +180,7 @@ _cached_spec = functools.lru_cache(maxsize=256, typed=True)(LossSpec)
 
 def loss_spec(name: str, reduction: str, ignore_index: int, label_smoothing: float) -> LossSpec:
     """The `LossSpec` of these options."""
-    make = LossSpec if torch.compiler.is_compiling() else _cached_spec  # Dynamo traces no cache
+    make = LossSpec if is_dynamo_compiling() else _cached_spec  # Dynamo traces no cache
     return make(name, reduction, ignore_index, label_smoothing)
 
 

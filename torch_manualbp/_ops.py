@@ -60,7 +60,9 @@ flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
 flow_update = torch.ops.manualbp.flow_update.default
 update = torch.ops.manualbp.update.default
-train = torch.ops.manualbp.train.default
+keep = torch.ops.manualbp.keep.default
+release = torch.ops.manualbp.release.default
+train = getattr(torch.ops.manualbp.train.default, "_op", torch.ops.manualbp.train.default)  # a frame of Python less
 plan = torch.ops.manualbp.plan.default
 empty_cache = torch.ops.manualbp.empty_cache.default
 cache_size = torch.ops.manualbp.cache_size.default
@@ -71,7 +73,7 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "train",
+    "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 

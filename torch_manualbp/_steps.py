@@ -9,10 +9,11 @@ except that the ``.grad`` that the caller sees are neither read nor written. `tr
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from operator import is_, methodcaller
+from operator import attrgetter, is_, itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
 from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor
-from torch_manualbp._gradients import grad_dtype, unwatched, use_count
+from torch_manualbp._gradients import unwatched, use_count
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._route import rows_of, target_is_ours
-from torch_manualbp.modules import FusedForward, hook_counter, loss_backward, whole_network
+from torch_manualbp._route import target_is_ours
+from torch_manualbp.modules import FusedForward, hook_counter, loss_backward, no_plan, whole_network
 from torch_manualbp.optimizers import Arguments, arguments_of, finish, steps_by_kernels
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -62,11 +63,10 @@ class Steps:
         if torch.is_inference_mode_enabled():  # the state of the optimizer must not become inference tensors
             with torch.inference_mode(False):
                 return self.one(input, target)
+        if (loss := self._by_kernels(input, target, None, None, 1)) is not None:
+            return loss
         check_tensor(self._op, "input", input)
         check_tensor(self._op, "target", target)
-        losses = torch.empty((), dtype=input.dtype, device="cpu")
-        if self._by_kernels(input, target, None, max(rows_of(input), 1), losses) == 1:
-            return losses
         with self._own_gradients() as parameters:
             return self._compose(input, target, parameters)
 
@@ -87,14 +87,14 @@ class Steps:
                 return self.run(input, target, order, batch_size, losses, first)
         if input.dim() == 2 and first < len(losses):
             done = first * batch_size
-            values = torch.empty(min(len(losses) - first, _MOST), dtype=input.dtype, device="cpu")
+            most = min(len(losses) - first, _MOST)
             if order is None:
-                made = self._by_kernels(input[done:], target[done:], None, batch_size, values)
+                values = self._by_kernels(input[done:], target[done:], None, batch_size, most)
             else:
-                made = self._by_kernels(input, target, order[done:], batch_size, values)
-            if made > 0:
-                losses[first : first + made] = values[:made]
-                return first + made
+                values = self._by_kernels(input, target, order[done:], batch_size, most)
+            if values is not None:
+                losses[first : first + len(values)] = values
+                return first + len(values)
         until = perf_counter() + _SECONDS
         with self._own_gradients() as parameters:
             for k in range(first, len(losses)):
@@ -104,38 +104,48 @@ class Steps:
                     return k + 1
         return len(losses)
 
-    def _by_kernels(self, input: Tensor, target: Tensor, order: Tensor | None, batch_size: int, losses: Tensor) -> int:
-        """Steps in one call of the op `train`, for about `_SECONDS`. Returns their number; -1: the composition must.
+    def _by_kernels(
+        self, input: Tensor, target: Tensor, order: Tensor | None, batch_size: int | None, steps: int
+    ) -> Tensor | None:
+        """Steps in one call of the op `train`, for about `_SECONDS`. Returns their losses; None: the composition must.
 
         It must wherever `loss_backward` builds a graph and ``optimizer.step()`` is torch's own, or somebody observes.
+
+        Args:
+            input: as for `run`.
+            target: as for `run`.
+            order: as for `run`.
+            batch_size: as for `run`; None: a single step on all rows, whose loss has no dimension.
+            steps: how many at most.
         """
         network, loss, optimizer = self._model, self._loss, self._optimizer
         if not (isinstance(network, FusedForward) and isinstance(loss, LossSpec)) or network.__dict__.get(
             "_manualbp_watchers"
         ):
-            return -1
+            return None
         parameters = whole_network(network, input)
         if parameters is None or input.requires_grad or not input.is_cpu or not target_is_ours(input, target, loss):
-            return -1
-        weights, biases = parameters
+            return None
         if _distributed.is_initialized() or not steps_by_kernels(optimizer):
-            return -1
+            return None
         kept: _Kept | None = optimizer.__dict__.get("_manualbp_kept")
-        if kept is None or not kept.holds(optimizer, weights, biases):
-            if (kept := _Kept.of(optimizer, weights, biases)) is None:
-                return -1
+        options = None if kept is None else kept.options_of(optimizer, *parameters, loss, input.dtype)
+        if kept is None or options is None:
+            if (kept := _Kept.of(optimizer, *parameters, loss)) is None:
+                return None
             optimizer.__dict__["_manualbp_kept"] = kept
-        options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
+            options = kept.arguments.options
+        others = None if options is kept.arguments.options else options
+        limits = others, self._max_grad_norm, _SECONDS
         try:
-            made: int = _ops.train(
-                *(input, target, order, batch_size, weights, biases, *options, kept.needs, *kept.arguments),
-                *(self._max_grad_norm, losses, _SECONDS),
+            losses: Tensor | None = _ops.train(
+                kept.handle, input, target, order, batch_size, steps, kept.parameters, *limits
             )
         except RuntimeError:  # nothing has been changed: the composition raises the error of torch, or computes
-            return -1
-        if made > 0:
+            return None
+        if losses is not None:
             finish(optimizer, kept.learners, kept.arguments)
-        return made
+        return losses
 
     @contextmanager
     def _own_gradients(self) -> Iterator[list[Tensor]]:
@@ -193,98 +203,111 @@ class Steps:
         return value
 
 
-_values = methodcaller("values")
-_requires_grad: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_dtype: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_is_leaf: Any = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+_END = object()
+_group_parameters = itemgetter("params")
+_values = dict.values
+_requires_grad = attrgetter("requires_grad")
+_flags = attrgetter("requires_grad", "is_leaf", "grad_dtype" if hasattr(Tensor, "grad_dtype") else "dtype")
 
 
 class _Kept:
-    """What the op needs of an optimizer for a network, kept between calls, because collecting it takes 10 µs.
+    """What the op needs of an optimizer for a network and its loss, kept between calls: collecting it takes 50 µs.
 
-    It holds while nothing that was read has been exchanged: weights, parameter groups, options, state. No hook has been
-    registered since (`stamp`). These comparisons run without a line of Python per parameter.
+    It holds while nothing that was read has been exchanged: weights, parameter groups, state, and the options except
+    their numbers. No hook has been registered since (`stamp`). These comparisons run without a line of Python per
+    parameter. What was kept of tensors is not their memory, which the op looks up at each call.
     """
 
     __slots__ = (
-        "arguments",
-        "biases",
-        "frozen",
-        "learners",
-        "members",
-        "needs",
-        "options",
-        "stamp",
-        "states",
-        "weights",
+        *("__weakref__", "arguments", "frozen", "group", "handle", "learners", "loss", "objects", "parameters"),
+        *("stamp", "structure"),
     )
 
     arguments: Arguments
+    group: list[Any] | None  # what it holds, if there is a single one
+    handle: int  # of the op `keep`
+    loss: LossSpec
     stamp: float
-    weights: list[Tensor]
-    biases: list[Tensor | None]
+    parameters: list[Tensor]  # of the network, layer by layer
     learners: list[Tensor]
     frozen: list[Tensor]
-    needs: list[bool]
-    members: list[Any]
-    options: list[Any]
-    states: list[Any]
+    objects: list[Any]
+    structure: list[Any]
 
     @staticmethod
-    def of(optimizer: Any, weights: list[Tensor], biases: list[Tensor | None]) -> "_Kept | None":
+    def of(optimizer: Any, weights: list[Tensor], biases: list[Tensor | None], loss: LossSpec) -> "_Kept | None":
         """None: the composition must compute the step, as a graph or torch's own ``step`` is needed."""
         kept = _Kept()
-        kept.stamp = hook_counter.next_id
+        kept.stamp, kept.loss = hook_counter.next_id, loss
         if not unwatched(weights, biases):
             return None
         in_turn = [each for layer in zip(weights, biases, strict=True) for each in layer]
-        kept.weights, kept.biases = weights, biases
-        kept.needs = [each is not None and each.requires_grad for each in in_turn]
-        kept.learners = [each for each in in_turn if each is not None and each.requires_grad]
-        kept.frozen = [each for each in in_turn if each is not None and not each.requires_grad]
+        kept.parameters = [each for each in in_turn if each is not None]
+        kept.learners = [each for each in kept.parameters if each.requires_grad]
+        kept.frozen = [each for each in kept.parameters if not each.requires_grad]
         arguments = arguments_of(optimizer, kept.learners)
         if arguments is None:
             return None
         kept.arguments = arguments
-        kept.members, kept.options, kept.states = _read(optimizer)
+        kept.objects = [*_objects(optimizer, weights, biases)]
+        _, kept.structure = _read(optimizer)
+        group, *more = optimizer.param_groups
+        # The lists of parameters of several groups may change, and a list of betas. All else is exchanged as a whole.
+        kept.group = None if more or type(group.get("betas", ())) is not tuple else [*group.values()]
         if True in arguments.fresh:  # momentum buffers that are part of the state only after this step
             kept.stamp = float("nan")
+        needs = [each is not None and each.requires_grad for each in in_turn]
+        options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
+        try:
+            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, *arguments)
+        except RuntimeError:  # for example because a state is the negative view of something
+            return None
+        weakref.finalize(kept, _ops.release, kept.handle).atexit = False
         return kept
 
-    def holds(self, optimizer: Any, weights: list[Tensor], biases: list[Tensor | None]) -> bool:
-        """Whether `of` would return an equal object."""
-        if not (
-            self.stamp == hook_counter.next_id
-            and len(weights) == len(self.weights)
-            and all(map(is_, weights, self.weights))
-            and all(map(is_, biases, self.biases))
-            and all(map(_requires_grad, self.learners))
-            and not any(map(_requires_grad, self.frozen))
-            and all(map(_is_leaf, self.learners))
-            and max(map(use_count, self.learners)) == 1
-            and all(map(is_, map(grad_dtype, self.learners), map(_dtype, self.learners)))
-            and not torch.is_anomaly_enabled()
+    def options_of(
+        self, optimizer: Any, weights: list[Tensor], biases: list[Tensor | None], loss: LossSpec, dtype: torch.dtype
+    ) -> list[float] | None:
+        """The options of all groups, those of `arguments` if they are the same; None if this does not hold.
+
+        dtype: of the input. The op rejects parameters of another, so that this must be that of gradients.
+        """
+        if (
+            self.stamp != hook_counter.next_id
+            or self.loss is not loss
+            or not all(map(is_, _objects(optimizer, weights, biases), self.objects))
+            or set(map(_flags, self.learners)) != {(True, True, dtype)}
+            or max(map(use_count, self.learners)) > 1
+            or any(map(_requires_grad, self.frozen))
+            or torch.is_anomaly_enabled()
         ):
-            return False
-        members, options, states = _read(optimizer)
-        return (
-            options == self.options
-            and len(members) == len(self.members)
-            and all(map(is_, members, self.members))
-            and len(states) == len(self.states)
-            and all(map(is_, states, self.states))
-        )
+            return None
+        if self.group is not None and all(map(is_, _values(optimizer.param_groups[0]), self.group)):
+            return self.arguments.options
+        options, structure = _read(optimizer)
+        return options if structure == self.structure else None
+
+    def __reduce__(self) -> Any:  # a copied optimizer keeps something of its own
+        return (no_plan, ())
 
 
-def _read(optimizer: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """What `_Kept` compares, a flat list each: the parameters of all groups, the options, the state."""
-    state, members, options = optimizer.state, [], []
+def _objects(optimizer: Any, weights: list[Tensor], biases: list[Tensor | None]) -> Iterator[Any]:
+    """All that must be the same objects: the parameters of the network and of the groups, and the state."""
+    groups, state = optimizer.param_groups, optimizer.state
+    members = chain.from_iterable(map(_group_parameters, groups))
+    return chain(weights, biases, members, state, chain.from_iterable(map(_values, state.values())), (_END,))
+
+
+def _read(optimizer: Any) -> tuple[list[float], list[Any]]:
+    """The options of all groups in the order of the op, and what must not change with them: all but the numbers."""
+    options: list[Any] = []
+    structure: list[Any] = []
     for group in optimizer.param_groups:
-        members += group["params"]
-        options += optimizer._options(group)
-        options += len(members), group["differentiable"], group.get("capturable")
-    options += [*map(type, options)]  # a tensor may equal a number
-    return members, options, [*state, *chain.from_iterable(map(_values, state.values()))]
+        own = optimizer._options(group)
+        options += own
+        structure += map(type, own)  # a tensor may equal a number
+        structure += bool(own[optimizer._extra]), len(group["params"]), group["differentiable"], group.get("capturable")
+    return options, structure
 
 
 def batch_of(rows: Tensor, order: Tensor | None, batch_size: int, k: int) -> Tensor:

@@ -620,10 +620,8 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[0].weight.grad
             (False, None)
         """
-        from torch_manualbp._steps import Steps  # which is built on this module
-
         spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        return Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
+        return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""
@@ -720,3 +718,6 @@ def _backward_by_autograd(network: FusedForward, input: Tensor, target: Tensor, 
                     grad.detach().copy_(numbers)
             raise
     return value.detach()
+
+
+from torch_manualbp import _steps  # noqa: E402 -- at the end, as it is built on this module

@@ -61,7 +61,7 @@ def steps_by_kernels(optimizer: Optimizer) -> bool:
     )
 
 
-def finish(optimizer: Optimizer, parameters: Sequence[Tensor], arguments: Arguments) -> None:
+def finish(optimizer: Optimizer, parameters: list[Tensor], arguments: Arguments) -> None:
     """What remains after an op has updated `parameters`: version counters, new momentum buffers, the scheduler's flag.
 
     Args:
@@ -69,7 +69,7 @@ def finish(optimizer: Optimizer, parameters: Sequence[Tensor], arguments: Argume
         parameters: as for `arguments_of`.
         arguments: what `arguments_of` returned.
     """
-    increment_version([*parameters, *arguments.states])
+    increment_version(parameters + arguments.states)
     if True in arguments.fresh:
         having = _with_momentum(parameters, arguments.options, arguments.groups)
         for parameter, buffer in zip(having, arguments.states, strict=True):
@@ -140,6 +140,7 @@ class _FusedStep(Optimizer):
 
     _plain: ClassVar[type[Optimizer]]  # torch's class
     _plain_step: ClassVar[Callable[..., Any]]  # its step, without hooks and without the decorator that sets grad mode
+    _extra: ClassVar[int]  # which option says whether there is a momentum buffer, or max_exp_avg_sq
 
     @staticmethod
     def _options(group: dict[str, Any]) -> tuple[float, ...]:
@@ -194,6 +195,7 @@ class FusedSGD(_FusedStep, SGD):
 
     _plain = SGD
     _plain_step = staticmethod(inspect.unwrap(SGD.step))
+    _extra = 1
 
     @staticmethod
     def _options(group: dict[str, Any]) -> tuple[float, ...]:
@@ -219,6 +221,8 @@ def _with_momentum(parameters: Sequence[Tensor], options: list[float], groups: l
 
 
 class _AdamStep(_FusedStep):
+    _extra = 6
+
     @staticmethod
     def _options(group: dict[str, Any]) -> tuple[float, ...]:
         return (

@@ -118,6 +118,7 @@ class BackwardPass {
 
   bool has_results() const { return plan_.lowest < net_.plan.count(); }
   const Workers& workers() const { return workers_; }
+  int64_t bytes() const { return net_.plan.bytes(plan_); }  // of its memory
 
   // hidden: the stored activations, unless the pass computes them itself. top(first, count, f): where a block of rows
   // starts; f: its output, if the pass computes that too.

@@ -7,16 +7,22 @@
 
 namespace manualbp {
 
-// The network that weights and biases describe, for `batch` rows.
+// The layers that weights and biases describe.
 template <typename T>
-Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                   bool final_relu) {
+std::vector<Layer<T>> layers_of(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases) {
   std::vector<Layer<T>> layers(weights.size());
   for (size_t k = 0; k < weights.size(); ++k) {
     layers[k].omega = as_matrix<T>(weights[k]);
     layers[k].beta = as_bias<T>(biases[k]);
   }
-  return Network<T>(batch, std::move(layers), final_relu);
+  return layers;
+}
+
+// The network of these layers, for `batch` rows.
+template <typename T>
+Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                   bool final_relu) {
+  return Network<T>(batch, layers_of<T>(weights, biases), final_relu);
 }
 
 // Gives the layers their dropout. scales: c of the dropout after each layer, 0 for none, or nothing at all; kept: which

@@ -1,5 +1,5 @@
 // The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp,
-// optimizer.cpp and plan.cpp.
+// optimizer.cpp, train.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -43,11 +43,16 @@ bool update(std::vector<Tensor> parameters, std::vector<Tensor> gradients, Strin
             std::vector<Tensor> states, std::vector<double> options, std::vector<int64_t> groups,
             std::vector<bool> fresh);
 
-int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
-              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
-              double label_smoothing, std::vector<bool> needs, StringHandle rule, std::vector<Tensor> states,
-              std::vector<double> options, std::vector<int64_t> groups, std::vector<bool> fresh,
-              std::optional<double> max_grad_norm, Tensor losses, double seconds);
+int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
+             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
+             std::vector<int64_t> groups, std::vector<bool> fresh);
+
+void release(int64_t handle);
+
+std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order,
+                            std::optional<int64_t> batch_size, int64_t steps, std::vector<Tensor> parameters,
+                            std::optional<std::vector<double>> other_options, std::optional<double> max_grad_norm,
+                            double seconds);
 
 // The same for tensors that are not dense tensors on the CPU: false, since the CPU's is the only one.
 bool update_elsewhere(std::vector<Tensor> parameters, std::vector<Tensor> gradients, StringHandle rule,

@@ -4,8 +4,18 @@
 //
 // Memory is allocated before the first step, and once more for a last batch of fewer rows. Each step has the bits that
 // its parts have as single calls.
+//
+// A step of a small network is 3 us of arithmetic. To pass the states of its optimizer to an op takes 10 us, and to
+// prepare the step as long. So the op `keep` takes the states once, and a Training stays for the next call if nothing has
+// moved in memory.
+
+#include <pthread.h>
 
 #include <chrono>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <optional>
 
 #include "loss.h"
@@ -60,33 +70,29 @@ class Rows {
   std::optional<Buffer<T>> copies_;
 };
 
-// The parameters that are trained, and their gradients of one step in one block of memory.
+// The gradients of one step, in one block of memory.
 template <typename T>
 struct StepGradients {
-  StepGradients(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-                const std::vector<bool>& needs) {
+  // trained: the parameters that `needs` asks for; biases: which layers have one.
+  StepGradients(const std::vector<Tensor>& trained, const std::vector<bool>& biases, const std::vector<bool>& needs,
+                int32_t dtype) {
     constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
     int64_t size = 0;
-    const auto add = [&](const Tensor& parameter) {
-      parameters.push_back(parameter);
+    for (const Tensor& parameter : trained) {
+      sizes.push_back(parameter.numel());
       offsets.push_back(size);
-      size += round_up(parameter.numel(), kAlign);
-    };
-    for (size_t k = 0; k < weights.size(); ++k) {
-      if (needs[2 * k]) add(weights[k]);
-      if (needs[2 * k + 1] && biases[k]) add(*biases[k]);
+      size += round_up(sizes.back(), kAlign);
     }
-    memory = empty({size}, dtype_of(weights[0]));
+    memory = empty({size}, dtype);
     size_t next = 0;
-    for (size_t k = 0; k < weights.size(); ++k) {
+    for (size_t k = 0; k < biases.size(); ++k) {
       pointers.omega.push_back(needs[2 * k] ? at(next++) : nullptr);
       pointers.beta.push_back(needs[2 * k + 1] && biases[k] ? at(next++) : nullptr);
     }
   }
   T* at(size_t i) const { return data<T>(memory) + offsets[i]; }
 
-  std::vector<Tensor> parameters;  // in the order of layers, each weight before its bias
-  std::vector<int64_t> offsets;  // of their gradients
+  std::vector<int64_t> sizes, offsets;  // in the order of layers, each weight before its bias
   Tensor memory;
   Gradients<T> pointers;
 };
@@ -97,11 +103,9 @@ template <typename T>
 class Clip {
  public:
   Clip(const StepGradients<T>& grads, double max_norm) : max_norm_(max_norm) {
-    const size_t count = grads.parameters.size();
+    const size_t count = grads.sizes.size();
     norms_ = empty({int64_t(count)}, dtype_of(grads.memory));
-    for (size_t i = 0; i < count; ++i) {
-      views_.push_back(seen_as(grads.memory, {grads.parameters[i].numel()}, {1}, grads.offsets[i]));
-    }
+    for (size_t i = 0; i < count; ++i) views_.push_back(seen_as(grads.memory, {grads.sizes[i]}, {1}, grads.offsets[i]));
   }
   double factor() const {
     T* const norms = data<T>(norms_);
@@ -133,35 +137,138 @@ class Clip {
   std::vector<Tensor> views_;
 };
 
-// Training steps of a network on the rows of one data set.
+// A Training stays for the next call unless it takes more bytes than this: with so many, a step takes long enough.
+constexpr int64_t kMostKept = 1 << 20;
+
+// All that a Training depends on beside what `keep` was given.
+struct Seen {
+  struct Memory {  // of a tensor of at most two dimensions: there is no Training of others
+    const void* data;
+    int64_t dtype, dim, sizes[2], strides[2];
+  };
+  Seen() = default;
+  Seen(const Tensor& input, const std::vector<Tensor>& parameters, const std::vector<Tensor>& states,
+       const std::vector<double>& options, std::optional<double> max_grad_norm)
+      : numbers{double(dtype_of(input)), input.dim() ? double(input.size(input.dim() - 1)) : -1,
+                double(torch::stable::get_num_threads()), double(max_grad_norm.has_value()),
+                max_grad_norm.value_or(0)} {
+    numbers.insert(numbers.end(), options.begin(), options.end());
+    memory.reserve(parameters.size() + states.size());
+    for (const auto* tensors : {&parameters, &states}) {
+      for (const Tensor& t : *tensors) {
+        const Layout layout(t);
+        void* const data = t.mutable_data_ptr();  // mutable: torch then makes a lazy copy before we write
+        Memory m{data, layout.dtype, layout.dim, {}, {}};
+        for (int64_t d = 0; d < std::min<int64_t>(layout.dim, 2); ++d) {
+          m.sizes[d] = layout.sizes[d];
+          m.strides[d] = layout.strides[d];
+        }
+        memory.push_back(m);
+      }
+    }
+  }
+  bool operator==(const Seen& other) const {
+    return numbers == other.numbers && memory.size() == other.memory.size() &&
+           std::memcmp(memory.data(), other.memory.data(), memory.size() * sizeof(Memory)) == 0;
+  }
+  std::vector<double> numbers;
+  std::vector<Memory> memory;
+};
+
+// What `keep` was given, and what `train` keeps from one call to the next.
+struct Kept {
+  std::vector<bool> biases, needs;
+  LossOptions loss;
+  std::string rule;
+  std::vector<Tensor> states;
+  std::vector<double> options;
+  std::vector<int64_t> groups;
+  std::vector<bool> fresh;
+
+  std::mutex busy;  // of what follows; it is never waited for, since a process may fork while it is held
+  std::shared_ptr<void> training;
+  Seen seen;  // what it was made for
+};
+
+// All that is kept in this process, each under a number. Like the pool, it is never destroyed, and works after a fork.
+class AllKept {
+ public:
+  static AllKept& global() {
+    static AllKept* const all = [] {
+      const auto lock = [] { global().mutex_.lock(); };
+      const auto unlock = [] { global().mutex_.unlock(); };
+      pthread_atfork(lock, unlock, unlock);
+      return new AllKept;
+    }();
+    return *all;
+  }
+  int64_t add(std::shared_ptr<Kept> kept) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    all_.emplace(++last_, std::move(kept));
+    return last_;
+  }
+  std::shared_ptr<Kept> find(const char* op, int64_t handle) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = all_.find(handle);
+    MBP_CHECK(found != all_.end(), op, ": `handle` must be one that `keep` returned and `release` did not take, got ",
+              handle);
+    return found->second;
+  }
+  void remove(int64_t handle) {
+    std::shared_ptr<Kept> removed;  // destroyed after the lock, since that of a tensor may wait for Python's
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = all_.find(handle);
+    if (found == all_.end()) return;
+    removed = std::move(found->second);
+    all_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<Kept>> all_;
+  int64_t last_ = 0;
+};
+
+// The batches of one data set.
+template <typename T>
+struct Batches {
+  Batches(Matrix<const T> input, const Target<T>& target, const int64_t* order, int64_t batch)
+      : input(input, order, batch), values(target.values, order, batch), classes(target.classes, order, batch) {}
+  Rows<T> input, values;
+  Rows<int64_t> classes;
+};
+
+// Training steps of a network. It refers to the memory of the parameters and states, but to none of their tensors:
+// torch counts the references to a parameter (swap_tensors, or `use_count` in Python).
 template <typename T>
 class Training {
  public:
-  Training(const char* op, Matrix<const T> input, const Target<T>& target, const int64_t* order, int64_t batch,
-           const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-           const LossOptions& loss, const StepGradients<T>& grads, Updater& updater, const std::optional<Clip<T>>& clip)
+  Training(const char* op, const Kept& kept, const std::vector<Tensor>& weights,
+           const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& trained,
+           const std::vector<double>& options, std::optional<double> max_grad_norm)
       : op_(op),
-        weights_(weights),
-        biases_(biases),
-        loss_(loss),
-        grads_(grads),
-        updater_(updater),
-        clip_(clip),
-        input_(input, order, batch),
-        values_(target.values, order, batch),
-        classes_(target.classes, order, batch) {}
+        loss_(kept.loss),
+        layers_(layers_of<T>(weights, biases)),
+        grads_(trained, kept.biases, kept.needs, dtype_of(weights[0])),
+        updater_(op, kept.rule, trained, kept.states, options, kept.groups, kept.fresh) {
+    for (size_t i = 0; i < trained.size(); ++i) updater_.set_gradient(int64_t(i), grads_.at(i));
+    if (max_grad_norm) clip_.emplace(grads_, *max_grad_norm);
+  }
+
+  bool fits() const { return updater_.fits(); }
+  int64_t bytes() const { return grads_.memory.numel() * int64_t(sizeof(T)) + (pass_ ? pass_->loss.bytes() : 0); }
 
   // One step on rows [first, first + count); writes the loss of before the update.
-  void step(int64_t first, int64_t count, T* loss) {
-    input_.check(op_, first, count);
+  void step(const Batches<T>& data, int64_t first, int64_t count, T* loss) {
+    data.input.check(op_, first, count);
     Pass& pass = pass_of(count);
     const Workers& workers = pass.loss.workers();
-    const auto h = input_.batch(first, count, workers);
+    const auto h = data.input.batch(first, count, workers);
     Target<T> target{};
     if (has_class_target(loss_.kind)) {
-      target.classes = classes_.batch(first, count, workers);
+      target.classes = data.classes.batch(first, count, workers);
     } else {
-      target.values = values_.batch(first, count, workers);
+      target.values = data.values.batch(first, count, workers);
     }
     BatchLoss<T> batch(op_, loss_, target, count, pass.net.plan.top);
     batch.terms.gradient = true;
@@ -176,7 +283,7 @@ class Training {
   struct Pass {
     Pass(int64_t rows, const Training& t)
         : rows(rows),
-          net(network<T>(rows, t.weights_, t.biases_, /*final_relu=*/false)),
+          net(rows, t.layers_, /*final_relu=*/false),
           loss(net, kernels<T>().loss(t.loss_.kind), t.grads_.pointers) {}
     int64_t rows;
     Network<T> net;
@@ -188,14 +295,11 @@ class Training {
   }
 
   const char* op_;
-  const std::vector<Tensor>& weights_;
-  const std::vector<std::optional<Tensor>>& biases_;
-  const LossOptions& loss_;
-  const StepGradients<T>& grads_;
-  Updater& updater_;
-  const std::optional<Clip<T>>& clip_;
-  Rows<T> input_, values_;
-  Rows<int64_t> classes_;
+  LossOptions loss_;
+  std::vector<Layer<T>> layers_;
+  StepGradients<T> grads_;
+  Updater updater_;
+  std::optional<Clip<T>> clip_;
   std::optional<Pass> pass_;
 };
 
@@ -207,49 +311,87 @@ void check_order(const char* op, const Tensor& order) {
 
 }  // namespace
 
-int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t batch_size, std::vector<Tensor> weights,
-              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean, int64_t ignore_index,
-              double label_smoothing, std::vector<bool> needs, StringHandle rule, std::vector<Tensor> states,
-              std::vector<double> options, std::vector<int64_t> groups, std::vector<bool> fresh,
-              std::optional<double> max_grad_norm, Tensor losses, double seconds) {
-  const char* op = "train";
-  const std::string rule_name = take_text(rule);
-  const LossOptions loss{parse_loss(op, take_text(loss_name)), mean, ignore_index, label_smoothing};
-  check_network(op, input, weights, biases);
-  const int64_t cols = weights.back().size(0);
-  check_loss(op, input, target, cols, loss.kind, label_smoothing);
-  check_dtype(op, {"losses"}, losses, input);
-  MBP_CHECK(losses.is_contiguous(), op, ": `losses` must be contiguous, got ", shape_of(losses));
-  MBP_CHECK(batch_size >= 1, op, ": `batch_size` must be positive, got ", batch_size);
-  MBP_CHECK(needs.size() == 2 * weights.size(), op, ": `needs` must have 2 x ", weights.size(), " items, got ",
+int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
+             double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
+             std::vector<int64_t> groups, std::vector<bool> fresh) {
+  const char* op = "keep";
+  const std::string rule_name = take_text(rule), loss = take_text(loss_name);
+  MBP_CHECK(!biases.empty(), op, ": `biases` must hold at least one item");
+  MBP_CHECK(needs.size() == 2 * biases.size(), op, ": `needs` must have 2 x ", biases.size(), " items, got ",
             needs.size());
-  for (size_t k = 0; k < weights.size(); ++k) {
-    if (!weights[k].is_contiguous() || (biases[k] && !biases[k]->is_contiguous())) return -1;
+  auto kept = std::make_shared<Kept>();
+  kept->loss = {parse_loss(op, loss), mean, ignore_index, label_smoothing};
+  kept->biases = std::move(biases);
+  kept->needs = std::move(needs);
+  kept->rule = rule_name;
+  kept->states = std::move(states);
+  kept->options = std::move(options);
+  kept->groups = std::move(groups);
+  kept->fresh = std::move(fresh);
+  return AllKept::global().add(std::move(kept));
+}
+
+void release(int64_t handle) { AllKept::global().remove(handle); }
+
+std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::optional<Tensor> order,
+                            std::optional<int64_t> batch_size, int64_t steps, std::vector<Tensor> parameters,
+                            std::optional<std::vector<double>> other_options, std::optional<double> max_grad_norm,
+                            double seconds) {
+  const char* op = "train";
+  const std::shared_ptr<Kept> kept = AllKept::global().find(op, handle);
+  const std::vector<double>& options = other_options ? *other_options : kept->options;
+  const size_t layers = kept->biases.size();
+  const size_t wanted = layers + size_t(std::count(kept->biases.begin(), kept->biases.end(), true));
+  MBP_CHECK(parameters.size() == wanted, op, ": `parameters` must have ", wanted, " items, got ", parameters.size());
+  MBP_CHECK(!batch_size || *batch_size >= 1, op, ": `batch_size` must be positive, got ", *batch_size);
+
+  Seen seen(input, parameters, kept->states, options, max_grad_norm);
+  // Another thread may be making steps: this call then makes a Training of its own.
+  const std::unique_lock<std::mutex> lock(kept->busy, std::try_to_lock);
+  const std::shared_ptr<void> known = lock && kept->seen == seen ? kept->training : nullptr;
+  std::vector<Tensor> weights, trained;
+  std::vector<std::optional<Tensor>> biases;
+  if (!known) {
+    auto take = [&, next = size_t(0)](size_t need) mutable -> const Tensor& {
+      if (kept->needs[need]) trained.push_back(parameters[next]);
+      return parameters[next++];
+    };
+    for (size_t k = 0; k < layers; ++k) {
+      weights.push_back(take(2 * k));
+      biases.push_back(kept->biases[k] ? std::optional<Tensor>(take(2 * k + 1)) : std::nullopt);
+    }
+    check_network(op, input, weights, biases);
+    for (const Tensor& parameter : parameters) {
+      if (!parameter.is_contiguous()) return std::nullopt;
+    }
+    for (const Tensor& state : kept->states) {  // the dispatcher has seen the other tensors only
+      if (!state.is_cpu()) return std::nullopt;
+    }
   }
-  return dispatch(op, input, [&](auto zero) -> int64_t {
+  const Tensor& last = parameters[wanted - (kept->biases.back() ? 2 : 1)];
+  check_loss(op, input, target, last.size(0), kept->loss.kind, kept->loss.label_smoothing);
+  return dispatch(op, input, [&](auto zero) -> std::optional<Tensor> {
     using T = decltype(zero);
     Tensor keep_input, keep_target;
     const auto h = as_matrix<T>(input, keep_input);
     if (order) check_order(op, *order);
-    const int64_t rows = order ? order->numel() : h.rows, steps = losses.numel();
-    MBP_CHECK(steps <= (rows ? (rows - 1) / batch_size : 0) + 1, op, ": `losses` has ", steps, " items, but ", rows,
-              " rows make fewer batches of ", batch_size);
-    const StepGradients<T> grads(weights, biases, needs);
-    Updater updater(op, rule_name, grads.parameters, states, options, groups, fresh);
-    if (!updater.fits()) return -1;
-    for (size_t i = 0; i < grads.parameters.size(); ++i) updater.set_gradient(int64_t(i), grads.at(i));
-    std::optional<Clip<T>> clip;
-    if (max_grad_norm) clip.emplace(grads, *max_grad_norm);
-    Training<T> training(op, h, as_target<T>(target, loss.kind, keep_target),
-                         order ? const_data<int64_t>(*order) : nullptr, std::min(batch_size, rows), weights, biases,
-                         loss, grads, updater, clip);
-    T* const values = const_cast<T*>(const_data<T>(losses));
+    const int64_t rows = order ? order->numel() : h.rows, batch = std::min(batch_size.value_or(rows), rows);
+    const int64_t most = (batch ? (rows - 1) / batch : 0) + 1;
+    MBP_CHECK(steps >= 1 && steps <= most, op, ": `steps` must be between 1 and ", most, ", got ", steps);
+    const auto network =
+        known ? std::static_pointer_cast<Training<T>>(known)
+              : std::make_shared<Training<T>>(op, *kept, weights, biases, trained, options, max_grad_norm);
+    if (!network->fits()) return std::nullopt;
+    const Batches<T> batches(h, as_target<T>(target, kept->loss.kind, keep_target),
+                             order ? const_data<int64_t>(*order) : nullptr, batch);
+    const Tensor losses = batch_size ? empty({steps}, dtype_of(input)) : empty({}, dtype_of(input));
+    T* const values = data<T>(losses);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
-      const int64_t first = step * batch_size;
+      const int64_t first = step * batch;
       try {
-        training.step(first, std::min(batch_size, rows - first), values + step);
+        network->step(batches, first, std::min(batch, rows - first), values + step);
       } catch (...) {  // a row or a class out of bounds: nothing of this step has been done
         if (step == 0) throw;
         break;  // the next call will begin with the step that fails
@@ -257,7 +399,12 @@ int64_t train(Tensor input, Tensor target, std::optional<Tensor> order, int64_t 
       ++step;
       if (step < steps && std::chrono::steady_clock::now() >= deadline) break;
     }
-    return step;
+    if (lock) {
+      std::fill(kept->fresh.begin(), kept->fresh.end(), false);
+      kept->training = network->bytes() <= kMostKept ? network : nullptr;
+      kept->seen = std::move(seen);
+    }
+    return step < steps ? seen_as(losses, {step}, {1}) : losses;
   });
 }
 

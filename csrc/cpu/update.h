@@ -85,7 +85,8 @@ class Updater {
   //         nothing yet
   //   Adam  exp_avg, exp_avg_sq and step of each parameter, then max_exp_avg_sq of those whose group has amsgrad; fresh
   //         is empty
-  // The tensors must outlive the Updater, and their memory must not move.
+  // The memory of the tensors must outlive the Updater, and must not move; where gradients are tensors, so must the
+  // parameters themselves.
   Updater(const char* op, const std::string& rule, const std::vector<Tensor>& parameters,
           const std::vector<Tensor>& states, const std::vector<double>& options, const std::vector<int64_t>& groups,
           const std::vector<bool>& fresh)
@@ -139,7 +140,14 @@ class Updater {
 
   // Whether the dtypes and layouts are those that the kernels take, and the counters and betas of Adam ordinary (else
   // Python would divide by zero, which is an error there). If not, only torch's own step may run.
-  bool fits() const { return fits_; }
+  bool fits() const {
+    return fits_ && (!adam_ || std::all_of(items_.begin(), items_.end(), [&](const Item& item) {
+             const double steps = item.step32 ? double(*item.step32) : *item.step64;
+             const double* o = options(item.group);
+             return steps > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
+                    o[AdamOption::beta2] < 1;
+           }));
+  }
 
   // What clip_grad_norm_ multiplies gradients by; 1: nothing.
   void set_gradient_scale(double scale) { gradient_scale_ = scale; }
@@ -259,12 +267,7 @@ class Updater {
       item.step64 = static_cast<double*>(data);
     } else {
       fits_ = false;
-      return;
     }
-    const double* o = options(item.group);
-    const double steps = item.step32 ? double(*item.step32) : *item.step64;
-    fits_ = fits_ && steps > -1 && o[AdamOption::beta1] >= 0 && o[AdamOption::beta1] < 1 && o[AdamOption::beta2] >= 0 &&
-            o[AdamOption::beta2] < 1;
   }
 
   UpdateScalars<double> sgd_scalars(int64_t group) const {

@@ -106,6 +106,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "not bools": lambda v: ["yes"] * len(v),
         "missing": lambda v: None,
     },
+    "biases": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
     "weights": {
         "no layers": lambda v: [],
         "fewer": lambda v: v[:-1],
@@ -150,14 +151,8 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "strided": lambda v: torch.stack([v, v], 1)[:, 0],
         "freed": _freed,
     },
-    "losses": {
-        "too many": lambda v: v.new_zeros(len(v) + 1),
-        "float64": lambda v: v.double(),
-        "strided": lambda v: torch.stack([v, v], 1)[:, 0],
-        "missing": lambda v: None,
-        "freed": _freed,
-    },
-    "batch_size": {"zero": lambda v: 0, "negative": lambda v: -1, "text": lambda v: "1", "missing": lambda v: None},
+    "steps": {"too many": lambda v: v + 1, "zero": lambda v: 0, "text": lambda v: "1", "missing": lambda v: None},
+    "batch_size": {"zero": lambda v: 0, "negative": lambda v: -1, "text": lambda v: "1"},
     "scales": {
         "shorter": lambda v: v[:-1],
         "longer": lambda v: [*v, 0.0],
@@ -233,9 +228,9 @@ def _places(case: Case) -> list[str]:
             *(f"states[{2 * len(layers) + k}]" for k in layers if case.stored),  # the counts
         ],
         "train": [
-            *("input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs", "order", "batch_size"),
-            *(f"states[{k}]" for k in range(2 * len(layers))),
-            *("states", "rule", "options", "groups", "fresh", "losses"),
+            *("input", "target", "loss", "ignore_index", "label_smoothing", "needs", "order", "batch_size"),
+            *(f"{name}[{k}]" for name in ("parameters", "states") for k in range(2 * len(layers))),
+            *("parameters", "states", "rule", "options", "groups", "fresh", "steps", "biases"),
         ],
     }[case.op]
 
@@ -297,18 +292,39 @@ def _valid(case: Case) -> dict[str, Any]:
         return {"grad_output": grad, **rest, "f": f, "has_f": case.stored, "df": other, "copies": copies}
     is_class = case.loss == "cross_entropy"
     target = torch.zeros(rows, dtype=torch.int64) if is_class else torch.rand(rows, case.sizes[-1])
-    rest = {"weights": net.weights, "biases": net.biases, "loss": case.loss, "mean": True, "ignore_index": -100}
+    rest = {"loss": case.loss, "mean": True, "ignore_index": -100, "label_smoothing": 0.1}
     if case.op == "train":
         parameters = [each for layer in zip(net.weights, net.biases, strict=True) for each in layer if each is not None]
         return {
             **{"input": input, "target": tall(target), "order": torch.arange(rows), "batch_size": 3, **rest},
-            **{"label_smoothing": 0.1, "needs": [True] * (2 * len(net.weights)), "rule": "sgd"},
-            **{"states": [each.clone() for each in parameters], "options": [0.1, 0.9, 0, 0, 0, 0]},
+            **{"biases": [each is not None for each in net.biases], "needs": [True] * (2 * len(net.weights))},
+            **{"parameters": parameters, "rule": "sgd", "options": [0.1, 0.9, 0, 0, 0, 0]},
+            **{"states": [each.clone() for each in parameters]},
             **{"groups": [0] * len(parameters), "fresh": [case.final_relu] * len(parameters)},
-            **{"max_grad_norm": 1.0 if case.stored else None, "losses": torch.empty(-(-rows // 3)), "seconds": 1.0},
+            **{"max_grad_norm": 1.0 if case.stored else None, "steps": -(-rows // 3), "seconds": 1.0},
         }
     needs[0] = case.stored
-    return {"input": input, "target": tall(target), **rest, "label_smoothing": 0.1, "needs": needs, "flat": False}
+    parameters = {"weights": net.weights, "biases": net.biases}
+    return {"input": input, "target": tall(target), **parameters, **rest, "needs": needs, "flat": False}
+
+
+KEPT = (
+    "biases", "needs", "loss", "mean", "ignore_index", "label_smoothing", "rule", "states", "options", "groups",
+    "fresh",
+)  # fmt: skip
+
+
+def _call(case: Case, arguments: dict[str, Any]) -> Any:
+    """What the op returns; of `train`, which is called for what `keep` is given first, the number of steps."""
+    if case.op != "train":
+        return getattr(_ops, case.op)(**arguments)
+    handle = _ops.keep(**{name: arguments[name] for name in KEPT})
+    try:
+        rest = {name: value for name, value in arguments.items() if name not in KEPT}
+        losses = _ops.train(handle, **rest, options=arguments["options"] if case.final_relu else None)
+        return None if losses is None else losses.numel()
+    finally:
+        _ops.release(handle)
 
 
 def _dropout(case: Case) -> dict[str, Any]:
@@ -349,10 +365,10 @@ def check(case: Case) -> None:
             certain = False  # a valid count of steps
         _set(arguments, place, after)
     try:
-        result = getattr(_ops, case.op)(**arguments)
+        result = _call(case, arguments)
     except Exception:  # as required
         return
-    if result is False or (isinstance(result, int) and result == -1):  # rejected, too
+    if result is False or (result is None and case.op == "train"):  # rejected, too
         return
     assert not impossible or case.changes, "returned more than fits into memory"
     assert not (certain and len(case.changes) == 1), "accepted an invalid argument"
@@ -360,7 +376,7 @@ def check(case: Case) -> None:
         assert all(t.device.type == "meta" for t in _tensors(list(arguments.values()))), "mixed devices were accepted"
         return
     apart = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
-    for one, other in zip(_tensors(result), _tensors(getattr(_ops, case.op)(**apart)), strict=True):
+    for one, other in zip(_tensors(result), _tensors(_call(case, apart)), strict=True):
         torch.testing.assert_close(
             one, other, rtol=0, atol=0, equal_nan=True, msg="memory that arguments share matters"
         )
