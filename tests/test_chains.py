@@ -42,6 +42,7 @@ class Written(nn.Module):
         self.a, self.b, self.c, self.d = (nn.Linear(8, 8, dtype=dtype) for _ in range(4))
         self.act, self.inplace, self.tanh, self.drop = nn.ReLU(), nn.ReLU(inplace=True), nn.Tanh(), nn.Dropout(0.4)
         self.flag, self.kept = False, None
+        self.register_buffer("mask", torch.tril(torch.ones(8, 8, dtype=dtype)))
         for name, module in modules.items():
             setattr(self, name, module)
         self.forward_ = forward
@@ -224,6 +225,18 @@ def functional_linear(self, x):
     return F.linear(F.relu(self.a(x)), self.b.weight * 2, bias=None)
 
 
+def functional_everywhere(self, x):
+    for _ in range(2):
+        x = F.relu(F.linear(x, self.a.weight * self.mask, self.a.bias))
+    return F.linear(x, self.b.weight, self.b.bias)
+
+
+def functional_in_two_places(self, x):
+    h = F.relu(F.linear(x, self.a.weight * 2))
+    y = F.linear(torch.tanh(F.linear(h, self.b.weight)), self.c.weight)
+    return y + self.d(F.relu(F.linear(bias=self.c.bias, weight=self.c.weight, input=x)))
+
+
 def keyword(self, x):
     return self.b(input=F.relu(self.a(input=x)))
 
@@ -347,7 +360,7 @@ def gradient_inside(self, x):
 FORWARDS = {
     chain: 1, reuse: 1, residual: 2, pre_activation_is_used: 0, branch_on_values: 2, leaves_by_an_attribute: 1,
     leaves_by_several: None, recurrent: None, two_paths: 2, interleaved: 2, shared_by_two_paths: 2, skip: 2,
-    in_place_after: 1, hidden_in_place: 1, views: None, functional_linear: 1, keyword: None, double_backward: 1,
+    in_place_after: 1, hidden_in_place: 1, views: None, functional_linear: 1, functional_everywhere: None, functional_in_two_places: 2, keyword: None, double_backward: 1,
     no_grad_inside: None, no_grad_in_the_middle: None, detached: None, rebound: 1, nothing: 0, softplus_of_each: None,
     rows_in_front: 1, lists: 2, random_numbers: 1, dropout: 1,
     dropout_of_two_paths: 2, dropout_and_its_input: None, dropout_of_everything: None, checkpointed: None, checkpointed_layer: None, saved_elsewhere: None, custom_function: None, vmapped: None, gradient_inside: None,

@@ -17,11 +17,13 @@ A layer is called through `Site`, which stands where ``nn.Module.compile`` puts 
 hooks and state_dict stay as they are, and copies and pickles are without it.
 """
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from sys import getrefcount
+from types import CodeType, FrameType
 from typing import Any, Final, cast
 from weakref import ReferenceType, ref
 
@@ -89,7 +91,9 @@ class Pending(Tensor):
                 output = first._manualbp_chain.rectify(first)
             elif func is F.linear:
                 _, weight, bias = linear_arguments(args, kwargs or {})
-                output = first._manualbp_chain.join(first, this_thread.site, weight, bias)
+                chain = first._manualbp_chain
+                site = this_thread.site or chain.plan.places.get(place_of(sys._getframe(1)))
+                output = chain.join(first, site, weight, bias)
             elif (in_place := relu_in_place(func, args, kwargs or {})) is not None:
                 output = first._manualbp_chain.rectify(first, in_place)
             elif func is F.dropout:
@@ -204,7 +208,7 @@ class Chain:
         if bias is not None:
             self.used.append(bias)
 
-    def join(self, token: Pending, site: "Site | None", weight: Any, bias: Any) -> Tensor | None:
+    def join(self, token: Pending, site: "Layer | None", weight: Any, bias: Any) -> Tensor | None:
         """The next layer, applied to `token`. None: it is not what is expected."""
         step, last = (self.now | 3) + 1, len(self.kind.sites) - 1
         if (
@@ -382,12 +386,12 @@ class Kind:
 
     __slots__ = ("fits", "least", "relu", "rows", "sites", "spare")
 
-    def __init__(self, sites: "tuple[Site | None, ...]", relu: bool) -> None:
+    def __init__(self, sites: "tuple[Layer, ...]", relu: bool) -> None:
         self.sites = sites
         self.relu = relu  # whether the last step is a ReLU
         self.spare: list[Chain] = []
         self.fits: tuple[Any, ...] = (None,) * 4  # parameters of the first layer, dtype and width, checked before
-        weights = [cast(Tensor, site.weight) for site in sites if site is not None]
+        weights = [site.weight for site in sites]
         hidden = sum(weight.shape[0] for weight in weights[: None if relu else -1]) or 1
         self.rows = rows_left_to_torch(weights[0], True) if len(sites) == 1 else 0.0
         width = weights[0].shape[1]
@@ -409,29 +413,37 @@ class Kind:
         here.chains.append(chain)
         return chain.begin(self, plan, input, weight, bias)
 
+    def begin_large(self, plan: "Plan", input: Any, weight: Any, bias: Any) -> Pending | None:
+        """`begin`, if the input is large enough."""
+        if type(input) is Tensor and input.numel() >= self.least[_is_grad_enabled()]:
+            return self.begin(this_thread, plan, input, weight, bias)
+        return None
+
 
 class Plan:
     """The chains of a model, by their first layer, as its calls have shown."""
 
-    __slots__ = ("hooked", "kinds", "stamp", "store", "useful")
+    __slots__ = ("has_places", "hooked", "kinds", "places", "stamp", "store", "useful")
 
     def __init__(self, model: nn.Module) -> None:
-        self.kinds: dict[Site, Kind] = {}
-        self.useful: set[Site | None] = set()  # modules that must be called by their sites
+        self.kinds: dict[Layer, Kind] = {}
+        self.places: dict[tuple[CodeType, int], Place] = {}  # of layers that are no modules
+        self.has_places = False  # whether a chain begins with one
+        self.useful: set[Any] = set()  # modules that must be called by their sites
         self.store = model.__dict__.get("_manualbp_activations") != "recompute"
         self.hooked = _hooked(model)
         # Removing a hook leaves no trace: then every call looks.
         self.stamp: float = float("nan") if self.hooked else hook_counter.next_id
 
-    def add(self, sites: "tuple[Site | None, ...]", relu: bool) -> None:
+    def add(self, sites: "tuple[Layer, ...]", relu: bool) -> None:
         """A chain of these layers; `relu`: a ReLU follows the last. It replaces any with the same first layer."""
-        first = sites[0] if sites else None
-        if first is not None:
-            self.kinds.pop(first, None)
+        if sites:
+            self.kinds.pop(sites[0], None)
             if relu or len(sites) > 1:
                 kind = Kind(sites, relu)
                 if kind.rows < float("inf"):
-                    self.kinds[first] = kind
+                    self.kinds[sites[0]] = kind
+            self.has_places = any(type(site) is Place for site in self.kinds)
 
     def is_valid(self, model: nn.Module) -> bool:
         """Whether the same modules have hooks as when the plan was made: a hooked module must be called."""
@@ -478,7 +490,7 @@ class Site(Transparent):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: ReferenceType[Any] = ref(module)  # no cycle: models must go when they are dropped
-        self.weight: Tensor | None = None  # its shape and dtype, without numbers
+        self.weight: Tensor  # its shape and dtype, without numbers
         self.stamp: float = hook_counter.next_id  # when it had no hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -586,6 +598,44 @@ class OtherLinearSite(Site):
             here.site = outer
 
 
+class Place:
+    """A place in the code of a forward that calls F.linear itself."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self) -> None:
+        self.weight: Tensor  # its shape and dtype, without numbers
+
+
+Layer = Site | Place
+
+
+def place_of(frame: FrameType) -> tuple[CodeType, int]:
+    """What a `Place` is known by."""
+    return frame.f_code, frame.f_lasti
+
+
+class AtPlaces(OwnFunctionMode):
+    """Sees a forward call F.linear on ordinary tensors: the first layer of chains that begin at a `Place`."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As `LinearSite`, for F.linear."""
+        kwargs = kwargs or {}
+        if func is F.linear and this_thread.site is None:
+            place = self.plan.places.get(place_of(sys._getframe(1)))
+            kind = None if place is None else self.plan.kinds.get(place)
+            if (
+                kind is not None
+                and (output := kind.begin_large(self.plan, *linear_arguments(args, kwargs))) is not None
+            ):
+                return output
+        return func(*args, **kwargs)
+
+
 class _Beginning(OwnFunctionMode):
     """Sees a subclass of nn.Linear call F.linear on an ordinary tensor: the first layer of a chain."""
 
@@ -597,10 +647,8 @@ class _Beginning(OwnFunctionMode):
         """As `LinearSite`, for F.linear."""
         kwargs = kwargs or {}
         kind = self.plan.kinds.get(self.site) if func is F.linear else None
-        if kind is not None:
-            output = kind.begin(this_thread, self.plan, *linear_arguments(args, kwargs))
-            if output is not None:
-                return output
+        if kind is not None and (output := kind.begin_large(self.plan, *linear_arguments(args, kwargs))) is not None:
+            return output
         return func(*args, **kwargs)
 
 

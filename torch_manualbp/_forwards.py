@@ -7,7 +7,9 @@ them, and if no code but torch's and the model's has had it in hands.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Final
 from weakref import ref
 
@@ -18,13 +20,17 @@ from torch.compiler import is_dynamo_compiling
 
 from torch_manualbp import _compute
 from torch_manualbp._chains import (
+    AtPlaces,
+    Layer,
     LinearSite,
     OtherLinearSite,
+    Place,
     Plan,
     ReLUSite,
     Site,
     linear_arguments,
     may_begin,
+    place_of,
     tensors_in,
     this_thread,
 )
@@ -71,7 +77,11 @@ def written_forward(original: Any) -> Callable[..., Any]:
         here = this_thread
         here.plan = plan
         try:
-            output = original.forward(self, *args, **kwargs)
+            if plan.has_places:
+                with AtPlaces(plan):
+                    output = original.forward(self, *args, **kwargs)
+            else:
+                output = original.forward(self, *args, **kwargs)
             for chain in here.chains:
                 chain.end()
         finally:
@@ -93,7 +103,7 @@ class _Seen:
 
     __slots__ = ("before", "is_relu", "joins", "moment", "relu_site", "site", "tensor")
 
-    def __init__(self, tensor: Tensor, site: Site | None, is_relu: bool, moment: Any) -> None:
+    def __init__(self, tensor: Tensor, site: Layer, is_relu: bool, moment: Any) -> None:
         self.tensor = ref(tensor)
         self.site = site
         self.is_relu = is_relu
@@ -110,6 +120,7 @@ class _Observer(OwnFunctionMode):
         super().__init__()
         self._by_kernels = by_kernels
         self._site: Site | None = None  # whose module is running
+        self._places: dict[Any, Place] = {}
         self._seen: dict[int, _Seen] = {}  # by the id of the tensor
         self._all: list[_Seen] = []
         self._writes = 0  # calls of functions that may have modified a tensor
@@ -132,7 +143,7 @@ class _Observer(OwnFunctionMode):
         """The result of the function."""
         kwargs = kwargs or {}
         if func is F.linear:
-            return self._linear(*linear_arguments(args, kwargs))
+            return self._linear(self._site or self._place(sys._getframe(1)), *linear_arguments(args, kwargs))
         if relu_in_place(func, args, kwargs) is not None:
             seen = self._find(args[0])
             if seen is not None and not seen.is_relu and seen.moment == self._moment():
@@ -154,7 +165,13 @@ class _Observer(OwnFunctionMode):
             self._writes += 1
         return func(*args, **kwargs)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _place(self, frame: FrameType) -> Place | None:
+        """A place in the forward; None if it is torch that calls F.linear, as a layer with hooks does."""
+        if frame.f_globals.get("__name__", "torch").partition(".")[0] == "torch":
+            return None
+        return self._places.setdefault(place_of(frame), Place())
+
+    def _linear(self, site: Layer | None, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._use(weight, bias)
         before = self._find(input)
         if before is not None:
@@ -165,12 +182,12 @@ class _Observer(OwnFunctionMode):
             output = _compute.layers(KERNELS, input, (weight,), (bias,), False, True)
         else:
             output = F.linear(input, weight, bias)
-        if (site := self._site) is not None:
+        if site is not None:
             site.weight = torch.empty_like(weight, device="meta")
-        self._see(output, site, False).before = before
+            self._see(output, site, False).before = before
         return output
 
-    def _see(self, tensor: Tensor, site: Site | None, is_relu: bool) -> _Seen:
+    def _see(self, tensor: Tensor, site: Layer, is_relu: bool) -> _Seen:
         seen = self._seen[id(tensor)] = _Seen(tensor, site, is_relu, self._moment())
         self._all.append(seen)
         return seen
@@ -202,25 +219,25 @@ class _Observer(OwnFunctionMode):
              for site in sites}
             for is_relu in (False, True)
         )  # fmt: skip
-        after: dict[Site | None, set[Site | None]] = {}
+        after: dict[Layer, set[Layer]] = {}
         for seen in self._all:
             if seen.before is not None:
                 after.setdefault(seen.before.site, set()).add(seen.site)
-        for first in sites - {None}:
-            chain: list[Site | None] = [first]
+        plan.places = self._places
+        for first in sites:
+            chain: list[Layer] = [first]
             relu = joins_relu[first]
             while relu and joins_next[chain[-1]] and len(following := after.get(chain[-1], set())) == 1:
                 (site,) = following
                 if site in chain:
                     break
                 chain.append(site)
-                relu = site is not None and joins_relu[site]
+                relu = joins_relu[site]
             if relu or len(chain) > 1:
                 plan.add(tuple(chain), relu)
         for kind in plan.kinds.values():
             plan.useful.update(kind.sites)
         plan.useful.update(seen.relu_site for seen in self._all if seen.is_relu and joins_relu[seen.site])
-        plan.useful.discard(None)
 
 
 def _may_write(func: Any, args: Any, kwargs: Any) -> bool:

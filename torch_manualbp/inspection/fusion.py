@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _compute
-from torch_manualbp._chains import Pending, linear_arguments, tensors_in, this_thread
+from torch_manualbp._chains import Pending, Site, linear_arguments, tensors_in, this_thread
 from torch_manualbp._checks import check_module
 from torch_manualbp._forwards import WrittenForward, needs_first_call
 from torch_manualbp._relus import relu_in_place
@@ -192,8 +192,8 @@ class _Recorder(OwnFunctionMode):
         """Our ops have computed these layers."""
         modules: list[Any] = [self.owners.get(id(weight)) for weight in weights]
         for chain in this_thread.chains:  # its weights may be computed from those of its modules
-            if chain.weights == weights or chain.weights is weights:
-                modules = [None if site is None else site.module() for site in chain.kind.sites[: len(weights)]]
+            if chain.weights is weights:
+                modules = [site.module() if isinstance(site, Site) else None for site in chain.kind.sites]
         self.fused.update(map(id, modules))
         layers = tuple(self.names.get(id(module), "?") for module in modules)
         widths = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
