@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from fuzz import arguments, cases, differential, runner, training
+from fuzz import arguments, cases, differential, forwards, runner, training
 from fuzz.cases import Case, Layout
-from torch_manualbp import _ops
+from torch_manualbp import _chains, _ops
 from torch_manualbp._losses import LossSpec
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,12 @@ def test_random_training_runs_have_the_bits_of_their_steps():
     assert report.failures == []
     assert report.cases > 20
     assert report.undecidable < report.cases / 10
+
+
+def test_random_forwards_compute_what_the_plain_model_does():
+    report = runner.run(forwards, iter(range(2000)), SECONDS)
+    assert report.failures == []
+    assert report.cases > 20
 
 
 def test_random_arguments_never_crash(tmp_path):
@@ -107,6 +113,30 @@ def test_a_bug_is_found_made_small_and_printed_as_code_that_fails(put_in, monkey
     exec("\n".join(code), names)  # which passes without the bug
 
 
+def forget_a_relu(monkeypatch):
+    """A pending ReLU that something else needs becomes the pre-activation."""
+    right = _chains.Chain.value
+    monkeypatch.setattr(_chains.Chain, "value", lambda self, step: right(self, step & ~3))
+
+
+def hand_out_one_tensor_twice(monkeypatch):
+    """What outlives a forward is used again by the next call."""
+    monkeypatch.setattr(_chains, "_ONLY_OURS", 100)
+
+
+def lose_the_masks(monkeypatch):
+    """Dropout draws its mask, which is not applied."""
+    monkeypatch.setattr(_chains.Chain, "_masks", lambda self, step, count: ())
+
+
+@pytest.mark.parametrize("put_in", [forget_a_relu, hand_out_one_tensor_twice, lose_the_masks])
+def test_a_bug_in_chains_is_found(put_in, monkeypatch):
+    put_in(monkeypatch)
+    with pytest.raises(AssertionError, match=r"call |left the model"):
+        for seed in range(1000):
+            forwards.check(forwards.draw(seed))
+
+
 def test_a_crash_and_a_hang_are_found_with_their_cases_and_the_rest_follows(tmp_path, monkeypatch):
     # In place of two ops: a process that kills itself, and an endless loop outside Python code.
     fake = """
@@ -158,7 +188,7 @@ def check(case):
 # --- the fuzzer itself ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fuzzer", [differential, arguments])
+@pytest.mark.parametrize("fuzzer", [differential, arguments, forwards])
 def test_a_seed_gives_the_same_case_and_its_text_gives_it_again(fuzzer):
     names = {**vars(cases), **vars(fuzzer), "torch": torch}
     for seed in range(300):
