@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     *("LinearReLU", "MLP", "__version__", "fuse", "linear_relu", "mlp", "mlp_loss", "safe_globals", "unfuse"),
     *("History", "empty_cache", "fit", "train_step"),
-    *("GradientFlowMonitor", "gradient_flow", "memory", "trace"),
+    *("GradientFlowMonitor", "fusion_report", "gradient_flow", "memory", "trace"),
     *("clipped_gradients", "per_sample_gradient_norms", "per_sample_gradients"),
 }
 

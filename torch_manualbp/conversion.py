@@ -9,6 +9,7 @@ import copyreg
 import functools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar, cast, overload
@@ -76,7 +77,7 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
         ValueError: unknown `activations`.
 
     Warns:
-        UserWarning: there is no linear layer with a ReLU after it in the model.
+        UserWarning: there is no linear layer with a ReLU after it in the model; once for each model.
 
     Example:
         >>> model = fuse(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
@@ -97,10 +98,7 @@ def fuse(module: Any, *, activations: str = "store") -> Any:
         if isinstance(child, _Fused):
             child.__dict__["_manualbp_activations"] = activations
             remove_site(child)
-    if not any(isinstance(child, FusedForward | LinearReLU) for child in module.modules()) and not mentions_relu(
-        module
-    ):
-        warnings.warn("fuse: found no linear layer with a ReLU after it (fusion_report tells more)", stacklevel=2)
+    _warn_if_nothing_can_fuse(module)
     return module
 
 
@@ -181,6 +179,16 @@ def safe_globals(*classes: type) -> list[Any]:
     kinds = {nn.Sequential, *classes}
     fused = [_fused_class(kind) for kind in kinds if _runs_children_in_turn(kind) or _may_be_written(kind)]
     return [nn.Sequential, nn.Linear, nn.ReLU, MLP, LinearReLU, _new, no_plan, *classes, *fused]
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _warn_if_nothing_can_fuse(model: nn.Module) -> None:
+    can = any(isinstance(child, FusedForward | LinearReLU) for child in model.modules()) or mentions_relu(model)
+    if not can and model not in _warned:
+        _warned.add(model)
+        warnings.warn("fuse: found no linear layer with a ReLU after it (fusion_report tells more)", stacklevel=3)
 
 
 def _check_module(op: str, module: Any) -> None:
