@@ -105,7 +105,6 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
   masks = masks && n % kernel_table().tile_cols == 0;
   if (masks && chance(50)) p.mask = mask.data, p.mask_m = mask_m;
   if (masks && chance(50)) p.column_sum = column_sum.data;
-  if (p.mask && chance(50)) p.scale = 2;
   if (chance(40)) {
     kernel.pack(p.b, p.b_k, p.b_n, k, n, packed.data);
     p.packed_b = packed.data;
@@ -119,7 +118,7 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
       for (int64_t kk = 0; kk < k; ++kk) sum += a.at(i, kk) * b.at(kk, j);
       if (p.bias) sum += to_double(bias.data[j * bias_stride]);
       if (p.relu && sum < 0) sum = 0;
-      if (p.mask) sum *= to_double(mask.data[i * mask_m + j]) <= 0 ? 0 : double(p.scale);
+      if (p.mask && to_double(mask.data[i * mask_m + j]) <= 0) sum = 0;
       sums[size_t(j)] += sum;
       want[size_t(i * n + j)] = to_double(rounded<Out>(sum));
     }
@@ -187,7 +186,7 @@ void check_relu_backward() {
   const bool in_place = grad.row == cols && grad.col == 1;
   if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
   if (chance(70)) p.column_sum = sum.data;
-  if (chance(50)) p.scale = 2;
+  if (p.h && chance(50)) p.scale = 2;
   std::vector<double> want(size_t(rows * cols)), sums(sum.data, sum.data + cols);
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) {

@@ -49,7 +49,6 @@ struct Tile {
   bool relu;
   const A* mask;  // or nullptr
   int64_t mask_stride;
-  A scale;  // of what the mask lets pass
   double* column_sum;  // or nullptr
 };
 
@@ -153,13 +152,6 @@ static void tile(const Tile<A>& t) {
       for (int j = 0; j < NV; ++j) {
         const vec<A> h = load<A>(t.mask + i * t.mask_stride + j * L);
         acc[i][j] = h <= A(0) ? vec<A>{} : acc[i][j];
-      }
-    }
-    if (t.scale != A(1)) {  // dropout
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; ++j) acc[i][j] *= t.scale;
       }
     }
   }
@@ -627,7 +619,6 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
           if constexpr (sizeof(T) == sizeof(A)) {
             t.mask = p.mask && last ? p.mask + m0 * p.mask_m + n0 + j0 : nullptr;
             t.mask_stride = p.mask_m;
-            t.scale = p.scale;
             t.column_sum = p.column_sum && last ? p.column_sum + n0 + j0 : nullptr;
           }
           A* c = p.c + m0 * p.c_m + n0 + j0;

@@ -40,11 +40,10 @@ struct Gemm {
   bool relu = false;
   bool accumulate = false;                     // C += A B
   const accumulator_t<T>* packed_b = nullptr;  // B as `pack` leaves it, or nullptr: packed on the way
-  // C = scale I[mask > 0] . C by the rule of ReluBackward, and the column sums of the result, row after row. Only if N
-  // is a multiple of the register tile, and not in half precision.
+  // C = I[mask > 0] . C by the rule of ReluBackward, and the column sums of the result, row after row. Only if N is a
+  // multiple of the register tile, and not in half precision.
   const Out* mask = nullptr;  // (M, N), columns contiguous, or nullptr
   int64_t mask_m = 0;
-  accumulator_t<T> scale = 1;
   double* column_sum = nullptr;  // (N): added to what is in it; nullptr: not wanted
   // If K counts rows of a batch: the unit in which they are summed, kUnitRows or kLongUnitRows. 0: K counts features.
   int64_t unit_rows = 0;
@@ -52,7 +51,7 @@ struct Gemm {
 
 // df = scale I[h > 0] . dh and, in the same pass, the column sums of df, which are d(beta); units are added in double.
 // As in PyTorch, a gradient passes unless h <= 0: NaN lets it pass, 0 does not. scale: 1, or that of the dropout that
-// made h; it multiplies what passes.
+// made h; it multiplies what passes. 1 without h.
 template <typename T>
 struct ReluBackward {
   int64_t rows, cols;

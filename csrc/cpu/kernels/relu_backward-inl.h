@@ -13,15 +13,17 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, a
       convert(grad + j, df);
       if (h) {
         convert(h + j, mask);
-        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i] * scale;
+        for (int i = 0; i < L; ++i) df[i] *= scale;
+        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i];
       }
       if (out) convert(df, out + j);
       for (int i = 0; sum && i < L; ++i) sum[j + i] += df[i];
     }
   }
   for (; j < cols; ++j) {
-    const T g = grad[j * grad_col];
-    const A df = !h ? widen(g) : widen(h[j]) <= A(0) ? A(0) : widen(g) * scale;
+    const A g = widen(grad[j * grad_col]) * scale;  // a product that is not always made would not be vectorised
+    const bool pass = h ? !(widen(h[j]) <= A(0)) : true;
+    const A df = pass ? g : A(0);
     if (out) out[j] = narrow<T>(df);
     if (sum) sum[j] += df;
   }
