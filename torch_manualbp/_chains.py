@@ -61,13 +61,12 @@ _version: Any = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class _Thread(threading.local):
-    """What this thread is doing: the plan of the model that runs, its chains, or the observer of its first call."""
+    """What this thread is doing: the plan of the model that runs, and its chains."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.chains: list[Chain] = []
         self.site: Site | None = None  # a subclass of nn.Linear that is running
-        self.observer: Any = None  # of `_forwards`
 
 
 this_thread = _Thread()
@@ -423,10 +422,11 @@ class Kind:
 class Plan:
     """The chains of a model, by their first layer, as its calls have shown."""
 
-    __slots__ = ("has_places", "hooked", "kinds", "places", "stamp", "store", "useful")
+    __slots__ = ("has_places", "hooked", "kinds", "observer", "places", "stamp", "store", "useful")
 
     def __init__(self, model: nn.Module) -> None:
         self.kinds: dict[Layer, Kind] = {}
+        self.observer: Any = None  # of `_forwards`, during the first call
         self.places: dict[tuple[CodeType, int], Place] = {}  # of layers that are no modules
         self.has_places = False  # whether a chain begins with one
         self.useful: set[Any] = set()  # modules that must be called by their sites
@@ -498,8 +498,8 @@ class Site(Transparent):
         module: Any = self.module()
         here = this_thread
         if here.plan is not None and not kwargs and len(args) == 1:
-            if here.observer is not None:
-                return here.observer.call(self, module, args[0])
+            if here.plan.observer is not None:
+                return here.plan.observer.call(self, module, args[0])
             if (output := self._next(here, module, args[0])) is not None:
                 return output
         return module._call_impl(*args, **kwargs)
@@ -539,8 +539,6 @@ class LinearSite(Site):
         get = self.parameters.get
         weight, bias = get("weight"), get("bias")
         if plan is not None:
-            if here.observer is not None:
-                return here.observer.call(self, module, input)
             output = None
             if type(input) is Pending:
                 output = input._manualbp_chain.join(input, self, weight, bias)
@@ -552,6 +550,8 @@ class LinearSite(Site):
                 output = kind.begin(here, plan, input, weight, bias)
             if output is not None:
                 return output
+            if plan.observer is not None:
+                return plan.observer.call(self, module, input)
         if self.stamp == hook_counter.next_id and weight is not None and linear_is_called(module):
             return F.linear(input, weight, bias)
         return self._call(module, input)
@@ -570,8 +570,9 @@ class ReLUSite(Site):
         (input,) = args
         if type(input) is Pending and (output := input._manualbp_chain.rectify(input, module.inplace)) is not None:
             return output
-        if this_thread.observer is not None:
-            return this_thread.observer.call(self, module, input)
+        plan = this_thread.plan
+        if plan is not None and plan.observer is not None:
+            return plan.observer.call(self, module, input)
         if self.stamp == hook_counter.next_id and relu_is_called(module):
             return F.relu(input, module.inplace)
         return self._call(module, input)

@@ -260,7 +260,7 @@ def _first_call(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs
     here = this_thread
     installed = [module for module in model.modules() if module is not model and _install(module)]
     here.plan = plan = Plan(model)
-    here.observer = observer = _Observer(mentions_relu(model))
+    plan.observer = observer = _Observer(mentions_relu(model))
     try:
         with observer:
             output = forward(model, *args, **kwargs)
@@ -270,7 +270,7 @@ def _first_call(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs
         elif (original := vars(type(model)).get("_original_class")) is not None:
             model.__class__ = original  # as before `fuse`: a class that does nothing would still take 1 µs a call
     finally:
-        here.plan = here.observer = None
+        here.plan = plan.observer = None
         for module in installed:
             if module.__dict__["_compiled_call_impl"] not in plan.useful:
                 del module.__dict__["_compiled_call_impl"]
