@@ -883,6 +883,22 @@ def test_nothing_is_kept(forward):
     assert model() is None
 
 
+def test_computed_weights_are_not_kept():
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            weight = self.weight * 2
+            seen.append(weakref.ref(weight))
+            return F.linear(x, weight, self.bias)
+
+    _, fused = twins(chain, a=Watched(8, 8), b=Watched(8, 8))
+    for _ in range(3):
+        fused(batch())
+    assert len(seen) == 6
+    assert all(weight() is None for weight in seen)
+
+
 def test_a_model_goes_without_the_garbage_collector():
     _, fused = twins(chain)
     for _ in range(3):

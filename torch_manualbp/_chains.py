@@ -21,7 +21,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
 from sys import getrefcount
 from types import CodeType, FrameType
 from typing import Any, Final, cast
@@ -389,7 +388,7 @@ class Kind:
         self.sites = sites
         self.relu = relu  # whether the last step is a ReLU
         self.spare: list[Chain] = []
-        self.fits: tuple[Any, ...] = (None,) * 4  # parameters of the first layer, dtype and width, checked before
+        self.fits: tuple[Any, ...] = (None,) * 3  # parameters of the first layer, what input they were found to fit
         weights = [site.weight for site in sites]
         hidden = sum(weight.shape[0] for weight in weights[: None if relu else -1]) or 1
         self.rows = rows_left_to_torch(weights[0], True) if len(sites) == 1 else 0.0
@@ -400,11 +399,12 @@ class Kind:
         """The first layer, whose arguments are checked now, as plain torch does. None: torch must compute it."""
         if route(input) is not KERNELS or saved_tensor_hooks() is not None:
             return None
-        found = weight, bias, input.dtype, input.shape[-1]
-        if not all(map(is_, found, self.fits)):
+        fits, found = self.fits, (input.dtype, input.shape[-1:])
+        if fits[0] is not weight or fits[1] is not bias or fits[2] != found:
             if not _fits(input, weight, bias):
                 return None
-            self.fits = found
+            if type(weight) is nn.Parameter:  # a computed weight must not outlive the call
+                self.fits = weight, bias, found
         try:
             chain = self.spare.pop()
         except IndexError:
