@@ -238,7 +238,7 @@ def functional_in_two_places(self, x):
 
 
 def keyword(self, x):
-    return self.b(input=F.relu(self.a(input=x)))
+    return self.b(input=F.relu(self.a(input=x))) + torch.relu(input=self.c(x)) + torch.clamp(input=self.d(x), min=0)
 
 
 def double_backward(self, x):
@@ -818,6 +818,22 @@ def test_a_model_in_which_nothing_fuses_gets_its_class_back():
     fused(batch())
     assert type(fused) is Written
     assert all("_compiled_call_impl" not in module.__dict__ for module in fused.modules())
+
+
+def test_replicas_of_data_parallel():
+    """They run on other devices, with parameters of their own: not by the calls of the original's layers."""
+    plain, fused = twins(chain)
+    compare(plain, fused, batch())
+    x = batch()
+    for _ in range(2):
+        replica = fused._replicate_for_data_parallel()
+        for name, child in fused._modules.items():
+            replica._modules[name] = copied = child._replicate_for_data_parallel()
+            for key, parameter in child._parameters.items():  # as torch.nn.parallel.replicate does
+                setattr(copied, key, parameter.detach() * 2)
+        parameters = {name: parameter.detach() * 2 for name, parameter in plain.named_parameters()}
+        torch.testing.assert_close(replica(x), functional_call(plain, parameters, (x,)))
+    assert compare(plain, fused, batch()) == 1
 
 
 def test_a_compiled_child_stays_compiled():

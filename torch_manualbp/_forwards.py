@@ -144,15 +144,14 @@ class _Observer(OwnFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(self._site or self._place(sys._getframe(1)), *linear_arguments(args, kwargs))
-        if relu_in_place(func, args, kwargs) is not None:
-            seen = self._find(args[0])
-            if seen is not None and not seen.is_relu and seen.moment == self._moment():
+        seen = self._find(args[0]) if args else None
+        if seen is not None and not seen.is_relu and relu_in_place(func, args, kwargs) is not None:
+            if seen.moment == self._moment():
                 seen.joins.append(True)
                 output = func(*args, **kwargs)
-                after = self._see(output, seen.site, True)
-                after.relu_site = self._site
+                self._see(output, seen.site, True).relu_site = self._site
                 return output
-        if func is F.dropout and (seen := self._find(args[0])) is not None and seen.is_relu:
+        elif seen is not None and seen.is_relu and func is F.dropout:
             output = func(*args, **kwargs)
             if output is not args[0]:  # otherwise it does nothing, or works in place
                 seen.joins.append(seen.moment == self._moment())
