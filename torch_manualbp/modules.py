@@ -353,10 +353,7 @@ def _is_open(child: nn.Module, activations: str) -> bool:
     own = child.__dict__
     return (
         _may_be_open(type(child))
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
+        and not has_hooks(child)
         and "forward" not in own
         and "_manualbp_watchers" not in own
         and own.get("_compiled_call_impl") is None

@@ -137,7 +137,7 @@ class Clip {
   std::vector<Tensor> views_;
 };
 
-// A Training stays for the next call unless it takes more bytes than this: with so many, a step takes long enough.
+// The most bytes of a Training that stays for the next call. Making a larger one takes a small part of its step.
 constexpr int64_t kMostKept = 1 << 20;
 
 // All that a Training depends on beside what `keep` was given.
