@@ -958,3 +958,17 @@ def test_dropout_trains_as_plain_does():
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
         assert compare(plain.train(), fused.train(), x) == 1
         assert compare(plain.eval(), fused.eval(), x) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_torch_computes_what_our_op_refuses(dtype, monkeypatch):
+    """With the masks that have been drawn, in the dtype of the model."""
+    plain, fused = twins(dropout, dtype=dtype)
+    x = batch(dtype=dtype)
+    assert compare(plain, fused, x) == 1
+
+    def refuse(*args):
+        raise RuntimeError("test")
+
+    monkeypatch.setattr(_chains._compute, "layers", refuse)
+    assert compare(plain, fused, x, tolerance=1e-12 if dtype is torch.float64 else 1e-5) == 0

@@ -50,7 +50,9 @@ from torch_manualbp._route import (
     saved_tensor_hooks,
     transforms_active,
 )
+from torch_manualbp.autograd import masks_of
 from torch_manualbp.modules import Transparent, has_hooks, hook_counter, no_plan
+from torch_manualbp.reference import mlp_forward
 
 _make_wrapper_subclass: Any = Tensor._make_wrapper_subclass
 _is_grad_enabled = torch.is_grad_enabled
@@ -90,8 +92,7 @@ class Pending(Tensor):
             elif func is F.linear:
                 _, weight, bias = linear_arguments(args, kwargs or {})
                 chain = first._manualbp_chain
-                site = this_thread.site or chain.plan.places.get(place_of(sys._getframe(1)))
-                output = chain.join(first, site, weight, bias)
+                output = chain.join(first, layer_called(chain.plan, sys._getframe(1)), weight, bias)
             elif (in_place := relu_in_place(func, args, kwargs or {})) is not None:
                 output = first._manualbp_chain.rectify(first, in_place)
             elif func is F.dropout:
@@ -303,13 +304,8 @@ class Chain:
                 return output
             except RuntimeError:  # torch computes more than we do, or raises its own error
                 pass
-        for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            input = F.linear(input, weight, bias)
-            if relu or k < count - 1:
-                input = torch.relu(input)
-            if dropout and (kept := dropout.kept[k]) is not None:
-                input = input * (kept.view_as(input) * dropout.scales[k])
-        return cast(Tensor, input)
+        drawn = dropout.arguments(0, None) if dropout else ()
+        return mlp_forward(input, weights, biases, relu, masks_of(drawn, input, weights))[0]
 
     def _masks(self, step: int, count: int) -> Any:
         """The masks of the first `count` layers; of the last one only if the step is its dropout."""
@@ -593,7 +589,7 @@ class OtherLinearSite(Site):
         try:
             if type(input) is Pending:
                 return module._call_impl(input)
-            with _Beginning(self, plan):
+            with Beginning(plan):
                 return module._call_impl(input)
         finally:
             here.site = outer
@@ -616,8 +612,8 @@ def place_of(frame: FrameType) -> tuple[CodeType, int]:
     return frame.f_code, frame.f_lasti
 
 
-class AtPlaces(OwnFunctionMode):
-    """Sees a forward call F.linear on ordinary tensors: the first layer of chains that begin at a `Place`."""
+class Beginning(OwnFunctionMode):
+    """Sees the first layer of a chain that is no plain nn.Linear: F.linear, called by a subclass or at a `Place`."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -626,31 +622,17 @@ class AtPlaces(OwnFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As `LinearSite`, for F.linear."""
         kwargs = kwargs or {}
-        if func is F.linear and this_thread.site is None:
-            place = self.plan.places.get(place_of(sys._getframe(1)))
-            kind = None if place is None else self.plan.kinds.get(place)
-            if (
-                kind is not None
-                and (output := kind.begin_large(self.plan, *linear_arguments(args, kwargs))) is not None
-            ):
+        if func is F.linear and (layer := layer_called(self.plan, sys._getframe(1))) is not None:
+            kind = self.plan.kinds.get(layer)
+            output = None if kind is None else kind.begin_large(self.plan, *linear_arguments(args, kwargs))
+            if output is not None:
                 return output
         return func(*args, **kwargs)
 
 
-class _Beginning(OwnFunctionMode):
-    """Sees a subclass of nn.Linear call F.linear on an ordinary tensor: the first layer of a chain."""
-
-    def __init__(self, site: Site, plan: Plan) -> None:
-        super().__init__()
-        self.site, self.plan = site, plan
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As `LinearSite`, for F.linear."""
-        kwargs = kwargs or {}
-        kind = self.plan.kinds.get(self.site) if func is F.linear else None
-        if kind is not None and (output := kind.begin_large(self.plan, *linear_arguments(args, kwargs))) is not None:
-            return output
-        return func(*args, **kwargs)
+def layer_called(plan: Plan, frame: FrameType) -> Layer | None:
+    """The layer for which this frame calls F.linear."""
+    return this_thread.site or plan.places.get(place_of(frame))
 
 
 def linear_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

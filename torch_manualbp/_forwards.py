@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torch_manualbp import _compute
 from torch_manualbp._chains import (
-    AtPlaces,
+    Beginning,
     Layer,
     LinearSite,
     OtherLinearSite,
@@ -78,7 +78,7 @@ def written_forward(original: Any) -> Callable[..., Any]:
         here.plan = plan
         try:
             if plan.has_places:
-                with AtPlaces(plan):
+                with Beginning(plan):
                     output = original.forward(self, *args, **kwargs)
             else:
                 output = original.forward(self, *args, **kwargs)

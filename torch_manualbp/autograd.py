@@ -129,7 +129,7 @@ class MLPFunction(ManualFunction):
                 grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
             in_graph = _connected(parameters[:layers], read[:layers])
             if hidden is None:
-                masks = _masks(dropout, input, weights)
+                masks = masks_of(dropout, input, weights)
                 _, h = reference.mlp_forward(
                     input, in_graph, _connected(parameters[layers:], biases), output is not None, masks
                 )
@@ -146,7 +146,7 @@ class MLPFunction(ManualFunction):
     def composed(input: Tensor, final_relu: bool, store: bool, layers: int, *rest: Any) -> tuple[Tensor, Tensor]:
         """The network in plain torch."""
         parameters = rest[: 2 * layers]
-        masks = _masks(rest[2 * layers :], input, parameters[:layers])
+        masks = masks_of(rest[2 * layers :], input, parameters[:layers])
         output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu, masks)
         hidden = [h_k.flatten() for h_k in h[1:]] if store else []
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
@@ -201,7 +201,7 @@ class MLPLossFunction(ManualFunction):
         return loss.of(output, target)
 
 
-def _masks(dropout: Sequence[Any], input: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+def masks_of(dropout: Sequence[Any], input: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """m_k in {0, c_k} of the dropout after each layer, None where there is none; empty: nowhere.
 
     dropout: `kept` and `scales`, or nothing.
