@@ -39,16 +39,19 @@ def layers(
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
     if way is KERNELS:
-        masks = dropout if isinstance(dropout, Masks) else _drawn(dropout, input, weights)
+        masks: Masks | None = None
+        if dropout:
+            masks = dropout if isinstance(dropout, Masks) else _drawn(dropout, input, weights)
         if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
             if first > 0:  # below it there is nothing to learn, so that no activation is needed again
-                below = masks.arguments(0, first)
+                below = masks.arguments(0, first) if masks else ()
                 input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False, *below)
                 weights, biases = weights[first:], biases[first:]
-            drawn = masks.arguments(first, None)
+            drawn = masks.arguments(first, None) if masks else ()
             recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases, *drawn)[0]
             return recorded
-        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *masks.arguments(0, None))[0]
+        drawn = masks.arguments(0, None) if masks else ()
+        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *drawn)[0]
         return output
     if way is GRAPH:
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
@@ -112,9 +115,6 @@ class Masks(NamedTuple):
         return (torch.cat(kept), self.scales[first:last]) if kept else ()
 
 
-_NO_MASKS = Masks([], [])
-
-
 def draw(p: float, input: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     """The mask of the dropout after this layer, and its scale.
 
@@ -126,8 +126,6 @@ def draw(p: float, input: Tensor, weight: Tensor) -> tuple[Tensor, float]:
 
 
 def _drawn(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]) -> Masks:
-    if not any(dropout):
-        return _NO_MASKS
     drawn = [draw(p, input, weight) if p else (None, 0.0) for p, weight in zip(dropout, weights, strict=True)]
     return Masks([mask for mask, _ in drawn], [scale for _, scale in drawn])
 
