@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _compute
 from torch_manualbp._gradients import use_count
+from torch_manualbp._ops import masks_of
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import (
     KERNELS,
@@ -50,7 +51,6 @@ from torch_manualbp._route import (
     saved_tensor_hooks,
     transforms_active,
 )
-from torch_manualbp.autograd import masks_of
 from torch_manualbp.modules import Transparent, has_hooks, hook_counter, no_plan
 from torch_manualbp.reference import mlp_forward
 
@@ -305,7 +305,7 @@ class Chain:
             except RuntimeError:  # torch computes more than we do, or raises its own error
                 pass
         drawn = dropout.arguments(0, None) if dropout else ()
-        return mlp_forward(input, weights, biases, relu, masks_of(drawn, input, weights))[0]
+        return mlp_forward(input, weights, biases, relu, masks_of(drawn, input.shape, weights, input.dtype))[0]
 
     def _masks(self, step: int, count: int) -> Any:
         """The masks of the first `count` layers; of the last one only if the step is its dropout."""

@@ -104,18 +104,22 @@ def split_hidden(hidden: Tensor, shape: torch.Size, weights: Sequence[Tensor]) -
     return [piece.view(*leading, width) for piece, width in zip(pieces, widths, strict=True)]
 
 
-def split_kept(
-    kept: Tensor, scales: Sequence[float], shape: torch.Size, weights: Sequence[Tensor]
+def masks_of(
+    dropout: Sequence[Any], shape: torch.Size, weights: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """The masks m_k (…, D_{k+1}) in {False, True}, as views of `kept`, for the layers with dropout; else None."""
-    leading, start, masks = shape[:-1], 0, list[Tensor | None]()
+    """m_k (…, D_{k+1}) in {0, c_k} of the dropout after each layer, None where there is none; empty: nowhere.
+
+    dropout: `kept` and `scales` as for the op `mlp`, or nothing; shape: that of h_0.
+    """
+    if not dropout:
+        return []
+    kept, scales = dropout
+    masks, start = list[Tensor | None](), 0
     for weight, scale in zip(weights, scales, strict=True):
-        if not scale:
-            masks.append(None)
-            continue
-        size = math.prod(leading) * weight.shape[0]
-        masks.append(kept[start : start + size].view(*leading, weight.shape[0]))
-        start += size
+        mask_shape = (*shape[:-1], weight.shape[0] if scale else 0)
+        end = start + math.prod(mask_shape)
+        masks.append(kept[start:end].view(mask_shape).to(dtype) * scale if scale else None)
+        start = end
     return masks
 
 

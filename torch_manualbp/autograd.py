@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._ops import split_hidden, split_kept
+from torch_manualbp._ops import masks_of, split_hidden
 from torch_manualbp._route import backward_is_composed
 
 
@@ -129,7 +129,7 @@ class MLPFunction(ManualFunction):
                 grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
             in_graph = _connected(parameters[:layers], read[:layers])
             if hidden is None:
-                masks = masks_of(dropout, input, weights)
+                masks = masks_of(dropout, shape, weights, input.dtype)
                 _, h = reference.mlp_forward(
                     input, in_graph, _connected(parameters[layers:], biases), output is not None, masks
                 )
@@ -146,7 +146,7 @@ class MLPFunction(ManualFunction):
     def composed(input: Tensor, final_relu: bool, store: bool, layers: int, *rest: Any) -> tuple[Tensor, Tensor]:
         """The network in plain torch."""
         parameters = rest[: 2 * layers]
-        masks = masks_of(rest[2 * layers :], input, parameters[:layers])
+        masks = masks_of(rest[2 * layers :], input.shape, parameters[:layers], input.dtype)
         output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu, masks)
         hidden = [h_k.flatten() for h_k in h[1:]] if store else []
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
@@ -199,18 +199,6 @@ class MLPLossFunction(ManualFunction):
         """Network and loss in plain torch."""
         output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
         return loss.of(output, target)
-
-
-def masks_of(dropout: Sequence[Any], input: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """m_k in {0, c_k} of the dropout after each layer, None where there is none; empty: nowhere.
-
-    dropout: `kept` and `scales`, or nothing.
-    """
-    if not dropout:
-        return []
-    kept, scales = dropout
-    pieces = zip(split_kept(kept, scales, input.shape, weights), scales, strict=True)
-    return [None if piece is None else piece.to(input.dtype) * scale for piece, scale in pieces]
 
 
 def _loss_gradients(
