@@ -110,9 +110,7 @@ class BackwardPass {
         packed_transposed_(net, &Layer<T>::packed_transposed, 0, size_t(plan_.recomputed)),
         sums_(net.plan, plan_, grads),
         memory_(plan_.elements) {
-    if (net.plan.way != Way::kShort) return;
-    place_all_rows();
-    list_tasks();
+    if (net.plan.way == Way::kShort) place_all_rows();
   }
   BackwardPass(const BackwardPass&) = delete;
 
@@ -243,34 +241,22 @@ class BackwardPass {
     if (whole.data) all_.df[layers - 1] = whole;
   }
 
-  // Short, parallel region 2: the blocks of all d(Omega_k), and all d(beta_k), are divided among the threads.
+  // Short, parallel region 2: each thread computes its part of every d(Omega_k), and some of the d(beta_k).
   void gradients_of_layers() const {
-    workers_.run(int64_t(tasks_.size()), net_.plan.multiply_adds(), [&](int64_t begin, int64_t end) {
+    const int64_t parts = parts_of(net_.plan.multiply_adds(), workers_);
+    workers_.run(parts, net_.plan.multiply_adds(), [&](int64_t begin, int64_t end) {
       const Workers alone = workers_.alone();
-      for (int64_t i = begin; i < end; ++i) {
-        const auto [k, row, col] = tasks_[size_t(i)];
-        if (row < 0) {
-          bias_gradient<T>(all_.df[k], sums_.beta(0, k), alone);
-          continue;
+      for (int64_t part = begin; part < end; ++part) {
+        for (size_t k = size_t(plan_.lowest); k < net_.layers.size(); ++k) {
+          if (A* domega = sums_.omega(0, k)) {
+            weight_gradient_part<T>(all_.df[k], h_of(k), domega, /*accumulate=*/false, plan_.unit_rows, part, parts,
+                                    alone.workspace());
+          }
+          double* const dbeta = sums_.beta(0, k);
+          if (dbeta && int64_t(k) % parts == part) bias_gradient<T>(all_.df[k], dbeta, alone);
         }
-        const int64_t d_in = net_.layers[k].d_in();
-        gradient_block<T>(columns_of(all_.df[k], row, kGradientRows), columns_of(h_of(k), col, kGradientCols),
-                          sums_.omega(0, k) + row * d_in + col, d_in, /*accumulate=*/false, plan_.unit_rows,
-                          alone.workspace());
       }
     });
-  }
-  struct Task {
-    size_t k;
-    int64_t row, col;  // of the block of d(Omega_k); row < 0: d(beta_k)
-  };
-  void list_tasks() {
-    for (size_t k = size_t(plan_.lowest); k < net_.layers.size(); ++k) {
-      for (int64_t row = 0; grads_.omega[k] && row < net_.layers[k].d_out(); row += kGradientRows) {
-        for (int64_t col = 0; col < net_.layers[k].d_in(); col += kGradientCols) tasks_.push_back({k, row, col});
-      }
-      if (grads_.beta[k]) tasks_.push_back({k, -1, 0});
-    }
   }
 
   // Short: df_0 ... df_{K-1} and the input of each layer, of all rows: parallel region 1 writes what parallel region 2
@@ -303,7 +289,6 @@ class BackwardPass {
   Sums<T> sums_;
   Buffer<T> memory_;
   AllRows all_{};
-  std::vector<Task> tasks_;
 };
 
 // The backward pass from the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they

@@ -115,12 +115,17 @@ struct Team {
   Workers workers;
 };
 
+// Into how many parts a step of so many multiply-adds is divided.
+inline int64_t parts_of(double work, const Workers& workers) {
+  return std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
+}
+
 // C = A B, divided among threads by rows of C or by columns.
 template <typename T>
 void gemm(const Gemm<T, T>& p, const Workers& workers) {
   if (p.m == 0 || p.n == 0) return;
   const double work = product_work(p.m, p.n, p.k);
-  const int64_t parts = std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
+  const int64_t parts = parts_of(work, workers);
   // When splitting by rows, every thread packs all of B, so do it only if B is the smaller matrix, or packed already.
   const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
   const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
@@ -327,39 +332,46 @@ void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, accu
   relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers, scale);
 }
 
-// The block of a weight's gradient that one thread computes. It has so few columns that gemm reads the strip of df in
-// place; blocks of 192 x 256, for which gemm copies it, made backward of apex and dlrm_top 7 % slower.
-constexpr int64_t kGradientRows = 96, kGradientCols = 128;
-
-// One such block, from its columns of df and of h: d(Omega) (M, N) (+)= df^T (M, B) h (B, N), rows `stride` apart.
-// unit_rows: see Gemm.
-template <typename T>
-void gradient_block(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, int64_t stride, bool accumulate,
-                    int64_t unit_rows, void* workspace) {
-  auto p = product<T>(df.transposed(), h, domega, stride);
-  p.accumulate = accumulate;
-  p.unit_rows = unit_rows;
-  kernels<T>().gemm_accumulated(p, workspace);
-}
 template <typename T>
 Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t most) {
   return {m.data + first * m.col_stride, m.rows, std::min(most, m.cols - first), m.row_stride, m.col_stride};
+}
+
+// Part `part` of `parts` of d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in), on the calling thread: rows, or
+// columns if there are more of these, so that the larger matrix is read once. unit_rows: see Gemm.
+template <typename T>
+void weight_gradient_part(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
+                          int64_t unit_rows, int64_t part, int64_t parts, void* workspace) {
+  const KernelTable& table = kernel_table();
+  const int64_t d_out = df.cols, d_in = h.cols;
+  const bool by_rows = d_out >= d_in;
+  const int64_t extent = by_rows ? d_out : d_in, step = by_rows ? table.tile_rows : table.tile_cols;
+  const int64_t share = round_up(ceil_div(extent, parts), step);
+  const int64_t first = std::min(part * share, extent), last = std::min(first + share, extent);
+  const int64_t first_row = by_rows ? first : 0, last_row = by_rows ? last : d_out;
+  const int64_t first_col = by_rows ? 0 : first, last_col = by_rows ? d_in : last;
+  const int64_t rows = parts == 1 ? d_out : table.gradient_rows, cols = parts == 1 ? d_in : table.gradient_cols;
+  for (int64_t row = first_row; row < last_row; row += rows) {
+    for (int64_t col = first_col; col < last_col; col += cols) {
+      auto p = product<T>(columns_of(df, row, std::min(rows, last_row - row)).transposed(),
+                          columns_of(h, col, std::min(cols, last_col - col)), domega + row * d_in + col, d_in);
+      p.accumulate = accumulate;
+      p.unit_rows = unit_rows;
+      kernels<T>().gemm_accumulated(p, workspace);
+    }
+  }
 }
 
 // d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
 template <typename T>
 void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
                      int64_t unit_rows, const Workers& workers) {
-  const int64_t d_out = df.cols, d_in = h.cols;
-  if (d_out == 0 || d_in == 0) return;
-  const bool whole = workers.is_alone();
-  const int64_t block_rows = whole ? d_out : kGradientRows, block_cols = whole ? d_in : kGradientCols;
-  const int64_t across = ceil_div(d_in, block_cols), blocks = ceil_div(d_out, block_rows) * across;
-  workers.run(blocks, product_work(h.rows, d_out, d_in), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block / across * block_rows, col = block % across * block_cols;
-      gradient_block<T>(columns_of(df, row, block_rows), columns_of(h, col, block_cols), domega + row * d_in + col,
-                        d_in, accumulate, unit_rows, workers.workspace());
+  if (df.cols == 0 || h.cols == 0) return;
+  const double work = product_work(h.rows, df.cols, h.cols);
+  const int64_t parts = parts_of(work, workers);
+  workers.run(parts, work, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      weight_gradient_part<T>(df, h, domega, accumulate, unit_rows, part, parts, workers.workspace());
     }
   });
 }

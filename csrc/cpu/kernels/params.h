@@ -214,6 +214,7 @@ struct KernelTable {
   const char* name;
   int64_t tile_rows;  // rows of a register tile: work is divided at multiples of it
   int64_t tile_cols;  // float columns of a register tile
+  int64_t gradient_rows, gradient_cols;  // the block of a weight's gradient that is one product
   Kernels<double> f64;
   Kernels<float> f32;
   Kernels<bfloat16> bf16;

@@ -27,6 +27,8 @@ static constexpr KernelTable table_of_level() {
   table.name = MBP_LEVEL;
   table.tile_rows = kTileRows;
   table.tile_cols = kTileCols<float>;
+  table.gradient_rows = kGradientRows;
+  table.gradient_cols = kGradientCols;
   table.f64 = kernels_of<double>();
   table.f32 = kernels_of<float>();
   table.bf16 = kernels_of<bfloat16>();
