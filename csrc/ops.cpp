@@ -17,17 +17,25 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, bool[] needs)"
       " -> Tensor[]");
   // linear -> ReLU -> ... -> linear (-> ReLU if final_relu). hidden: h_1 ... h_{K-1} one after another in a flat
-  // tensor, which is empty unless `store`. On the CPU, dropout may follow a ReLU: h' = m . a[f] with m in {0, c}.
-  // scales: c for each layer, 0 for none; kept: where m is c, flat, for the layers with dropout.
+  // tensor, which is empty unless `store`.
   m.def(
-      "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store, Tensor? kept=None,"
-      " float[] scales=[]) -> (Tensor output, Tensor hidden)");
+      "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store)"
+      " -> (Tensor output, Tensor hidden)");
   // The gradients asked for by needs = [input, weights..., biases...], in this order. hidden: as mlp stored it, or
-  // None: the activations are then recomputed, which needs the biases, and the masks of dropout. output: that of an mlp
-  // with final_relu, else None.
+  // None: the activations are then recomputed, which needs the biases. output: that of an mlp with final_relu, else
+  // None.
   m.def(
       "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
-      " Tensor? output, bool[] needs, Tensor? kept=None, float[] scales=[]) -> Tensor[]");
+      " Tensor? output, bool[] needs) -> Tensor[]");
+  // The same with dropout after ReLUs, on the CPU: h' = m . a[f] with m in {0, c}. scales: c for each layer, 0 for none;
+  // kept: where m is c, flat, for the layers with dropout. Backward needs the masks only to recompute activations.
+  // (Separate ops, since two more arguments would cost each call of the others 0.5 us.)
+  m.def(
+      "mlp_dropout(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store, Tensor? kept,"
+      " float[] scales) -> (Tensor output, Tensor hidden)");
+  m.def(
+      "mlp_dropout_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
+      " Tensor? output, bool[] needs, Tensor? kept, float[] scales) -> Tensor[]");
   // The loss (a scalar) of an mlp's output and the gradients asked for, as mlp_backward lists them, in one pass.
   // loss: mse, cross_entropy or bce_with_logits; mean: divide by the number of terms; flat: the gradients of the
   // parameters are views of one buffer.
@@ -88,6 +96,8 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("linear_relu_backward", TORCH_BOX(&manualbp::linear_relu_backward));
   m.impl("mlp", TORCH_BOX(&manualbp::mlp));
   m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
+  m.impl("mlp_dropout", TORCH_BOX(&manualbp::mlp_dropout));
+  m.impl("mlp_dropout_backward", TORCH_BOX(&manualbp::mlp_dropout_backward));
   m.impl("mlp_loss", TORCH_BOX(&manualbp::mlp_loss));
   m.impl("flow_forward", TORCH_BOX(&manualbp::flow_forward));
   m.impl("flow_backward", TORCH_BOX(&manualbp::flow_backward));

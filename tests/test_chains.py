@@ -111,7 +111,7 @@ def ops_of(function, names):
     """What the function returns; `names` gets the forward ops of ours that it called."""
     with recorded_calls() as calls:
         result = function()
-    names += [name for name, _ in calls if name in ("mlp", "linear_relu")]
+    names += [name for name, _ in calls if name in ("mlp", "mlp_dropout", "linear_relu")]
     return result
 
 

@@ -65,7 +65,7 @@ def test_a_step_is_that_of_the_modules(p, bias, activations, threads):
         ours, theirs = pair(p, bias=bias, closed=closed, activations=activations)
         input = torch.randn(*leading, SIZES[0], dtype=torch.float64)
         assert_close(step(ours, input, threads), step(theirs, input, threads))
-        assert calls_of(ours, input) == (["mlp"] if p < 1 else [])
+        assert calls_of(ours, input) == (["mlp_dropout" if p else "mlp"] if p < 1 else [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +116,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch():
 
     def rows(part):
         kept = torch.cat([mask[part].flatten() for mask in masks])
-        return _ops.mlp(net.input[part], net.weights, net.biases, False, False, kept, scales)[0]
+        return _ops.mlp_dropout(net.input[part], net.weights, net.biases, False, False, kept, scales)[0]
 
     together = rows(slice(None))
     for part in (slice(0, 1), slice(17, 40), slice(300, 700)):
@@ -166,13 +166,13 @@ def test_training_mode_and_p_are_read_at_each_call():
         return calls_of(ours, input)
 
     assert changed(lambda model: model.eval()) == ["mlp"]
-    assert changed(lambda model: model.train()) == ["mlp"]
-    assert changed(lambda model: model[2].eval()) == ["mlp"]
-    assert changed(lambda model: setattr(model[5], "p", 0.9)) == ["mlp"]
+    assert changed(lambda model: model.train()) == ["mlp_dropout"]
+    assert changed(lambda model: model[2].eval()) == ["mlp_dropout"]
+    assert changed(lambda model: setattr(model[5], "p", 0.9)) == ["mlp_dropout"]
     assert changed(lambda model: setattr(model[5], "p", 1.0)) == []  # everything is dropped: nothing is drawn
     assert changed(lambda model: model.eval()) == ["mlp"]
     assert changed(lambda model: model.train()) == []
-    assert changed(lambda model: setattr(model[5], "p", 0)) == ["mlp"]
+    assert changed(lambda model: setattr(model[5], "p", 0)) == ["mlp_dropout"]
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan"), "half"])
@@ -218,7 +218,7 @@ def test_one_layer_with_dropout():
     theirs = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.4), nn.Tanh()).double()
     ours, input = mbp.fuse(copy.deepcopy(theirs)), torch.randn(6, 5, dtype=torch.float64)
     assert_close(step(ours, input), step(theirs, input))
-    assert calls_of(ours, input) == ["mlp"]
+    assert calls_of(ours, input) == ["mlp_dropout"]
 
 
 @pytest.mark.parametrize("frozen", [1, 2, 4])
@@ -363,12 +363,12 @@ CHANGES = {
 def test_a_dropout_that_is_not_only_that_is_called(case):
     ours, theirs = pair()
     input = torch.randn(6, 5, dtype=torch.float64)
-    assert calls_of(ours, input) == ["mlp"]
+    assert calls_of(ours, input) == ["mlp_dropout"]
     for model in (ours, theirs):
         CHANGES[case](model)
     for _ in range(2):
         assert_close(step(ours, input), step(theirs, input))
-        assert calls_of(ours, input) == ["mlp"] * 2
+        assert calls_of(ours, input) == ["mlp", "mlp_dropout"]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_a_whole_step_drops_as_the_modules_do(training):
             mbp.train_step(model, input, target, optimizer)
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-6)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
-    assert calls_of(mbp.train_step, ours, input, target, optimizer)[0] == ("mlp" if training else "mlp_loss")
+    assert calls_of(mbp.train_step, ours, input, target, optimizer)[0] == ("mlp_dropout" if training else "mlp_loss")
 
 
 @pytest.mark.parametrize("function", [mbp.trace, mbp.per_sample_gradients, mbp.gradient_flow])
@@ -498,5 +498,5 @@ def test_the_op_gets_one_flat_mask_of_bools():
     with recorded_calls() as calls:
         ours(torch.randn(6, 5, dtype=torch.float64))
     ((name, (*_, kept, scales)),) = calls
-    assert (name, kept.dtype, kept.shape) == ("mlp", torch.bool, (6 * (16 + 7),))
+    assert (name, kept.dtype, kept.shape) == ("mlp_dropout", torch.bool, (6 * (16 + 7),))
     assert scales == [1 / 0.75, 0.0, 1 / 0.75, 0.0]

@@ -226,13 +226,13 @@ def test_mlp_with_dropout_is_registered_as_without(leading):
     rows = net[0].shape[:-1].numel()
     kept = torch.rand(rows * (7 + 3)) < 0.5
     forward = (*net, True, True, kept, scales)
-    output, hidden = _ops.mlp(*forward)
-    same_metadata(_ops.mlp(*to_meta(forward)), (output, hidden))
-    opcheck(_ops.mlp, forward)
+    output, hidden = _ops.mlp_dropout(*forward)
+    same_metadata(_ops.mlp_dropout(*to_meta(forward)), (output, hidden))
+    opcheck(_ops.mlp_dropout, forward)
     for stored, mask in ((hidden, None), (hidden, kept), (None, kept)):
         backward = (grad, *net, stored, output, ALL, mask, scales)
-        same_metadata(_ops.mlp_backward(*to_meta(backward)), _ops.mlp_backward(*backward))
-        opcheck(_ops.mlp_backward, backward)
+        same_metadata(_ops.mlp_dropout_backward(*to_meta(backward)), _ops.mlp_dropout_backward(*backward))
+        opcheck(_ops.mlp_dropout_backward, backward)
 
 
 def test_isa_names_a_level():
@@ -324,7 +324,7 @@ DROPOUT_ERRORS = {
 }
 
 
-@pytest.mark.parametrize("op", ["mlp", "mlp_backward"])
+@pytest.mark.parametrize("op", ["mlp_dropout", "mlp_dropout_backward"])
 @pytest.mark.parametrize("case", DROPOUT_ERRORS)
 def test_dropout_errors_name_the_argument(case, op):
     changes, message = DROPOUT_ERRORS[case]
@@ -333,10 +333,10 @@ def test_dropout_errors_name_the_argument(case, op):
     args |= {"scales": [2.0, 1.5, 0.0]}
     args |= (
         {"final_relu": final_relu, "store": True}
-        if op == "mlp"
+        if op == "mlp_dropout"
         else {**{"grad_output": grad, "hidden": None, "output": None, "needs": ALL}}
     )
-    assert len(getattr(_ops, op)(**args)) == (2 if op == "mlp" else 7)
+    assert len(getattr(_ops, op)(**args)) == (2 if op == "mlp_dropout" else 7)
     with pytest.raises(RuntimeError, match=f"{op}: " + message):
         getattr(_ops, op)(**{**args, **changes})
 

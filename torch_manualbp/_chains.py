@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _compute
+from torch_manualbp._compute import Masks
 from torch_manualbp._gradients import use_count
 from torch_manualbp._ops import masks_of
 from torch_manualbp._relus import relu_in_place
@@ -290,30 +291,29 @@ class Chain:
 
     def _compute(self, step: int) -> Tensor:
         input, weights, biases, relu = self.input, self.weights, self.biases, bool(step & 3)
-        count, dropout = (step >> 2) + 1, ()
+        count = (step >> 2) + 1
         if count < len(weights):
             weights, biases = weights[:count], biases[:count]
-        if self.kept:
-            dropout = self._masks(step, count)
+        masks = self._masks(step, count) if self.kept else None
         way, store = KERNELS, self.plan.store
         if count == 1 or input.dtype is torch.bfloat16:
             way = route_run(way, input, weights, relu, store)
         if way is KERNELS and not transforms_active():
             try:
-                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, dropout)
+                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, masks)
                 return output
             except RuntimeError:  # torch computes more than we do, or raises its own error
                 pass
-        drawn = dropout.arguments(0, None) if dropout else ()
+        drawn = masks.arguments(0, None) if masks else ()
         return mlp_forward(input, weights, biases, relu, masks_of(drawn, input.shape, weights, input.dtype))[0]
 
-    def _masks(self, step: int, count: int) -> Any:
+    def _masks(self, step: int, count: int) -> Masks | None:
         """The masks of the first `count` layers; of the last one only if the step is its dropout."""
         missing = count - len(self.kept)
         kept, scales = [*self.kept, *[None] * missing][:count], [*self.scales, *[0.0] * missing][:count]
         if step & 3 != 2:
             kept[-1], scales[-1] = None, 0.0
-        return _compute.Masks(kept, scales) if any(scales) else ()
+        return Masks(kept, scales) if any(scales) else None
 
     def cut(self, step: int) -> None:
         """The result of this step is needed: from now on the chain ends here, and another may begin."""

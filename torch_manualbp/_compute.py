@@ -28,30 +28,27 @@ def layers(
     biases: Sequence[Tensor | None],
     final_relu: bool,
     store: bool,
-    dropout: "Sequence[float] | Masks" = (),
+    masks: "Masks | None" = None,
 ) -> Tensor:
     """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass.
 
-    dropout: for `KERNELS` on the CPU, the probability p of the dropout after each layer, 0 where there is none; empty:
-    nowhere. Its masks are drawn from torch's generator, layer by layer, as its modules would draw them. Or `Masks`
-    that have been drawn.
+    masks: for `KERNELS` on the CPU, of the dropout after the layers, if there is any.
     """
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
     if way is KERNELS:
-        masks: Masks | None = None
-        if dropout:
-            masks = dropout if isinstance(dropout, Masks) else _drawn(dropout, input, weights)
         if torch.is_grad_enabled() and (first := _first_that_learns(input, weights, biases)) < len(weights):
             if first > 0:  # below it there is nothing to learn, so that no activation is needed again
                 below = masks.arguments(0, first) if masks else ()
-                input, _ = _ops.mlp(input, weights[:first], biases[:first], True, False, *below)
+                op = _ops.mlp_dropout if below else _ops.mlp
+                input, _ = op(input, weights[:first], biases[:first], True, False, *below)
                 weights, biases = weights[first:], biases[first:]
             drawn = masks.arguments(first, None) if masks else ()
             recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases, *drawn)[0]
             return recorded
         drawn = masks.arguments(0, None) if masks else ()
-        output: Tensor = _ops.mlp(input, weights, biases, final_relu, False, *drawn)[0]
+        op = _ops.mlp_dropout if drawn else _ops.mlp
+        output: Tensor = op(input, weights, biases, final_relu, False, *drawn)[0]
         return output
     if way is GRAPH:
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
@@ -110,7 +107,7 @@ class Masks(NamedTuple):
     scales: list[float]
 
     def arguments(self, first: int, last: int | None) -> tuple[Tensor, list[float]] | tuple[()]:
-        """`kept` and `scales` for the op `mlp`, of layers [first, last), if there is dropout."""
+        """`kept` and `scales` for the op `mlp_dropout`, of layers [first, last), if there is dropout."""
         kept = [mask for mask in self.kept[first:last] if mask is not None]
         return (torch.cat(kept), self.scales[first:last]) if kept else ()
 
@@ -125,7 +122,11 @@ def draw(p: float, input: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     return (mask.bernoulli_(1 - p) if mask.numel() else mask), _scale(p, input.dtype)
 
 
-def _drawn(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]) -> Masks:
+def draw_all(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]) -> Masks:
+    """The masks for the probability p of the dropout after each layer, 0 where there is none.
+
+    They are drawn from torch's generator, layer by layer, as its modules would draw them.
+    """
     drawn = [draw(p, input, weight) if p else (None, 0.0) for p, weight in zip(dropout, weights, strict=True)]
     return Masks([mask for mask, _ in drawn], [scale for _, scale in drawn])
 

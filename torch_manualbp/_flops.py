@@ -76,6 +76,8 @@ _FORMULAS = {
     _ops.linear_relu_backward: _linear_relu_backward,
     _ops.mlp: _mlp,
     _ops.mlp_backward: _mlp_backward,
+    _ops.mlp_dropout: _mlp,
+    _ops.mlp_dropout_backward: _mlp_backward,
     _ops.mlp_loss: _mlp_loss,
 }
 

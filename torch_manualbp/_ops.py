@@ -55,6 +55,8 @@ linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
+mlp_dropout = torch.ops.manualbp.mlp_dropout.default
+mlp_dropout_backward = torch.ops.manualbp.mlp_dropout_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
@@ -72,8 +74,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "keep", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_loss",
+    "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -88,7 +90,9 @@ def _negated(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
+for _name in (
+    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_loss", "flow_forward", "flow_backward",
+):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
 # Torch's own step reads such gradients. Its fallbacks would copy parameters, and the op would update the copies.
@@ -109,7 +113,7 @@ def masks_of(
 ) -> list[Tensor | None]:
     """m_k (…, D_{k+1}) in {0, c_k} of the dropout after each layer, None where there is none; empty: nowhere.
 
-    dropout: `kept` and `scales` as for the op `mlp`, or nothing; shape: that of h_0.
+    dropout: `kept` and `scales` as for the op `mlp_dropout`, or nothing; shape: that of h_0.
     """
     if not dropout:
         return []
@@ -166,6 +170,7 @@ def _(grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, needs:
 
 
 @_fake("mlp")
+@_fake("mlp_dropout")
 def _(
     input: Tensor,
     weights: Sequence[Tensor],
@@ -173,7 +178,7 @@ def _(
     final_relu: bool,
     store: bool,
     kept: Tensor | None = None,
-    scales: Sequence[float] = (),
+    scales: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_devices("mlp", input=input, weights=weights, biases=biases, kept=kept)
     batch = math.prod(input.shape[:-1])  # torch.Size.numel would fix the batch size of a graph that is being compiled
@@ -182,6 +187,7 @@ def _(
 
 
 @_fake("mlp_backward")
+@_fake("mlp_dropout_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,
@@ -191,7 +197,7 @@ def _(
     output: Tensor | None,
     needs: Sequence[bool],
     kept: Tensor | None = None,
-    scales: Sequence[float] = (),
+    scales: Sequence[float] | None = None,
 ) -> list[Tensor]:
     made = {"hidden": hidden, "output": output, "kept": kept}
     _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)

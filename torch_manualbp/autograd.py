@@ -65,7 +65,7 @@ class MLPFunction(ManualFunction):
     With `store`, `hidden` holds h_1 … h_{K−1} in one flat tensor. It is an output only so that gradients of gradients
     can flow through the activations that backward reads. Without `store` it is empty, and backward recomputes them.
 
-    Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp`:
+    Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp_dropout`:
 
     forward   h_{k+1} = m_k ⊙ a[f_k], each element of m_k being 0 or c_k
     backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}, so that only recomputation needs the masks (`reference`)
@@ -84,7 +84,8 @@ class MLPFunction(ManualFunction):
             refuse_capture("MLPFunction")
         parameters, dropout = rest[: 2 * layers], rest[2 * layers :]
         weights, biases = parameters[:layers], parameters[layers:]
-        output, hidden = _ops.mlp(input, weights, biases, final_relu, store, *dropout)
+        op = _ops.mlp_dropout if dropout else _ops.mlp
+        output, hidden = op(input, weights, biases, final_relu, store, *dropout)
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad
         # Backward must multiply by the weights that forward used, and `weight.data = …` may replace their memory in
@@ -139,7 +140,8 @@ class MLPFunction(ManualFunction):
             grads = reference.mlp_backward(grad_output, h, in_graph, output, grad_h, needs, *scales)
             return grads.dinput, None, None, None, *grads.dweights, *grads.dbiases, *[None] * len(dropout)
         input = _stand_in(weights[0], shape) if input is None else input
-        spread = _spread(needs, _ops.mlp_backward(grad_output, input, weights, biases, hidden, output, needs, *dropout))
+        op = _ops.mlp_dropout_backward if dropout else _ops.mlp_backward
+        spread = _spread(needs, op(grad_output, input, weights, biases, hidden, output, needs, *dropout))
         return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
 
     @staticmethod

@@ -150,20 +150,20 @@ class _Run:
             weights, biases = weights[self.first : self.last], biases[self.first : self.last]
         if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
             return self._one_by_one(input)
-        dropout = self.dropout() if self.transparent else ()
         store = network._manualbp_activations == "store"
         if way is not TORCH and (self.size == 1 or input.dtype is torch.bfloat16):
             way = route_run(way, input, weights, self.relu, store)
-        if dropout is None or (
+        masks = None
+        if self.transparent and (dropout := self.dropout()) != ():
             # Once masks are drawn, the modules would draw others: an op that may raise where torch does not is no use.
-            dropout and (way is TORCH or not input.is_cpu or any(map(broadcasts, weights, biases)))
-        ):
-            return self._one_by_one(input)
+            if dropout is None or way is TORCH or not input.is_cpu or any(map(broadcasts, weights, biases)):
+                return self._one_by_one(input)
+            masks = _compute.draw_all(dropout, input, weights)
         if way is TORCH and self.size == 1:
             output = F.linear(input, weights[0], biases[0])
             return torch.relu(output) if self.relu else output
         try:
-            return _compute.layers(way, input, weights, biases, self.relu, store, dropout)
+            return _compute.layers(way, input, weights, biases, self.relu, store, masks)
         except RuntimeError as error:  # for example because a bias broadcasts
             output = _instead(error, self._one_by_one, input)
             self.refused = [*weights, *biases]

@@ -9,9 +9,17 @@
 
 namespace manualbp {
 
-std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                               bool final_relu, bool store, std::optional<Tensor> kept, std::vector<double> scales) {
-  const char* op = "mlp";
+namespace {
+
+// Dropout after the layers, or none if there are no scales: see set_dropout.
+struct DropoutArguments {
+  std::optional<Tensor> kept;
+  std::vector<double> scales;
+};
+
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                   const std::vector<std::optional<Tensor>>& biases, bool final_relu, bool store,
+                                   const DropoutArguments& dropout) {
   check_network(op, input, weights, biases);
   return dispatch(op, input, [&](auto zero) {
     using T = decltype(zero);
@@ -19,7 +27,7 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
     Tensor keep;
     const auto h = as_matrix<T>(input, keep);
     auto net = network<T>(h.rows, weights, biases, final_relu);
-    set_dropout(op, net, kept, scales, /*needs_masks=*/true);
+    set_dropout(op, net, dropout.kept, dropout.scales, /*needs_masks=*/true);
     Tensor output = empty(with_last_size(input, weights.back().size(0)), dtype);
     Tensor hidden = pooled({store ? net.hidden_size() : 0}, dtype);
     net.forward(h, store ? data<T>(hidden) : nullptr, data<T>(output));
@@ -27,12 +35,12 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
   });
 }
 
-std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
-                                 std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
-                                 std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
-                                 std::vector<double> scales) {
-  const char* op = "mlp_backward";
-  if (hidden) biases.resize(weights.size());  // callers may leave out biases, which are needed only to recompute
+// biases: may be left out if `hidden` is given, since they are needed only to recompute.
+std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                             const std::vector<Tensor>& weights, std::vector<std::optional<Tensor>> biases,
+                             const std::optional<Tensor>& hidden, const std::optional<Tensor>& output,
+                             const std::vector<bool>& needs, const DropoutArguments& dropout) {
+  if (hidden) biases.resize(weights.size());
   check_network(op, input, weights, biases);
   check_backward(op, input, weights.back().size(0), grad_output, output);
   return dispatch(op, input, [&](auto zero) {
@@ -40,17 +48,44 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
     Tensor keep_input, keep_grad;
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, biases, output.has_value());
-    set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
+    set_dropout(op, net, dropout.kept, dropout.scales, /*needs_masks=*/!hidden);
     if (hidden) {
       check_same_shape(op, {"hidden"}, *hidden, {net.hidden_size()}, input);
       MBP_CHECK(hidden->is_contiguous(), op, ": `hidden` must be contiguous");
     }
     std::vector<Tensor> asked;
     const auto grads = allocate_gradients<T>(op, input, weights, needs, /*flat=*/false, asked);
-    backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
-                as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads);
+    manualbp::backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
+                          as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads);
     return asked;
   });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                               bool final_relu, bool store) {
+  return forward("mlp", input, weights, biases, final_relu, store, {});
+}
+
+std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                 std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
+                                 std::optional<Tensor> output, std::vector<bool> needs) {
+  return backward("mlp_backward", grad_output, input, weights, std::move(biases), hidden, output, needs, {});
+}
+
+std::tuple<Tensor, Tensor> mlp_dropout(Tensor input, std::vector<Tensor> weights,
+                                       std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,
+                                       std::optional<Tensor> kept, std::vector<double> scales) {
+  return forward("mlp_dropout", input, weights, biases, final_relu, store, {std::move(kept), std::move(scales)});
+}
+
+std::vector<Tensor> mlp_dropout_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                         std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
+                                         std::optional<Tensor> output, std::vector<bool> needs,
+                                         std::optional<Tensor> kept, std::vector<double> scales) {
+  return backward("mlp_dropout_backward", grad_output, input, weights, std::move(biases), hidden, output, needs,
+                  {std::move(kept), std::move(scales)});
 }
 
 }  // namespace manualbp

@@ -19,12 +19,20 @@ std::vector<Tensor> linear_relu_backward(Tensor grad_output, Tensor input, Tenso
                                          std::vector<bool> needs);
 
 std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                               bool final_relu, bool store, std::optional<Tensor> kept, std::vector<double> scales);
+                               bool final_relu, bool store);
 
 std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
-                                 std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
-                                 std::vector<double> scales);
+                                 std::optional<Tensor> output, std::vector<bool> needs);
+
+std::tuple<Tensor, Tensor> mlp_dropout(Tensor input, std::vector<Tensor> weights,
+                                       std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,
+                                       std::optional<Tensor> kept, std::vector<double> scales);
+
+std::vector<Tensor> mlp_dropout_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                         std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
+                                         std::optional<Tensor> output, std::vector<bool> needs,
+                                         std::optional<Tensor> kept, std::vector<double> scales);
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,

@@ -5,19 +5,9 @@
 
 namespace manualbp::cuda {
 
-namespace {
-
-// Callers leave layers with dropout to torch's modules.
-void refuse_dropout(const char* op, const std::optional<Tensor>& kept, const std::vector<double>& scales) {
-  MBP_CHECK(!kept && scales.empty(), op, ": there is no dropout on CUDA, `kept` and `scales` must not be given");
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                               bool final_relu, bool store, std::optional<Tensor> kept, std::vector<double> scales) {
+                               bool final_relu, bool store) {
   const char* op = "mlp";
-  refuse_dropout(op, kept, scales);
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
   return dispatch(op, input, [&](auto zero) {
@@ -34,10 +24,8 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
 
 std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
-                                 std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
-                                 std::vector<double> scales) {
+                                 std::optional<Tensor> output, std::vector<bool> needs) {
   const char* op = "mlp_backward";
-  refuse_dropout(op, kept, scales);
   if (hidden) biases.assign(weights.size(), std::nullopt);  // callers may leave out biases
   check_network(op, input, weights, biases);
   check_devices(op, input, weights, biases);
