@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
@@ -140,7 +140,22 @@ def test_losses_of_a_model(loss):
 
     compiled = torch.compile(compute, backend="aot_eager", fullgraph=True)
     assert_close(gradients(compiled, model, input), gradients(compute, model, input))
-    assert "mlp" in ops_run(compiled, input)
+    assert "mlp_loss" in ops_run(compiled, input)
+    assert not {"mlp", "mlp_backward"} & set(ops_run(lambda: compiled(input).backward()))
+    with torch.no_grad():
+        assert_equal(compiled(input), compute(input))
+
+
+@pytest.mark.parametrize("change", [Tensor.float, Tensor.requires_grad_])
+def test_a_target_that_is_not_for_our_loss_is_left_to_torch(change):
+    model, input, target = mbp.MLP([4, 6, 3]).double(), torch.randn(5, 4).double(), change(torch.rand(5, 3).double())
+
+    def compute(input):
+        return model.loss(input, target)
+
+    compiled = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(compiled, model, input), gradients(compute, model, input))
+    assert "mlp_loss" not in ops_run(compiled, input)
 
 
 def test_functions_of_tensors():

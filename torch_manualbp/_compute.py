@@ -77,7 +77,11 @@ def loss(
     biases: Sequence[Tensor | None],
     spec: LossSpec,
 ) -> Tensor:
-    """The loss of the network's output; `KERNELS` make its gradients at once."""
+    """The loss of the network's output; `KERNELS` and `GRAPH` make its gradients at once."""
+    if way is GRAPH:
+        options = (spec.name, spec.reduction, spec.ignore_index, spec.label_smoothing)
+        captured: Tensor = _graph.loss(input, target, weights, biases, *options)
+        return captured
     if way is not KERNELS:
         return spec.of(layers(way, input, weights, biases, False, True), target)
     if torch.is_grad_enabled() and _first_that_learns(input, weights, biases) < len(weights):

@@ -630,13 +630,13 @@ class MLP(FusedForward):
 # --- a fused network and its loss in one call: functions, as a method might replace one of the fused class's own ------
 
 
-def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
-    """The parameters of the network, if it is one run without a final ReLU or active dropout, for our kernels."""
+def whole_network(network: FusedForward, input: Any, way: str = KERNELS) -> _Parameters | None:
+    """The parameters, if this is how the network is computed, and it is one run without a final ReLU or dropout."""
     own = network.__dict__
     if has_hooks(network):
         return None
     planned = network._planned(input, may_leave=False)
-    if planned is None or planned[0] is not KERNELS:
+    if planned is None or planned[0] is not way:
         return None
     if type(network).forward is not FusedForward.forward or "forward" in own:
         return None
@@ -649,6 +649,11 @@ def whole_network(network: FusedForward, input: Any) -> _Parameters | None:
 
 def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
     """The loss of the network's output, and its gradients, in one pass over the batch if possible."""
+    if is_dynamo_compiling():
+        parameters = whole_network(network, input, GRAPH)
+        if parameters is not None and target_is_ours(input, target, spec, parameters[0]):
+            return _compute.loss(GRAPH, input, target, *parameters, spec)
+        return spec.of(network(input), target)
     if (parameters := whole_network(network, input)) is None or not target_is_ours(input, target, spec):
         return spec.of(network(input), target)
     try:
