@@ -55,6 +55,8 @@ linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
+mlp_stacked = torch.ops.manualbp.mlp_stacked.default
+mlp_stacked_backward = torch.ops.manualbp.mlp_stacked_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
@@ -72,8 +74,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "keep", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
+    "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -88,7 +90,9 @@ def _negated(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
+for _name in (
+    "mlp", "mlp_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss", "flow_forward", "flow_backward",
+):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
 # Torch's own step reads such gradients. Its fallbacks would copy parameters, and the op would update the copies.
@@ -196,6 +200,31 @@ def _(
     made = {"hidden": hidden, "output": output, "kept": kept}
     _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _needed_like(input, weights, needs)
+
+
+@_fake("mlp_stacked")
+def _(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+) -> list[Tensor]:
+    _check_devices("mlp_stacked", input=input, weights=weights, biases=biases)
+    made = [input.new_empty((*input.shape[:-1], weight.shape[-2])) for weight in weights]
+    return [made[-1], *(made[:-1] if store else ())]
+
+
+@_fake("mlp_stacked_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    hidden: Sequence[Tensor],
+    output: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    made = {"hidden": hidden, "output": output}
+    _check_devices("mlp_stacked_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
+    shapes = (input.shape, *(weight.shape for weight in weights), *(weight.shape[:-1] for weight in weights))
+    return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
 
 @_fake("mlp_loss")

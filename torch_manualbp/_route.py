@@ -27,6 +27,7 @@ from torch_manualbp._losses import LossSpec
 
 KERNELS: Final = "kernels"  # one call of our ops, and one node of autograd's graph
 GRAPH: Final = "graph"  # one op of the graph that torch.compile captures (`_graph`)
+FUNC: Final = "func"  # our ops under torch.func, level by level (`_transforms`)
 TORCH: Final = "torch"  # torch's own functions, one after another, which always works
 
 is_legacy_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: True)
@@ -53,7 +54,7 @@ _QUANTIZED = {getattr(torch, name, None) for name in ("qint8", "quint8", "qint32
 
 
 def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
-    """What computes linear layers with ReLUs between them: `KERNELS`, `GRAPH` or `TORCH`.
+    """What computes linear layers with ReLUs between them: `KERNELS`, `GRAPH`, `FUNC` or `TORCH`.
 
     The answer is `TORCH` for one of these reasons, which are checked in this order:
 
@@ -64,13 +65,14 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
     3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
        (A run with a Dropout or an Identity in it also asks `transparent_are_torchs`.)
        Such a mode sees even the attributes that are read, so that this is checked before anything else of the input.
-    4. A transform must see through the computation (torch.func, forward-mode AD, make_fx, torch.jit.trace), or autocast
-       chooses a dtype for each op.
+    4. A transform must see through the computation (forward-mode AD, make_fx, torch.jit.trace, those of torch.func other
+       than vmap and reverse-mode AD), or autocast chooses a dtype for each op.
     5. There are no kernels for the device of the input, or the input is sparse, nested or quantized.
     6. A parameter is an instance of a subclass, or sparse.
     7. Plain torch is faster (`torch_is_faster`). This does not count if activations must not be stored.
 
-    Without such a reason, a call that torch.compile captures is for the `GRAPH`, and an eager call for our `KERNELS`.
+    Without such a reason, a call that torch.compile captures is for the `GRAPH`, an eager call under vmap or reverse-mode
+    AD of torch.func is for `FUNC`, and any other for our `KERNELS`.
 
     A fused Sequential asks once, about its input. Its plan has checked the parameters, and each run checks reason 7
     (`route_run`).
@@ -91,7 +93,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         and (dtype := input.dtype) not in _QUANTIZED
         and (not parameters or are_plain(parameters))
     ):
-        return TORCH
+        return FUNC if transforms_active() and _is_for_func(input, parameters, store) else TORCH
     return TORCH if dtype is _BFLOAT16 and store and torch_is_faster(input, parameters) else KERNELS
 
 
@@ -194,6 +196,47 @@ def is_quiet() -> bool:
         or (_count_function_modes() and _function_modes_matter())
         or forward_mode._current_level >= 0
         or is_tracing()
+    )
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+functorch: Any = torch._C._functorch
+_PEELING = (
+    "peek_interpreter_stack", "get_interpreter_stack", "pop_dynamic_layer_stack", "push_dynamic_layer_stack",
+    "unwrap_if_dead", "_unwrap_batched", "_add_batch_dim", "_unwrap_for_grad", "_wrap_for_grad", "CVmapInterpreterPtr",
+    "CGradInterpreterPtr", "TransformType", "get_single_level_autograd_function_allowed",
+    "set_single_level_autograd_function_allowed",
+)  # fmt: skip
+FunctorchNode: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
+_can_peel: bool = FunctorchNode is not torch.autograd.Function and all(hasattr(functorch, name) for name in _PEELING)
+_peeled = {getattr(getattr(functorch, "TransformType", None), name, None) for name in ("Vmap", "Grad")}
+_KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def func_applies() -> bool:
+    """Whether `_transforms` can peel all active transforms of torch.func, if any, and no other transform is active."""
+    if not _can_peel or forward_mode._current_level >= 0 or is_tracing() or (_count_dispatch_modes() and _make_fx_records()):
+        return False
+    for interpreter in functorch.get_interpreter_stack() or ():
+        if interpreter.key() not in _peeled:
+            return False
+    return True
+
+
+def _is_for_func(input: Any, parameters: Sequence[Tensor | None], store: bool) -> bool:
+    """Under a transform, whether none of the reasons for torch holds but the transform."""
+    return (
+        type(input) in PLAIN
+        and layers_are_torchs()
+        and func_applies()
+        and input.is_cpu
+        and input.layout is _STRIDED
+        and not input.is_nested
+        and input.dtype in _KERNEL_DTYPES
+        and not (any_autocast() and torch.is_autocast_enabled("cpu"))
+        and not (_has_bfloat16_units and store and input.dtype is _BFLOAT16)
+        and are_plain(parameters)
     )
 
 
