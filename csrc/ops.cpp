@@ -31,8 +31,7 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   // For torch.func, on the CPU: E networks of the same widths. weights (E, D_out, D_in), biases (E, D_out), input
   // (E, ..., D_0); without these first dimensions, one network. Returns the output and, if `store`, h_1 ... h_{K-1},
   // each of its own shape. The numbers are those of E calls of mlp.
-  m.def(
-      "mlp_stacked(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store) -> Tensor[]");
+  m.def("mlp_stacked(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store) -> Tensor[]");
   // The gradients asked for, as mlp_backward lists them, each with its first dimension E. hidden: as mlp_stacked returned
   // them, or empty: they are recomputed, which needs the biases.
   m.def(

@@ -207,8 +207,11 @@ def _(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
 ) -> list[Tensor]:
     _check_devices("mlp_stacked", input=input, weights=weights, biases=biases)
-    made = [input.new_empty((*input.shape[:-1], weight.shape[-2])) for weight in weights]
-    return [made[-1], *(made[:-1] if store else ())]
+    output = input.new_empty((*input.shape[:-1], weights[-1].shape[-2]))
+    leading = input.shape[:-1] if weights[0].dim() == 3 else (1, *input.shape[:-1])
+    rows, widths = math.prod(leading[1:]), [weight.shape[-2] for weight in weights[:-1]] if store else []
+    pieces = input.new_empty((leading[0], rows * sum(widths))).split([rows * width for width in widths], 1)
+    return [output, *(piece.view(*input.shape[:-1], width) for piece, width in zip(pieces, widths, strict=False))]
 
 
 @_fake("mlp_stacked_backward")

@@ -9,16 +9,16 @@ call peels one level after the other, as torch's operators do:
   none   An op computes: `mlp_stacked`, for one network or for E of them. Beneath an autograd graph it is a node there.
 
 Backward passes peel the levels of the stack at that time, which need not be those of the forward pass: jacrev calls the
-backward pass of `vjp` under a vmap. Gradients of parameters that all of vmap's values share are different for each value:
-they are those of V stacked networks that share their memory. With one row each these are per-sample gradients, for which
-`mlp_stacked_backward` has a pass of its own.
+backward pass of `vjp` under a vmap. There, gradients of parameters that all V values share differ between the values:
+they are those of V stacked networks that share their memory. With one row each these are per-sample gradients, for
+which `mlp_stacked_backward` has a pass of its own.
 
-Gradients of gradients are composed of torch's operators (`_composed_gradients`), in which the activations are recomputed:
-the saved ones are no part of any graph. So are all gradients if a transform that is not peeled here, such as jvp, is on
-the stack when they are computed.
+Gradients of gradients are composed of torch's operators (`_composed_gradients`), in which activations are recomputed,
+since the saved ones are no part of a graph. So are all gradients if a transform that is not peeled here, such as jvp,
+is on the stack when they are computed.
 
-`torch.autograd.Function` can do the same by `setup_context` and `vmap`. Its levels make a class and several trees for each
-call, which takes several times as long as a small network.
+`torch.autograd.Function` can do the same by `setup_context` and `vmap`, but makes a class and several trees for each
+level of each call.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,9 @@ from torch import Tensor
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._function import asked_for
-from torch_manualbp._route import PLAIN, FunctorchNode, func_applies, functorch, is_legacy_batched
+from torch_manualbp._route import PLAIN, FunctorchNode, func_applies, func_is_slower, functorch, is_legacy_batched
+
+_VMAP = getattr(getattr(functorch, "TransformType", None), "Vmap", None)
 
 _Tensors = Sequence[Any]  # input, weights, biases, each a tensor or None; what follows them is said where it is used
 
@@ -59,10 +61,10 @@ def layers(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
 ) -> Tensor:
     """The output of a network, under transforms for which `route` has answered `FUNC`."""
-    if not _fits(input, weights, biases):
+    if func_is_slower(weights) or not _fits(input, weights, biases):
         return reference.mlp_forward(input, weights, biases, final_relu)[0]
-    output: Tensor = _forward(_Call(len(weights), final_relu, store), (input, *weights, *biases), False)[0]
-    return output
+    call = _Call(len(weights), final_relu, store)
+    return _on_level(MLPUnderTransforms, call, (False,), (input, *weights, *biases))[0]
 
 
 def _fits(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
@@ -82,63 +84,68 @@ def _fits(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 
-def _lowered(run: Callable[[], Any], grad_mode: bool) -> Any:
-    """`run()` one level lower."""
-    level = functorch.pop_dynamic_layer_stack()
+def _on_level(node: type["_Node"], call: _Call, needs: Sequence[bool], tensors: _Tensors) -> Sequence[Tensor]:
+    """The results of `node` for these tensors: peels the top level of the stack, and records a node if one is needed.
+
+    At each level, tensors lose the wrappers of transforms that have ended.
+    """
+    top = functorch.peek_interpreter_stack()
+    if top is None:
+        tensors = _alive(tensors)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return node.record(call, needs, None, False, *tensors)
+        return node.compute(call, needs, tensors)
+    level, is_alive = top.level(), functorch.unwrap_if_dead
+    if top.key() == _VMAP:
+        unwrap, values, dims = functorch._unwrap_batched, [], []
+        for tensor in tensors:
+            value, dim = (None, None) if tensor is None else unwrap(is_alive(tensor), level)
+            values.append(value)
+            dims.append(dim)
+        size = functorch.CVmapInterpreterPtr(top).batchSize()
+        saved = functorch.pop_dynamic_layer_stack()
+        try:
+            results, at = node.vmap(call, needs, size, values, dims)
+        finally:
+            functorch.push_dynamic_layer_stack(saved)
+        return results if at is None else [functorch._add_batch_dim(result, at, level) for result in results]
+    pointer, grad_mode = functorch.CGradInterpreterPtr(top), torch.is_grad_enabled()
+    grad_mode_below = grad_mode and pointer.prevGradMode()
+    if grad_mode:
+        lift = pointer.lift
+        tensors = [None if tensor is None else lift(is_alive(tensor)) for tensor in tensors]
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            allowed = functorch.get_single_level_autograd_function_allowed()
+            functorch.set_single_level_autograd_function_allowed(True)
+            try:
+                return node.record(call, needs, level, grad_mode_below, *tensors)
+            finally:
+                functorch.set_single_level_autograd_function_allowed(allowed)
+    return _below(node, call, needs, level, grad_mode_below, _alive(tensors))
+
+
+def _below(
+    node: type["_Node"], call: _Call, needs: Sequence[bool], level: int | None, grad_mode: bool, tensors: _Tensors
+) -> Sequence[Tensor]:
+    """The results of `node` below the level of a gradient, wrapped for this level; `level` None: there are no more."""
+    if level is None:
+        return node.compute(call, needs, tensors)
+    unwrap, wrap, outside = functorch._unwrap_for_grad, functorch._wrap_for_grad, torch.is_grad_enabled()
+    values = [None if tensor is None else unwrap(tensor, level) for tensor in tensors]
+    saved = functorch.pop_dynamic_layer_stack()
     try:
-        if grad_mode == torch.is_grad_enabled():
-            return run()
-        with torch.set_grad_enabled(grad_mode):
-            return run()
+        torch._C._set_grad_enabled(grad_mode)
+        results = _on_level(node, call, needs, values)
     finally:
-        functorch.push_dynamic_layer_stack(level)
+        torch._C._set_grad_enabled(outside)
+        functorch.push_dynamic_layer_stack(saved)
+    return [wrap(result, level) for result in results]
 
 
 def _alive(tensors: _Tensors) -> list[Any]:
     """The tensors, without the wrappers of transforms that have ended."""
     unwrap = functorch.unwrap_if_dead
     return [None if tensor is None else unwrap(tensor) for tensor in tensors]
-
-
-def _on_level(node: type["_Node"], call: _Call, needs: Sequence[bool], tensors: _Tensors) -> list[Tensor]:
-    """The results of `node` for these tensors: peels the top level of the stack, and records a node if one is needed."""
-    top = functorch.peek_interpreter_stack()
-    if top is None:
-        if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
-            return list(node.record(call, needs, None, False, *tensors))
-        return node.compute(call, needs, tensors)
-    tensors, level = _alive(tensors), top.level()
-    if top.key() == functorch.TransformType.Vmap:
-        unwrapped = [(None, None) if t is None else functorch._unwrap_batched(t, level) for t in tensors]
-        values, dims = [value for value, _ in unwrapped], [dim for _, dim in unwrapped]
-        if all([dim is None for dim in dims]):
-            return _lowered(lambda: node.on_level(call, needs, values), torch.is_grad_enabled())
-        size = functorch.CVmapInterpreterPtr(top).batchSize()
-        results, at = _lowered(lambda: node.vmap(call, needs, size, values, dims), torch.is_grad_enabled())
-        return [functorch._add_batch_dim(result, at, level) for result in results]
-    pointer = functorch.CGradInterpreterPtr(top)
-    grad_mode = torch.is_grad_enabled() and pointer.prevGradMode()
-    if torch.is_grad_enabled():
-        lifted = [None if tensor is None else pointer.lift(tensor) for tensor in tensors]
-        if any([tensor is not None and tensor.requires_grad for tensor in lifted]):
-            allowed = functorch.get_single_level_autograd_function_allowed()
-            functorch.set_single_level_autograd_function_allowed(True)
-            try:
-                return list(node.record(call, needs, level, grad_mode, *lifted))
-            finally:
-                functorch.set_single_level_autograd_function_allowed(allowed)
-    return _below(node, call, needs, level, grad_mode, tensors)
-
-
-def _below(
-    node: type["_Node"], call: _Call, needs: Sequence[bool], level: int | None, grad_mode: bool, tensors: _Tensors
-) -> list[Tensor]:
-    """The results of `node` below the level of a gradient, wrapped for this level; `level` None: there are no more."""
-    if level is None:
-        return node.compute(call, needs, tensors)
-    values = [None if tensor is None else functorch._unwrap_for_grad(tensor, level) for tensor in tensors]
-    results = _lowered(lambda: node.on_level(call, needs, values), grad_mode)
-    return [functorch._wrap_for_grad(result, level) for result in results]
 
 
 def _front(tensor: Tensor | None, dim: int | None, size: int, at: int = 0) -> Tensor | None:
@@ -159,12 +166,7 @@ class _Node(FunctorchNode):
     def __init_subclass__(cls) -> None:
         """Looks up the C++ part of `apply`."""
         super().__init_subclass__()
-        cls.record = super(FunctorchNode, cls).apply  # type: ignore[misc]
-
-    @classmethod
-    def on_level(cls, call: _Call, needs: Sequence[bool], tensors: _Tensors) -> list[Tensor]:
-        """The results on the current top of the stack."""
-        return _on_level(cls, call, needs, tensors)
+        cls.record = super(FunctorchNode, cls).apply
 
     @staticmethod
     def compute(call: _Call, needs: Sequence[bool], tensors: _Tensors) -> list[Tensor]:
@@ -174,25 +176,27 @@ class _Node(FunctorchNode):
     @classmethod
     def vmap(
         cls, call: _Call, needs: Sequence[bool], size: int, tensors: _Tensors, dims: Sequence[int | None]
-    ) -> tuple[list[Tensor], int]:
-        """The results for tensors of which some have a further dimension `dims` of this size, and where results have it.
+    ) -> tuple[Sequence[Tensor], int | None]:
+        """The results for tensors of which some have a further dimension `dims` of this size; where results have it.
 
         If only rows differ, the dimension joins them. If the results differ for each network, they are stacked.
         """
+        if all(dim is None for dim in dims):
+            return _on_level(cls, call, needs, tensors), None
         if cls.joins_rows(call, needs, dims):
             at = int(call.stacked)
-            of_networks = range(1, 1 + 2 * call.layers) if cls is _Forward else range(2, 2 + 2 * call.layers)
+            of_networks = range(1, 1 + 2 * call.layers) if cls is MLPUnderTransforms else range(2, 2 + 2 * call.layers)
             moved = [
                 tensor if i in of_networks else _front(tensor, dim, size, at)
                 for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
             ]
-            return cls.on_level(call, needs, moved), at
+            return _on_level(cls, call, needs, moved), at
         stacked = [_front(tensor, dim, size) for tensor, dim in zip(tensors, dims, strict=True)]
         if not call.stacked:
-            return cls.on_level(call._replace(stacked=True), needs, stacked), 0
+            return _on_level(cls, call._replace(stacked=True), needs, stacked), 0
         flat = [None if tensor is None else tensor.flatten(0, 1) for tensor in stacked]
-        results = cls.on_level(call, needs, flat)
-        return [result.unflatten(0, (size, -1)) for result in results], 0
+        results = _on_level(cls, call, needs, flat)
+        return [result.view(size, len(result) // size, *result.shape[1:]) for result in results], 0
 
     @staticmethod
     def joins_rows(call: _Call, needs: Sequence[bool], dims: Sequence[int | None]) -> bool:
@@ -202,21 +206,16 @@ class _Node(FunctorchNode):
 
 def _are_plain(tensors: _Tensors) -> bool:
     """Whether our ops can compute these tensors: what a wrapper held may be of any class and on any device."""
-    return all([
+    return all(
         tensor is None or (type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided)
         for tensor in tensors
-    ])  # fmt: skip
+    )
 
 
 # --- the forward pass -------------------------------------------------------------------------------------------------
 
 
-def _forward(call: _Call, tensors: _Tensors, keep: bool) -> list[Tensor]:
-    """The output; with `keep` also h_1 … h_{K−1}."""
-    return _on_level(_Forward, call, (keep,), tensors)
-
-
-class _Forward(_Node):
+class MLPUnderTransforms(_Node):
     """Input, weights, biases → the output and, if `needs` = [True], h_1 … h_{K−1}."""
 
     @staticmethod
@@ -224,8 +223,8 @@ class _Forward(_Node):
         ctx: Any, call: _Call, needs: Sequence[bool], level: int | None, grad_mode: bool, *tensors: Any
     ) -> tuple[Tensor, ...]:
         """The results one level lower. Saves the arguments and the results."""
-        output, *hidden = _below(_Forward, call, (call.store,), level, grad_mode, tensors)
-        ctx.call = call
+        output, *hidden = _below(MLPUnderTransforms, call, (call.store,), level, grad_mode, tensors)
+        ctx.call, ctx.is_last = call, level is None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*hidden)
         ctx.save_for_backward(*tensors, *hidden, output if call.final_relu else None)
@@ -238,13 +237,15 @@ class _Forward(_Node):
         if grad_output is None:
             return (None,) * given
         call, tensors = ctx.call, ctx.saved_tensors
-        needs = tuple(asked_for(ctx, tensors[: 1 + 2 * call.layers], ctx.needs_input_grad[4:]))
+        needs = ctx.needs_input_grad[4:]
+        if ctx.is_last:  # transforms ask only for what they use
+            needs = tuple(asked_for(ctx, tensors[: 1 + 2 * call.layers], needs))
         if not any(needs):
             return (None,) * given
         if is_legacy_batched(grad_output) or not func_applies():
-            grads = _composed_gradients(call, needs, _alive((grad_output, *tensors)))
+            grads: Sequence[Tensor] = _composed_gradients(call, needs, _alive((grad_output, *tensors)))
         else:
-            grads = _on_level(_Backward, call, needs, (grad_output, *tensors))
+            grads = _on_level(MLPGradients, call, needs, (grad_output, *tensors))
         remaining = iter(grads)
         return None, None, None, None, *(next(remaining) if need else None for need in needs)
 
@@ -255,20 +256,23 @@ class _Forward(_Node):
         if _are_plain(tensors):
             made: list[Tensor] = _ops.mlp_stacked(input, weights, biases, call.final_relu, needs[0])
             return made
-        output, h = _composed(call, tensors)
-        return [output, *(h[1:] if needs[0] else ())]
+        composed, h = _composed(call, tensors)
+        return [composed, *(h[1:] if needs[0] else ())]
 
     @staticmethod
     def joins_rows(call: _Call, needs: Sequence[bool], dims: Sequence[int | None]) -> bool:
         """If all values have the same parameters."""
-        return all([dim is None for dim in dims[1:]])
+        return all(dim is None for dim in dims[1:])
 
 
 # --- the backward pass ------------------------------------------------------------------------------------------------
 
 
-class _Backward(_Node):
-    """grad_output, and what `_Forward` saved → the gradients that `needs` = [input, *weights, *biases] asks for."""
+class MLPGradients(_Node):
+    """grad_output, and what `MLPUnderTransforms` saved → the gradients that `needs` asks for.
+
+    needs: of input, weights and biases.
+    """
 
     @staticmethod
     def forward(
@@ -278,7 +282,7 @@ class _Backward(_Node):
         ctx.call = call, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        return tuple(_below(_Backward, call, needs, level, grad_mode, tensors))
+        return tuple(_below(MLPGradients, call, needs, level, grad_mode, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -296,10 +300,10 @@ class _Backward(_Node):
             replaced = list(tensors)
             for i, tensor in zip(wanted, those, strict=True):
                 replaced[i] = tensor
-            all_of_them = _composed_gradients(call, needs, replaced)
-            return [all_of_them[i] for i in reached]
+            made = _composed_gradients(call, needs, replaced)
+            return [made[i] for i in reached]
 
-        _, pull = torch.func.vjp(gradients, *[tensors[i] for i in wanted])
+        pull: Any = torch.func.vjp(gradients, *[tensors[i] for i in wanted])[1]
         found = dict(zip(wanted, pull([grads[i] for i in reached]), strict=True))
         return None, None, None, None, *(found.get(i) for i in range(given - 4))
 
@@ -316,14 +320,14 @@ class _Backward(_Node):
     @staticmethod
     def joins_rows(call: _Call, needs: Sequence[bool], dims: Sequence[int | None]) -> bool:
         """If all values have the same parameters, of which no gradient is needed."""
-        return not any(needs[1:]) and all([dim is None for dim in dims[2 : 2 + 2 * call.layers]])
+        return not any(needs[1:]) and all(dim is None for dim in dims[2 : 2 + 2 * call.layers])
 
 
 # --- the composition of torch's operators -----------------------------------------------------------------------------
 
 
 def _composed(call: _Call, tensors: _Tensors) -> tuple[Tensor, list[Tensor]]:
-    """The output, and h_0 … h_{K−1}. (`reference` has the same for one network.)"""
+    """The output, and h_0 … h_{K−1}: `reference.mlp_forward`, also of stacked networks."""
     h, weights, biases = call.split(tensors)
     inputs = []
     for k, (omega, beta) in enumerate(zip(weights, biases, strict=True)):
@@ -341,7 +345,7 @@ def _composed_gradients(call: _Call, needs: Sequence[bool], tensors: _Tensors) -
     _, weights, _ = call.split(rest)
     kept, output = call.activations(rest)
     made, h = _composed(call, rest)
-    masks = [None, *(kept or h[1:])]  # the same units are off as in the forward pass
+    masks = kept or h[1:]  # of h_1 … h_{K−1}; if kept, the same units are off as in the forward pass
     need_input, need_weights, need_biases = needs[0], needs[1 : 1 + call.layers], needs[1 + call.layers :]
     dweights, dbiases = [], []
     df = reference.relu_mask(made if output is None else output, grad_output) if call.final_relu else grad_output
@@ -353,7 +357,7 @@ def _composed_gradients(call: _Call, needs: Sequence[bool], tensors: _Tensors) -
             dweights.append(rows.mT @ _rows(call, h[k]))
         if k > 0 or need_input:
             dh = (rows @ weights[k]).reshape(h[k].shape)
-            df = dh if k == 0 else reference.relu_mask(masks[k], dh)
+            df = dh if k == 0 else reference.relu_mask(masks[k - 1], dh)
     return [*([df] if need_input else ()), *reversed(dweights), *reversed(dbiases)]
 
 

@@ -93,17 +93,33 @@ Rows<T> contiguous_rows_in(const Tensor& t, const Stack& stack) {
   return rows.is_contiguous() ? rows : rows_in<T>(torch::stable::contiguous(t), stack);
 }
 
-// The layers of network e.
+// The layers of each network: those of the first, and how far the others lie from them.
 template <typename T>
-std::vector<Layer<T>> layers_at(int64_t e, const Stack& stack, const std::vector<Tensor>& weights,
-                                const std::vector<std::optional<Tensor>>& biases) {
-  auto layers = layers_of<T>(stack.weights, stack.biases);
-  for (size_t k = 0; stack.stacked && k < layers.size(); ++k) {
-    layers[k].omega.data += e * weights[k].stride(0);
-    if (biases[k]) layers[k].beta.data += e * biases[k]->stride(0);
+class StackedLayers {
+ public:
+  StackedLayers(const Stack& stack, const std::vector<Tensor>& weights,
+                const std::vector<std::optional<Tensor>>& biases)
+      : first(layers_of<T>(stack.weights, stack.biases)), steps_(weights.size()) {
+    for (size_t k = 0; stack.stacked && k < weights.size(); ++k) {
+      steps_[k] = {weights[k].stride(0), biases[k] ? biases[k]->stride(0) : 0};
+    }
   }
-  return layers;
-}
+  std::vector<Layer<T>> of(int64_t e) const {
+    auto layers = first;
+    for (size_t k = 0; k < layers.size(); ++k) {
+      layers[k].omega.data += e * steps_[k].first;
+      if (layers[k].beta.data) layers[k].beta.data += e * steps_[k].second;
+    }
+    return layers;
+  }
+  bool share_weights() const {
+    return std::all_of(steps_.begin(), steps_.end(), [](const auto& step) { return step.first == 0; });
+  }
+  const std::vector<Layer<T>> first;
+
+ private:
+  std::vector<std::pair<int64_t, int64_t>> steps_;  // of weights and biases
+};
 
 // Calls f(e, threads) for each network: the networks are divided among the threads if there are enough of them, or if
 // one of them, of so many multiply-adds, is too small to be divided itself.
@@ -159,8 +175,7 @@ class StackedGradients {
   StackedGradients(const char* op, const Tensor& input, const Stack& stack, const std::vector<bool>& needs,
                    std::vector<Tensor>& asked) {
     const size_t layers = stack.weights.size();
-    MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ",
-              needs.size());
+    MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
     const int32_t dtype = dtype_of(input);
     const auto ask = [&](size_t i, const std::vector<int64_t>& sizes) {
       if (!needs[i]) return Part{nullptr, 0};
@@ -192,13 +207,6 @@ class StackedGradients {
   Part input_;
   std::vector<Part> omega_, beta_;
 };
-
-// Whether the networks have the same weights and one row each.
-bool is_per_sample(const Stack& stack, int64_t rows, const std::vector<Tensor>& weights) {
-  bool shared = stack.count > 1 && rows == 1;
-  for (const Tensor& weight : weights) shared = shared && weight.stride(0) == 0;
-  return shared;
-}
 
 // Gradients per row, as at the top of this file. h: h_0 (E, D_0); hidden: h_1 ... h_{K-1} (E, D_k), contiguous, or
 // empty; grads: of the first row, those of the others follow.
@@ -233,8 +241,9 @@ void per_sample(Network<T>& net, Matrix<const T> h0, const std::vector<Matrix<co
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kRows, count = std::min(kRows, net.plan.batch - first);
       const typename Network<T>::Activations recomputed{buffers[1] + buffer, kRows, 0};
-      net.forward_block(rows_of(h0, first, count), first, size_t(pass.recomputed),
-                        [&](size_t k) { return recomputed.at(net, k + 1); }, alone);
+      net.forward_block(
+          rows_of(h0, first, count), first, size_t(pass.recomputed),
+          [&](size_t k) { return recomputed.at(net, k + 1); }, alone);
       const auto h_of = [&](size_t k) {
         if (k == 0) return rows_of(h0, first, count);
         if (recompute) return Matrix<const T>::contiguous(recomputed.at(net, k), count, net.layers[k].d_in());
@@ -277,18 +286,17 @@ std::vector<Tensor> mlp_stacked(Tensor input, std::vector<Tensor> weights, std::
     const int32_t dtype = dtype_of(input);
     const auto h = rows_in<T>(input, stack);
     const int64_t rows = h.first.rows;
-    const auto network = [&](int64_t e, int64_t threads) {
-      return Network<T>(rows, layers_at<T>(e, stack, weights, biases), final_relu, threads);
-    };
-    const Plan<T> plan = network(0, 1).plan;
-    check_countable(rows * stack.count, layers_at<T>(0, stack, weights, biases));
+    const StackedLayers<T> layers(stack, weights, biases);
+    check_countable(rows * stack.count, layers.first);
+    const Plan<T> plan = plan_of(rows, layers.first, /*threads=*/1);
     const int64_t size = store ? rows * plan.hidden : 0;
     std::vector<Tensor> results{empty(with_last_size(input, plan.top), dtype)};
     const Tensor hidden = pooled({stack.count * size}, dtype);
     T* const output = data<T>(results[0]);
     T* const memory = data<T>(hidden);
     for_each(stack, plan.multiply_adds(), [&](int64_t e, int64_t threads) {
-      network(e, threads).forward(h[e], store ? memory + e * size : nullptr, output + e * rows * plan.top);
+      Network<T> net(rows, layers.of(e), final_relu, threads);
+      net.forward(h[e], store ? memory + e * size : nullptr, output + e * rows * plan.top);
     });
     for (size_t k = 1; store && k < weights.size(); ++k) {
       const auto sizes = with_last_size(input, plan.layers[k].d_in);
@@ -304,11 +312,11 @@ std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::
                                          std::vector<std::optional<Tensor>> biases, std::vector<Tensor> hidden,
                                          std::optional<Tensor> output, std::vector<bool> needs) {
   const char* op = "mlp_stacked_backward";
-  const size_t layers = weights.size();
-  if (!hidden.empty()) biases.assign(layers, std::nullopt);  // needed only to recompute
-  biases.resize(layers);
+  const size_t count = weights.size();
+  if (!hidden.empty()) biases.assign(count, std::nullopt);  // needed only to recompute
+  biases.resize(count);
   const Stack stack = check_stack(op, input, weights, biases);
-  MBP_CHECK(hidden.empty() || hidden.size() + 1 == layers, op, ": `hidden` must be empty or have ", layers - 1,
+  MBP_CHECK(hidden.empty() || hidden.size() + 1 == count, op, ": `hidden` must be empty or have ", count - 1,
             " items, got ", hidden.size());
   for (size_t k = 0; k < hidden.size(); ++k) {
     const auto sizes = with_last_size(input, stack.weights[k].size(0));
@@ -323,8 +331,9 @@ std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::
     const StackedGradients<T> grads(op, input, stack, needs, asked);
     const auto h = rows_in<T>(input, stack), gradient = rows_in<T>(grad_output, stack);
     const int64_t rows = h.first.rows;
-    const bool recompute = hidden.empty() && layers > 1;
-    if (is_per_sample(stack, rows, weights)) {
+    const bool recompute = hidden.empty() && count > 1;
+    const StackedLayers<T> layers(stack, weights, biases);
+    if (stack.count > 1 && rows == 1 && layers.share_weights()) {
       // The rows of all networks are one batch.
       const auto whole = [&](const Rows<T>& all) {
         return Matrix<const T>{all.first.data, stack.count, all.first.cols, all.step, all.first.col_stride};
@@ -341,15 +350,15 @@ std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::
       };
       for (const Tensor& t : hidden) activations.push_back(contiguous(t));
       const T* const last = output ? contiguous(*output).data : nullptr;
-      Network<T> net(stack.count, layers_at<T>(0, stack, weights, biases), output.has_value());
+      Network<T> net(stack.count, layers.first, output.has_value());
       per_sample<T>(net, whole(h), activations, whole(gradient), last, grads.of(0));
       return asked;
     }
     const Hidden<T> activations(hidden, stack);
     const auto result = output ? contiguous_rows_in<T>(*output, stack) : Rows<T>{};
-    const Plan<T> plan = Network<T>(rows, layers_at<T>(0, stack, weights, biases), false, 1).plan;
+    const Plan<T> plan = plan_of(rows, layers.first, /*threads=*/1);
     for_each(stack, 2 * plan.multiply_adds(), [&](int64_t e, int64_t threads) {
-      Network<T> net(rows, layers_at<T>(e, stack, weights, biases), output.has_value(), threads);
+      Network<T> net(rows, layers.of(e), output.has_value(), threads);
       const Gradients<T> out = grads.of(e);
       const Buffer<T> copied(activations.together ? 0 : rows * plan.hidden);
       backward<T>(net, h[e], recompute ? nullptr : activations.at(e, copied.data), recompute, gradient[e],
