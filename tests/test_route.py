@@ -165,6 +165,18 @@ def test_a_torch_that_renames_a_private_name_still_gives_right_results(monkeypat
     assert_equal(model(net.input), model[0](net.input))
 
 
+@pytest.mark.parametrize("name", [*_route._PEELING, "_SingleLevelFunction"])
+def test_without_the_functions_that_peel_levels_torch_computes_under_transforms(monkeypatch, name):
+    monkeypatch.delattr(torch.autograd.function if name == "_SingleLevelFunction" else torch._C._functorch, name)
+    spec = importlib.util.spec_from_file_location("torch_manualbp._route_of_another_torch", _route.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    monkeypatch.undo()  # vmap itself needs some of them
+    with under_vmap():
+        assert fresh.route(torch.ones(2)) == TORCH
+        assert route(torch.ones(2)) is FUNC
+
+
 # --- torch.func and forward-mode AD ---------------------------------------------------------------------------------
 
 

@@ -210,7 +210,7 @@ def _(
     output = input.new_empty((*input.shape[:-1], weights[-1].shape[-2]))
     leading = input.shape[:-1] if weights[0].dim() == 3 else (1, *input.shape[:-1])
     rows, widths = math.prod(leading[1:]), [weight.shape[-2] for weight in weights[:-1]] if store else []
-    pieces = input.new_empty((leading[0], rows * sum(widths))).split([rows * width for width in widths], 1)
+    pieces = torch.split(input.new_empty((leading[0], rows * sum(widths))), [rows * width for width in widths], 1)
     return [output, *(piece.view(*input.shape[:-1], width) for piece, width in zip(pieces, widths, strict=False))]
 
 

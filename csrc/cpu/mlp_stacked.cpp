@@ -313,8 +313,7 @@ std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::
                                          std::optional<Tensor> output, std::vector<bool> needs) {
   const char* op = "mlp_stacked_backward";
   const size_t count = weights.size();
-  if (!hidden.empty()) biases.assign(count, std::nullopt);  // needed only to recompute
-  biases.resize(count);
+  if (!hidden.empty()) biases.resize(count);  // callers may leave out biases, which are needed only to recompute
   const Stack stack = check_stack(op, input, weights, biases);
   MBP_CHECK(hidden.empty() || hidden.size() + 1 == count, op, ": `hidden` must be empty or have ", count - 1,
             " items, got ", hidden.size());
