@@ -245,7 +245,7 @@ def _is_for_func(input: Any, parameters: Sequence[Tensor | None], store: bool) -
 def func_is_slower(weights: Sequence[Tensor]) -> bool:
     """Reason 7 under torch.func: a single layer has nothing that one node instead of two would save.
 
-    Measured on Zen 4, one thread, eager's time / ours, under grad and under vmap(grad) of 5 networks: 4–8–1 with 1 row
+    Measured with AVX2, one thread, eager's time / ours, under grad and under vmap(grad) of 5 networks: 4–8–1 with 1 row
     0.98, 0.97; 64–256–10 with 256 rows 1.04, 1.19; 4–8–8–1 with 1 row 1.04, 1.11; 4–8–8–8–8–1 with 1 row 1.18, 1.21. A
     single layer under grad: 64–64 with 64 rows 0.88, 256–256 with 1024 rows 0.79.
     """
