@@ -6,6 +6,7 @@ applied directly, derivatives against finite differences in every mode, and the 
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -467,6 +468,20 @@ def test_shapes_that_broadcast_and_errors_are_torchs():
         with pytest.raises(RuntimeError) as ours:
             vmap(mbp.mlp, (0, None, None))(*args)
         assert str(ours.value) == str(plain.value)
+
+
+def test_threads_transform_models_of_their_own_at_once():
+    models = [mbp.MLP(SIZES).double() for _ in range(3)]
+    parameters, input = {name: p.detach() for name, p in models[0].named_parameters()}, torch.randn(6, 5).double()
+
+    def work(model):
+        function = vmap(grad(squares(lambda p, x: functional_call(model, p, (x,)))), (None, 0))
+        return [function(parameters, input) for _ in range(20)]
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = [found for each in pool.map(work, models) for found in each]
+    for other in others:
+        assert_equal(other, first)
 
 
 def test_weights_that_change_between_the_passes_are_refused():

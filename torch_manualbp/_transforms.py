@@ -162,6 +162,7 @@ class _Node(FunctorchNode):
     """A node of a graph at one level, or of autograd's own graph: `record(call, needs, level, grad_mode, *tensors)`."""
 
     record: Callable[..., tuple[Tensor, ...]]
+    _compiled_autograd_key = staticmethod(getattr(torch.autograd.Function, "_compiled_autograd_key", None) or id)
 
     def __init_subclass__(cls) -> None:
         """Looks up the C++ part of `apply`."""
