@@ -77,6 +77,7 @@ bench: $(VENV)/.bench  ## the speed tables, peak memory and scaling: build/*.md,
 	@$(RUN) python benchmarks/training_step.py --json build/bench.json --markdown build/bench.md $(ARGS)
 	@$(RUN) python benchmarks/whole_step.py --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/hand_written.py --json build/hand_written.json --markdown build/hand_written.md
+	@$(RUN) python benchmarks/transforms.py --json build/transforms.json --markdown build/transforms.md
 	@$(RUN) python benchmarks/peak_memory.py --figure $(FIGURES)/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
@@ -86,6 +87,7 @@ bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compi
 	@$(RUN) python benchmarks/training_step.py --quick --json build/bench.json --markdown build/bench.md $(ARGS)
 	@$(RUN) python benchmarks/whole_step.py --quick --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/hand_written.py --quick --json build/hand_written.json --markdown build/hand_written.md
+	@$(RUN) python benchmarks/transforms.py --quick --json build/transforms.json --markdown build/transforms.md
 	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png

@@ -36,6 +36,15 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_dropout_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
       " Tensor? output, bool[] needs, Tensor? kept, float[] scales) -> Tensor[]");
+  // For torch.func, on the CPU: E networks of the same widths. weights (E, D_out, D_in), biases (E, D_out), input
+  // (E, ..., D_0); without these first dimensions, one network. Returns the output and, if `store`, h_1 ... h_{K-1},
+  // each of its own shape. The numbers are those of E calls of mlp.
+  m.def("mlp_stacked(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store) -> Tensor[]");
+  // The gradients asked for, as mlp_backward lists them, each with its first dimension E. hidden: as mlp_stacked returned
+  // them, or empty: they are recomputed, which needs the biases.
+  m.def(
+      "mlp_stacked_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor[] hidden,"
+      " Tensor? output, bool[] needs) -> Tensor[]");
   // The loss (a scalar) of an mlp's output and the gradients asked for, as mlp_backward lists them, in one pass.
   // loss: mse, cross_entropy or bce_with_logits; mean: divide by the number of terms; flat: the gradients of the
   // parameters are views of one buffer.
@@ -98,6 +107,8 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
   m.impl("mlp_dropout", TORCH_BOX(&manualbp::mlp_dropout));
   m.impl("mlp_dropout_backward", TORCH_BOX(&manualbp::mlp_dropout_backward));
+  m.impl("mlp_stacked", TORCH_BOX(&manualbp::mlp_stacked));
+  m.impl("mlp_stacked_backward", TORCH_BOX(&manualbp::mlp_stacked_backward));
   m.impl("mlp_loss", TORCH_BOX(&manualbp::mlp_loss));
   m.impl("flow_forward", TORCH_BOX(&manualbp::flow_forward));
   m.impl("flow_backward", TORCH_BOX(&manualbp::flow_backward));

@@ -280,6 +280,35 @@ def test_per_sample_refuses_wrong_gradients(training_step):
         )
 
 
+def test_transforms_checks_both_peers_and_writes_what_it_measured(training_step, monkeypatch, capsys, tmp_path):
+    import transforms
+
+    small = [dataclasses.replace(row, sizes=(3, 8, 4, 2), rows=5) for row in transforms.ROWS[::2]]
+    monkeypatch.setattr(transforms, "ROWS", small)
+    files = ["--json", str(tmp_path / "out" / "t.json"), "--markdown", str(tmp_path / "out" / "t.md")]
+    monkeypatch.setattr(sys, "argv", ["transforms.py", "--quick", *files])
+    transforms.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "t.md").read_text() == printed
+    rows = printed.splitlines()
+    assert len({len(row) for row in rows}) == 1  # aligned
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["ensemble", "backward", "per sample"]
+    for row in json.loads((tmp_path / "out" / "t.json").read_text()):
+        assert {len(seconds) for seconds in row["seconds"].values()} == {3}
+        assert row["speedup"] > 0
+
+
+def test_transforms_does_not_time_wrong_gradients(training_step, monkeypatch):
+    import transforms
+
+    def wrong(count, model, x, target):
+        step = transforms.ensemble(count, model, x, target)
+        return dataclasses.replace(step, gradients=lambda: [2 * gradient for gradient in step.gradients()])
+
+    with pytest.raises(SystemExit, match=r"nn\.Sequential: the gradient of 0\.weight is off"):
+        transforms.Row(wrong, 3, (3, 4, 2), 5).measure(1)
+
+
 @pytest.fixture
 def small_calls(training_step, monkeypatch):
     import small_calls

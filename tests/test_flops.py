@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_manualbp as mbp
@@ -45,6 +46,20 @@ def test_mlp_counts_as_eager(biases):
         count, names = flops(mbp.mlp, *net)
         assert count == flops(plain_mlp, *net)[0] > 0
         assert names <= {"manualbp.mlp", "manualbp.mlp_backward"}
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, 0, 0)], ids=str)
+def test_stacked_networks_count_as_eager(in_dims):
+    net = integer_net(6, [5, 7, 4, 3])
+    args = [
+        part if dim is None else torch.utils._pytree.tree_map(lambda t: torch.stack([t] * 4).requires_grad_(), part)
+        for dim, part in zip(in_dims, net, strict=True)
+    ]
+    count, names = flops(vmap(mbp.mlp, in_dims), *args)
+    assert count == flops(vmap(plain_mlp, in_dims), *args)[0] > 0
+    assert names == {"manualbp.mlp_stacked", "manualbp.mlp_stacked_backward"}
+    again, _ = flops(vmap(recomputing_mlp, in_dims), *args)
+    assert again == count + PRODUCT * 4 * (5 * 7 + 7 * 4)
 
 
 def test_mlp_loss_counts_as_eager():

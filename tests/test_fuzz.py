@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from fuzz import arguments, cases, differential, forwards, runner, training
+from fuzz import arguments, cases, differential, forwards, runner, training, transforms
 from fuzz.cases import Case, Layout
-from torch_manualbp import _chains, _ops
+from torch_manualbp import _chains, _ops, _transforms
 from torch_manualbp._losses import LossSpec
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,13 @@ def test_random_forwards_compute_what_the_plain_model_does():
     report = runner.run(forwards, iter(range(2000)), SECONDS)
     assert report.failures == []
     assert report.cases > 20
+
+
+def test_random_nestings_of_transforms_compute_what_those_of_plain_torch_do():
+    report = runner.run(transforms, iter(range(2000)), SECONDS)
+    assert report.failures == []
+    assert report.cases > 20
+    assert report.undecidable < report.cases / 10
 
 
 def test_random_arguments_never_crash(tmp_path):
@@ -141,6 +148,43 @@ def test_a_bug_in_chains_is_found(put_in, monkeypatch):
         check_all()
 
 
+def lose_a_network(monkeypatch):
+    """The gradients of a weight are those of the first network, for all of them."""
+    right = _ops.mlp_stacked_backward
+
+    def wrong(*args):
+        return [
+            grad[:1].expand_as(grad) if grad.dim() == 3 and args[2][0].dim() == 3 else grad for grad in right(*args)
+        ]
+
+    monkeypatch.setattr(_ops, "mlp_stacked_backward", wrong)
+
+
+def keep_ended_transforms(monkeypatch):
+    """A node is connected to the graphs of transforms that have ended."""
+    monkeypatch.setattr(_transforms, "_alive", lambda tensors: list(tensors))
+
+
+def forget_second_derivatives(monkeypatch):
+    """Gradients of gradients do not see that activations depend on parameters."""
+    right = _transforms._composed
+
+    def wrong(call, tensors):
+        output, h = right(call, tensors)
+        return output, [h[0], *(one.detach() for one in h[1:])]
+
+    monkeypatch.setattr(_transforms, "_composed", wrong)
+
+
+@pytest.mark.parametrize("put_in", [lose_a_network, keep_ended_transforms, forget_second_derivatives])
+def test_a_bug_under_transforms_is_found(put_in, monkeypatch):
+    put_in(monkeypatch)
+    report = runner.run(transforms, iter(range(2000)), CI_SECONDS)
+    (text,) = report.failures
+    assert "Warning" not in text
+    assert "from fuzz.transforms import *\ncheck(Case(" in text
+
+
 def test_a_crash_and_a_hang_are_found_with_their_cases_and_the_rest_follows(tmp_path, monkeypatch):
     # In place of two ops: a process that kills itself, and an endless loop outside Python code.
     fake = """
@@ -192,7 +236,7 @@ def check(case):
 # --- the fuzzer itself ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fuzzer", [differential, arguments, forwards])
+@pytest.mark.parametrize("fuzzer", [differential, arguments, forwards, transforms])
 def test_a_seed_gives_the_same_case_and_its_text_gives_it_again(fuzzer):
     names = {**vars(cases), **vars(fuzzer), "torch": torch}
     for seed in range(300):
@@ -216,6 +260,15 @@ def test_everything_is_drawn():
     assert max(case.rows for case in drawn) > 2000
     for flag in ("prior", "biases", "needs", "layouts"):
         assert {bool(getattr(case, flag)) for case in drawn} == {False, True}
+
+
+def test_every_transform_is_drawn_in_every_place():
+    drawn = [transforms.draw(seed) for seed in range(2000)]
+    for place in range(4):
+        assert {case.steps[place] for case in drawn if len(case.steps) > place} == set(transforms.STEPS)
+    assert {case.entry for case in drawn} == set(transforms.ENTRIES)
+    assert {len(case.sizes) for case in drawn} == {2, 3, 4, 5}
+    assert {len(case.leading) for case in drawn} == {0, 1, 2}
 
 
 def test_tensors_are_what_the_case_says():

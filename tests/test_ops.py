@@ -12,6 +12,7 @@ from torch_manualbp import _ops
 
 B, SIZES = 6, [5, 7, 4, 3]
 LAYERS = len(SIZES) - 1
+ALL = [True] * (1 + 2 * LAYERS)
 
 
 def linear_relu_args(dtype=torch.float64):
@@ -28,6 +29,23 @@ def mlp_args(dtype=torch.float64, final_relu=False, leading=B, sizes=SIZES):
     output, hidden = _ops.mlp(*net, final_relu, True)
     grad = integers(*output.shape, dtype=dtype)
     return (*net, final_relu, True), (grad, *net, hidden, output if final_relu else None)
+
+
+def stacked_args(count=3, dtype=torch.float64, final_relu=False, leading=B, sizes=SIZES, make=integer_net):
+    """Arguments of both mlp_stacked ops for `count` networks, as (forward, backward without needs); and the networks."""
+    nets = [make(leading, sizes, dtype, biases="mixed") for _ in range(count)]
+
+    def stack(each):
+        return None if each[0] is None else torch.stack(each)
+
+    input = torch.stack([net.input for net in nets])
+    weights, biases = (
+        [stack(each) for each in zip(*parts, strict=True)] for parts in list(zip(*nets, strict=True))[1:]
+    )
+    forward = (input, weights, biases, final_relu, True)
+    output, *hidden = _ops.mlp_stacked(*forward)
+    grad = integers(*output.shape, dtype=dtype)
+    return forward, (grad, input, weights, biases, hidden, output if final_relu else None), nets
 
 
 def mlp_loss_args(loss, dtype=torch.float64, leading=B, sizes=SIZES):
@@ -88,6 +106,102 @@ def test_mlp_backward_returns_exactly_the_gradients_asked_for(dtype, final_relu)
         wanted = list(itertools.compress(everything, needs))
         assert_equal(_ops.mlp_backward(*args, needs), wanted)
         assert_equal(_ops.mlp_backward(*args[:4], None, args[-1], needs), wanted)  # activations are recomputed
+
+
+def separately(nets, grads, final_relu, needs, recompute=False):
+    """The outputs and the gradients of networks that are called one by one, stacked."""
+    outputs, gradients = [], []
+    for net, grad in zip(nets, grads, strict=True):
+        output, hidden = _ops.mlp(*net, final_relu, True)
+        outputs.append(output)
+        kept = None if recompute else hidden
+        gradients.append(_ops.mlp_backward(grad, *net, kept, output if final_relu else None, needs))
+    return torch.stack(outputs), [torch.stack(each) for each in zip(*gradients, strict=True)]
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_stacked_backward_returns_exactly_the_gradients_asked_for(dtype, final_relu):
+    _, args, nets = stacked_args(3, dtype, final_relu)
+    _, everything = separately(nets, args[0], final_relu, ALL)
+    for needs in itertools.product([False, True], repeat=1 + 2 * LAYERS):
+        wanted = list(itertools.compress(everything, needs))
+        assert_equal(_ops.mlp_stacked_backward(*args, needs), wanted)
+        assert_equal(_ops.mlp_stacked_backward(*args[:4], [], args[-1], needs), wanted)  # activations are recomputed
+
+
+STACKS = {
+    "small": (7, 6, [5, 7, 4, 3]),
+    "one row": (5, 1, [5, 7, 4, 3]),
+    "no rows": (3, 0, [4, 5, 2]),
+    "no dimension of rows": (3, (), [4, 5, 2]),
+    "many dimensions": (3, (2, 3), [4, 5, 2]),
+    "short": (3, 250, [30, 100, 90, 20]),
+    "tall": (2, 3000, [33, 100, 7]),
+    "wide": (2, 200, [300, 520, 10]),
+    "one layer": (4, 9, [6, 5]),
+}
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", STACKS)
+def test_stacked_networks_have_the_bits_of_separate_ones_on_any_number_of_threads(shape, dtype, final_relu):
+    count, leading, sizes = STACKS[shape]
+    needs = [True] * (2 * len(sizes) - 1)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        forward, backward, nets = stacked_args(count, dtype, final_relu, leading, sizes, normal_net)
+        output, gradients = separately(nets, backward[0], final_relu, needs)
+        assert_equal(_ops.mlp_stacked(*forward)[0], output)
+        assert_equal(_ops.mlp_stacked(*forward[:-1], False), [output])
+        assert_equal(_ops.mlp_stacked_backward(*backward, needs), gradients)
+        assert_equal(_ops.mlp_stacked_backward(*backward[:4], [], backward[-1], needs), gradients)
+        strided = torch.utils._pytree.tree_map_only(torch.Tensor, spread_out, backward)
+        assert_equal(_ops.mlp_stacked_backward(*strided, needs), gradients)
+        assert_equal(_ops.mlp_stacked(*torch.utils._pytree.tree_map_only(torch.Tensor, spread_out, forward))[0], output)
+
+
+def spread_out(tensor):
+    """The same numbers in another layout: dimensions in reverse order, elements two apart."""
+    order = list(reversed(range(tensor.dim())))
+    memory = tensor.new_zeros([2 * size for size in (tensor.shape[d] for d in order)])
+    view = memory[tuple(slice(None, None, 2) for _ in order)].permute(order)
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("count", [2, 40])
+def test_networks_that_share_their_parameters_have_the_bits_of_separate_ones(count, rows, dtype, final_relu):
+    net = normal_net(rows, [20, 33, 16, 3], dtype, biases="mixed")
+    input = torch.randn(count, rows, 20).to(dtype)
+    weights = [weight.expand(count, *weight.shape) for weight in net.weights]
+    biases = [None if bias is None else bias.expand(count, *bias.shape) for bias in net.biases]
+    output, *hidden = _ops.mlp_stacked(input, weights, biases, final_relu, True)
+    grad = torch.randn(output.shape).to(dtype)
+    nets = [net._replace(input=one) for one in input]
+    for needs in (ALL, [True] + [False] * 6, [False, True, False, False, False, False, False], [False] * 7):
+        want, gradients = separately(nets, grad, final_relu, needs)
+        assert_equal(output, want)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            last = output if final_relu else None
+            for kept in (hidden, [], [one.clone() for one in hidden]):
+                assert_equal(_ops.mlp_stacked_backward(grad, input, weights, biases, kept, last, needs), gradients)
+
+
+def test_networks_that_share_rows_and_activations_differ_in_the_gradient_of_their_output():
+    net = normal_net(6, SIZES, torch.float64)
+    output, *hidden = _ops.mlp_stacked(*net, False, True)  # one network, without a first dimension
+    assert_equal(output, _ops.mlp(*net, False, True)[0])
+    grads = torch.randn(5, 6, 3).double()
+    shared = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.expand(5, *t.shape), (*net, hidden))
+    _, gradients = separately([net] * 5, grads, False, ALL)
+    assert_equal(_ops.mlp_stacked_backward(grads, *shared, None, ALL), gradients)
+    assert_equal(_ops.mlp_stacked_backward(grads[0], *net, hidden, None, ALL), [gradient[0] for gradient in gradients])
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -155,6 +269,68 @@ def test_opcheck_of_mlp(final_relu):
     forward, backward = mlp_args(final_relu=final_relu)
     opcheck(_ops.mlp, forward)
     opcheck(_ops.mlp_backward, (*backward, [True, False, True, True, False, True, True]))
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_opcheck_of_mlp_stacked(final_relu):
+    forward, backward, _ = stacked_args(final_relu=final_relu)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # its derivative is in `_transforms`
+    opcheck(_ops.mlp_stacked, (*forward[:-1], False), test_utils=tests)
+    opcheck(_ops.mlp_stacked_backward, (*backward, [True, False, True, True, False, True, True]), test_utils=tests)
+
+
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3)], ids=str)
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_fake_mlp_stacked_has_the_shapes_of_the_real_one(final_relu, leading):
+    forward, backward, (net, *_) = stacked_args(3, torch.float32, final_relu, leading)
+    for args in (forward, (*net, final_relu, True)):
+        for store in (False, True):
+            same_metadata(_ops.mlp_stacked(*to_meta(args[:-1]), store), _ops.mlp_stacked(*args[:-1], store))
+    for needs in (ALL, [False] * 7, [k % 2 == 0 for k in range(7)]):
+        real = _ops.mlp_stacked_backward(*backward, needs)
+        same_metadata(_ops.mlp_stacked_backward(*to_meta(backward), needs), real)
+
+
+STACKED_ERRORS = {
+    "no networks": (0, lambda a: a[0][:0], r"`weights\[0\]` must hold at least one network, got \(0, 7, 5\)"),
+    "input": (0, lambda a: a[0][:2], r"`input` must have 3 items, one per network in `weights\[0\]`, got \(2, 6, 5\)"),
+    "weight": (1, lambda a: [a[1][0], a[1][1][:2], a[1][2]], r"`weights\[1\]` must have 3 items"),
+    "bias": (2, lambda a: [a[2][0], a[2][1][:1], a[2][2]], r"`biases\[1\]` must have 3 items"),
+    "width": (1, lambda a: [a[1][0], a[1][0], a[1][2]], r"`weights\[1\]` has 5 columns but `weights\[0\]` has 7 rows"),
+    "dtype": (1, lambda a: [a[1][0].float(), *a[1][1:]], r"`weights\[0\]` must have the dtype of `input` \(float64\)"),
+    "dimension": (1, lambda a: [a[1][0], a[1][1][0], a[1][2]], r"`weights\[1\]` must have 3 items"),
+}
+
+
+@pytest.mark.parametrize("case", STACKED_ERRORS)
+def test_mlp_stacked_errors_name_the_argument(case):
+    forward, _, _ = stacked_args()
+    which, change, message = STACKED_ERRORS[case]
+    args = list(forward)
+    args[which] = change(forward)
+    if case == "no networks":
+        args[1] = [weight[:0] for weight in args[1]]
+    with pytest.raises(RuntimeError, match=f"mlp_stacked: {message}"):
+        _ops.mlp_stacked(*args)
+
+
+STACKED_BACKWARD_ERRORS = {
+    "grad_output": (0, lambda a: a[0][0], r"`grad_output` must have shape \(3, 6, 3\), got \(6, 3\)"),
+    "hidden": (4, lambda a: a[4][:1], r"`hidden` must be empty or have 2 items, got 1"),
+    "shape of hidden": (4, lambda a: a[4][::-1], r"`hidden\[0\]` must have shape \(3, 6, 7\), got \(3, 6, 4\)"),
+    "output": (5, lambda a: a[0][:1], r"`output` must have shape \(3, 6, 3\), got \(1, 6, 3\)"),
+    "needs": (6, lambda a: [True], r"`needs` must have 1 \+ 2 x 3 items, got 1"),
+}
+
+
+@pytest.mark.parametrize("case", STACKED_BACKWARD_ERRORS)
+def test_mlp_stacked_backward_errors_name_the_argument(case):
+    _, backward, _ = stacked_args()
+    which, change, message = STACKED_BACKWARD_ERRORS[case]
+    args = [*backward, ALL]
+    args[which] = change(backward)
+    with pytest.raises(RuntimeError, match=f"mlp_stacked_backward: {message}"):
+        _ops.mlp_stacked_backward(*args)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
@@ -242,7 +418,6 @@ def test_isa_names_a_level():
 # --- argument errors of the C++ entries -----------------------------------------------------------------------------
 # test_functional tests errors through the public functions; these are errors that only direct calls can make.
 
-ALL = [True] * (1 + 2 * LAYERS)
 LINEAR_RELU_BACKWARD_ERRORS = {
     "grad_output shape": ({"grad_output": torch.ones(B, 4)}, r"`grad_output` must have shape \(6, 3\), got \(6, 4\)"),
     "grad_output dimensions": ({"grad_output": torch.ones(3)}, r"`grad_output` must have shape \(6, 3\), got \(3,\)"),
@@ -484,13 +659,14 @@ def test_backward_refuses_tensors_on_several_devices(which):
         _ops.linear_relu_backward(*args, [True] * 3)
 
 
-@pytest.mark.parametrize("op", ["linear_relu", "mlp", "mlp_backward", "mlp_loss"])
+@pytest.mark.parametrize("op", ["linear_relu", "mlp", "mlp_backward", "mlp_stacked", "mlp_loss"])
 def test_tensors_that_are_stored_negated_count_as_what_they_are(op):
     # A real tensor can have the negative bit, as the imaginary part of a conjugate does.
     args = {
         "linear_relu": lambda: linear_relu_args()[0],
         "mlp": lambda: mlp_args()[0],
         "mlp_backward": lambda: (*mlp_args()[1][:4], None, None, ALL),  # the biases are read
+        "mlp_stacked": lambda: stacked_args()[0],
         "mlp_loss": lambda: (*mlp_loss_args("mse"), ALL, False),
     }[op]()
 

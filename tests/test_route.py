@@ -32,7 +32,7 @@ from helpers import (
     smooth_net,
 )
 from torch_manualbp import _route
-from torch_manualbp._route import KERNELS, TORCH, route
+from torch_manualbp._route import FUNC, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
 # At the first use of forward-mode AD, torch loads decompositions that are scripted.
@@ -93,13 +93,35 @@ def under_vmap():
 
 @pytest.mark.parametrize(
     "context",
-    [under_vmap, forward_ad.dual_level, lambda: torch.autocast("cpu"), lambda: torch.autocast("cpu", torch.float16)],
-    ids=["vmap", "forward AD", "autocast", "autocast to float16"],
+    [forward_ad.dual_level, lambda: torch.autocast("cpu"), lambda: torch.autocast("cpu", torch.float16)],
+    ids=["forward AD", "autocast", "autocast to float16"],
 )
-def test_kernels_do_not_apply_under_transforms_and_autocast(context):
+def test_kernels_do_not_apply_in_forward_mode_and_under_autocast(context):
     with context():
         assert route(torch.ones(2)) is TORCH
     assert route(torch.ones(2)) is KERNELS
+
+
+@contextlib.contextmanager
+def under_functionalize():
+    # functionalize does this around the call.
+    torch._C._functorch._func_increment_nesting(True)
+    try:
+        yield
+    finally:
+        torch._C._functorch._func_decrement_nesting()
+
+
+def test_kernels_apply_level_by_level_under_vmap_and_nothing_else():
+    with under_vmap():
+        assert route(torch.ones(2)) is FUNC
+        assert route(torch.ones(2), [torch.ones(2, 2)], store=False) is FUNC
+        assert route(torch.ones(2, dtype=torch.int64)) is TORCH
+        for context in (under_functionalize, forward_ad.dual_level, lambda: torch.autocast("cpu")):
+            with context():
+                assert route(torch.ones(2)) is TORCH
+    with under_functionalize():
+        assert route(torch.ones(2)) is TORCH
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated
@@ -141,6 +163,18 @@ def test_a_torch_that_renames_a_private_name_still_gives_right_results(monkeypat
     monkeypatch.undo()  # torch itself needs the name below
     model = mbp.MLP([4, 2]).double()
     assert_equal(model(net.input), model[0](net.input))
+
+
+@pytest.mark.parametrize("name", [*_route._PEELING, "_SingleLevelFunction"])
+def test_without_the_functions_that_peel_levels_torch_computes_under_transforms(monkeypatch, name):
+    monkeypatch.delattr(torch.autograd.function if name == "_SingleLevelFunction" else torch._C._functorch, name)
+    spec = importlib.util.spec_from_file_location("torch_manualbp._route_of_another_torch", _route.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    monkeypatch.undo()  # vmap itself needs some of them
+    with under_vmap():
+        assert fresh.route(torch.ones(2)) == TORCH
+        assert route(torch.ones(2)) is FUNC
 
 
 # --- torch.func and forward-mode AD ---------------------------------------------------------------------------------

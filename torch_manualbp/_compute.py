@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_manualbp import _graph, _ops, reference
+from torch_manualbp import _graph, _ops, _transforms, reference
 from torch_manualbp._checks import check_layers, check_tensor
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._route import GRAPH, KERNELS, TORCH, route
+from torch_manualbp._route import FUNC, GRAPH, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
 
 # Told of each network that our kernels compute, while `fusion_report` runs a model.
@@ -53,6 +53,8 @@ def layers(
     if way is GRAPH:
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
         return captured
+    if way is FUNC:
+        return _transforms.layers(input, weights, biases, final_relu, store)
     return reference.mlp_forward(input, weights, biases, final_relu)[0]
 
 

@@ -66,6 +66,30 @@ def _mlp_backward(
     return recomputed + _backward(input, weights, needs)
 
 
+def _mlp_stacked(input: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
+    return sum(_layers(*_of_rows(input, weights)))
+
+
+def _mlp_stacked_backward(
+    grad_output: _Shape,
+    input: _Shape,
+    weights: Sequence[_Shape],
+    biases: Sequence[_Shape | None],
+    hidden: Sequence[_Shape],
+    output: _Shape | None,
+    needs: Sequence[bool],
+    **kwargs: Any,
+) -> int:
+    input, weights = _of_rows(input, weights)
+    recomputed = 0 if hidden else sum(_layers(input, weights)[:-1])
+    return recomputed + _backward(input, weights, needs)
+
+
+def _of_rows(input: _Shape, weights: Sequence[_Shape]) -> tuple[_Shape, Sequence[_Shape]]:
+    """The rows of all stacked networks, and the weights of one: each row is multiplied by those of its network."""
+    return input, [weight[-2:] for weight in weights]
+
+
 def _mlp_loss(input: _Shape, target: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
     needs = rest[-2]
     return sum(_layers(input, weights)) + _backward(input, weights, needs)
@@ -78,6 +102,8 @@ _FORMULAS = {
     _ops.mlp_backward: _mlp_backward,
     _ops.mlp_dropout: _mlp,
     _ops.mlp_dropout_backward: _mlp_backward,
+    _ops.mlp_stacked: _mlp_stacked,
+    _ops.mlp_stacked_backward: _mlp_stacked_backward,
     _ops.mlp_loss: _mlp_loss,
 }
 

@@ -57,6 +57,8 @@ mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
 mlp_dropout = torch.ops.manualbp.mlp_dropout.default
 mlp_dropout_backward = torch.ops.manualbp.mlp_dropout_backward.default
+mlp_stacked = torch.ops.manualbp.mlp_stacked.default
+mlp_stacked_backward = torch.ops.manualbp.mlp_stacked_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
@@ -74,7 +76,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_loss",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward",
+    "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
     "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
@@ -91,7 +94,8 @@ def _negated(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
+    "flow_forward", "flow_backward",
 ):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
@@ -202,6 +206,34 @@ def _(
     made = {"hidden": hidden, "output": output, "kept": kept}
     _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _needed_like(input, weights, needs)
+
+
+@_fake("mlp_stacked")
+def _(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool, store: bool
+) -> list[Tensor]:
+    _check_devices("mlp_stacked", input=input, weights=weights, biases=biases)
+    output = input.new_empty((*input.shape[:-1], weights[-1].shape[-2]))
+    leading = input.shape[:-1] if weights[0].dim() == 3 else (1, *input.shape[:-1])
+    rows, widths = math.prod(leading[1:]), [weight.shape[-2] for weight in weights[:-1]] if store else []
+    pieces = torch.split(input.new_empty((leading[0], rows * sum(widths))), [rows * width for width in widths], 1)
+    return [output, *(piece.view(*input.shape[:-1], width) for piece, width in zip(pieces, widths, strict=False))]
+
+
+@_fake("mlp_stacked_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    hidden: Sequence[Tensor],
+    output: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    made = {"hidden": hidden, "output": output}
+    _check_devices("mlp_stacked_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
+    shapes = (input.shape, *(weight.shape for weight in weights), *(weight.shape[:-1] for weight in weights))
+    return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
 
 @_fake("mlp_loss")

@@ -192,7 +192,7 @@ class MLPLossFunction(ManualFunction):
             if grad_output.is_cuda:  # reading the value would synchronise with the device
                 torch._foreach_mul_(grads, grad_output)
             elif type(grad_output) is not Tensor:  # a stand-in without a value: a graph is being lowered
-                grads = [grad * grad_output for grad in grads]
+                grads = tuple(grad * grad_output for grad in grads)
             elif (scale := grad_output.item()) != 1.0:  # usually 1.0: save a pass over all gradients
                 torch._foreach_mul_(grads, scale)
         spread = _spread(ctx.needs, grads)

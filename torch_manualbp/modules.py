@@ -21,6 +21,7 @@ from torch_manualbp._checks import check_activations
 from torch_manualbp._gradients import ADDING, accumulate, unwatched
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp._route import (
+    FUNC,
     GRAPH,
     KERNELS,
     PLAIN,
@@ -156,7 +157,7 @@ class _Run:
         masks = None
         if self.transparent and (dropout := self.dropout()) != ():
             # Once masks are drawn, the modules would draw others: an op that may raise where torch does not is no use.
-            if dropout is None or way is TORCH or not input.is_cpu or any(map(broadcasts, weights, biases)):
+            if dropout is None or way in (TORCH, FUNC) or not input.is_cpu or any(map(broadcasts, weights, biases)):
                 return self._one_by_one(input)
             masks = _compute.draw_all(dropout, input, weights)
         if way is TORCH and self.size == 1:

@@ -40,10 +40,9 @@ template <typename T>
 struct Network {
   using A = accumulator_t<T>;
 
-  Network(int64_t batch, std::vector<Layer<T>> shapes, bool final_relu)
-      : layers(std::move(shapes)),
-        final_relu(final_relu),
-        plan(plan_of(batch, layers, torch::stable::get_num_threads())) {}
+  Network(int64_t batch, std::vector<Layer<T>> shapes, bool final_relu,
+          int64_t threads = torch::stable::get_num_threads())
+      : layers(std::move(shapes)), final_relu(final_relu), plan(plan_of(batch, layers, threads)) {}
 
   // Elements of h_1 ... h_{K-1}, stored one after another.
   int64_t hidden_size() const { return plan.batch * plan.hidden; }

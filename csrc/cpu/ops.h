@@ -1,5 +1,5 @@
-// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp,
-// optimizer.cpp, train.cpp and plan.cpp.
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_stacked.cpp,
+// mlp_loss.cpp, flow.cpp, optimizer.cpp, train.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -33,6 +33,13 @@ std::vector<Tensor> mlp_dropout_backward(Tensor grad_output, Tensor input, std::
                                          std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                          std::optional<Tensor> output, std::vector<bool> needs,
                                          std::optional<Tensor> kept, std::vector<double> scales);
+
+std::vector<Tensor> mlp_stacked(Tensor input, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+                                bool final_relu, bool store);
+
+std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                         std::vector<std::optional<Tensor>> biases, std::vector<Tensor> hidden,
+                                         std::optional<Tensor> output, std::vector<bool> needs);
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,

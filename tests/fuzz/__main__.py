@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fuzz import runner
 
-SHARES = {"differential": 0.5, "training": 0.15, "forwards": 0.15, "arguments": 0.2}  # of the time
+SHARES = {"differential": 0.4, "training": 0.15, "forwards": 0.15, "transforms": 0.15, "arguments": 0.15}  # of the time
 FUZZERS = {name: f"fuzz.{name}" for name in SHARES}
 
 

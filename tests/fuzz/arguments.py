@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fuzz.differential import UndecidableError
-from helpers import integer_net, integers
+from helpers import Net, integer_net, integers
 from torch_manualbp import _ops
 
 __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
+    "flow_forward", "flow_backward", "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
@@ -218,6 +218,11 @@ def _places(case: Case) -> list[str]:
         "linear_relu_backward": ["grad_output", "input", "weight", "output", "needs"],
         "mlp": ["input", *network, "store", *dropout],
         "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs", *dropout],
+        "mlp_stacked": ["input", *network, "store"],
+        "mlp_stacked_backward": [
+            *("grad_output", "input", *network, "hidden", "output", "needs"),
+            *(f"hidden[{k}]" for k in layers[1:]),
+        ],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
         "flow_forward": ["input", *network, "relus", "f", "h"],
         "flow_backward": ["grad_output", "input", *network, "relus", "f", "df", "copies"],
@@ -260,6 +265,8 @@ def _valid(case: Case) -> dict[str, Any]:
         parameters = {"weights": net.weights, "biases": net.biases}
         options = {"final_relu": case.final_relu, "store": case.stored}
         return {"input": input, **parameters, **options, **_dropout(case)}
+    if case.op.startswith("mlp_stacked"):
+        return _stacked(case, net, input, output, grad, needs)
     if case.op == "mlp_backward":
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
@@ -306,6 +313,20 @@ def _valid(case: Case) -> dict[str, Any]:
     needs[0] = case.stored
     parameters = {"weights": net.weights, "biases": net.biases}
     return {"input": input, "target": tall(target), **parameters, **rest, "needs": needs, "flat": False}
+
+
+def _stacked(case: Case, net: Net, input: Tensor, output: Tensor, grad: Tensor, needs: list[bool]) -> dict[str, Any]:
+    """The arguments of mlp_stacked and of its backward pass for two networks."""
+
+    def twice(tensor: Tensor) -> Tensor:
+        return tensor.expand(2, *tensor.shape) if tensor.numel() > 2**24 else torch.stack([tensor, tensor])
+
+    parameters = {"weights": [twice(weight) for weight in net.weights], "biases": [twice(bias) for bias in net.biases]}
+    if case.op == "mlp_stacked":
+        return {"input": twice(input), **parameters, "final_relu": case.final_relu, "store": case.stored}
+    hidden = [twice(torch.ones(1, width).expand(case.rows, width)) for width in case.sizes[1:-1]]
+    kept = {"hidden": hidden if case.stored else [], "output": twice(output) if case.final_relu else None}
+    return {"grad_output": twice(grad), "input": twice(input), **parameters, **kept, "needs": needs}
 
 
 KEPT = (
@@ -390,6 +411,8 @@ def _largest_result(case: Case) -> int:
         "linear_relu_backward": [input],
         "mlp": [output, hidden * case.stored],
         "mlp_backward": [input],
+        "mlp_stacked": [2 * output, 2 * hidden * case.stored],
+        "mlp_stacked_backward": [2 * input],
         # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
         "flow_forward": [hidden + output],

@@ -95,6 +95,7 @@ def _warnings_as_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")  # drawn on purpose
+        warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", DeprecationWarning)  # torch's own, in jvp
         yield
 
 
