@@ -55,6 +55,7 @@ linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
+mlp_double_backward = torch.ops.manualbp.mlp_double_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
@@ -72,8 +73,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "keep", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_double_backward", "mlp_loss", "flow_forward",
+    "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -88,7 +89,7 @@ def _negated(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward"):
+for _name in ("mlp", "mlp_backward", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward"):
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
 # Torch's own step reads such gradients. Its fallbacks would copy parameters, and the op would update the copies.
@@ -196,6 +197,28 @@ def _(
     made = {"hidden": hidden, "output": output, "kept": kept}
     _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _needed_like(input, weights, needs)
+
+
+@_fake("mlp_double_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    df: Tensor | None,
+    grad_dinput: Tensor | None,
+    grad_dweights: Sequence[Tensor | None],
+    grad_dbiases: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    scales: Sequence[float] = (),
+) -> list[Tensor]:
+    _check_devices(
+        "mlp_double_backward", grad_output=grad_output, input=input, weights=weights, hidden=hidden, output=output,
+        df=df, grad_dinput=grad_dinput, grad_dweights=grad_dweights, grad_dbiases=grad_dbiases,
+    )  # fmt: skip
+    like = (grad_output, input, hidden, *weights)
+    return [input.new_empty(tensor.shape) for tensor, need in zip(like, needs, strict=True) if need]
 
 
 @_fake("mlp_loss")

@@ -1,9 +1,10 @@
 """The autograd Functions: for each op its forward and its hand-written backward, side by side.
 
-First-order gradients come from our kernels. For gradients of gradients (`create_graph=True`), and where backward itself
-is batched (`is_grads_batched=True`), backward composes the lecture's equations from differentiable torch ops
-(`reference.mlp_backward`). They are applied to the activations that forward saved, which are outputs of the same node,
-so that they are part of the graph.
+First-order gradients come from our kernels. For gradients of gradients (`create_graph=True`), backward is a node of its
+own (`MLPBackwardFunction`), whose backward pass has kernels, too. Its arguments are the activations that forward saved,
+which are outputs of the same node, so that they are part of the graph. On a GPU, where backward itself is batched
+(`is_grads_batched=True`), and for derivatives of higher order, the same equations are composed from differentiable
+torch ops (`reference.mlp_backward`, `reference.mlp_double_backward`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._ops import masks_of, split_hidden
-from torch_manualbp._route import backward_is_composed
+from torch_manualbp._route import backward_is_a_node, backward_is_composed
 
 
 class LinearReLUFunction(ManualFunction):
@@ -47,6 +48,10 @@ class LinearReLUFunction(ManualFunction):
         shape, *parameters = ctx.arguments
         needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
         if backward_is_composed(grad_output):
+            if backward_is_a_node(grad_output):
+                return MLPBackwardFunction.of(
+                    grad_output, input, output.new_empty((0,)), output, needs, (), [ctx.weight], parameters[:1], [weight]
+                )
             (weight,) = _connected(parameters[:1], [weight])
             grads = reference.mlp_backward(grad_output, [input], [weight], output, needs=needs)
             return grads.dinput, grads.dweights[0], grads.dbiases[0]
@@ -118,12 +123,21 @@ class MLPFunction(ManualFunction):
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
-        if grad_hidden is not None and not is_composed and not grad_hidden.any():
+        if grad_hidden is not None and not is_composed and _is_zero(grad_hidden):
             grad_hidden = None  # zeros from the mask I[h > 0]: torch would multiply them through all layers
         if grad_output is None and grad_hidden is None:
             shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
             zeros = [weights[0].new_zeros(size) if need else None for size, need in zip(shapes, needs, strict=True)]
             return zeros[0], None, None, None, *zeros[1:], *[None] * len(dropout)
+        if is_composed and grad_output is not None and grad_hidden is None and backward_is_a_node(grad_output):
+            if hidden is None:  # a node that stores them
+                in_graph = (*_connected(parameters[:layers], read[:layers]), *_connected(parameters[layers:], biases))
+                _, hidden = MLPFunction.record(input, output is not None, True, layers, *in_graph, *dropout)
+            used, (dropped,) = read[:layers], scales or ((),)
+            spread = MLPBackwardFunction.of(
+                grad_output, input, hidden, output, needs, dropped, weights, parameters[:layers], used
+            )
+            return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
             if grad_output is None:
                 grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
@@ -150,6 +164,105 @@ class MLPFunction(ManualFunction):
         output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu, masks)
         hidden = [h_k.flatten() for h_k in h[1:]] if store else []
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
+
+
+class MLPBackwardFunction(ManualFunction):
+    """The backward pass of a network as one node: `apply(…)` → the gradients that are needed. `of` makes the call.
+
+    It is linear in ∂ℓ/∂output, and its masks are constant. Given the gradients of a scalar M by its results, v by ∂ℓ/∂h_0,
+    V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes those by ∂ℓ/∂h_k (c_k) and by ∂ℓ/∂f_k (a_k). This
+    looks like a forward pass, which starts at c_0 = v:
+
+    forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ;   ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
+    backward  a_k = Ω_k c_k + V_k h_k + u_k;   c_{k+1} = I[h_{k+1} > 0] ⊙ a_k;
+              ∂M/∂Ω_k = ∂ℓ/∂f_k c_kᵀ;   ∂M/∂h_k = V_kᵀ ∂ℓ/∂f_k;   ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
+    """
+
+    @classmethod
+    def of(
+        cls,
+        grad_output: Tensor,
+        input: Tensor | None,
+        hidden: Tensor,
+        output: Tensor | None,
+        needs: Sequence[bool],
+        scales: Sequence[float],
+        weights: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        read: Sequence[Tensor | None],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients [input, *weights, *biases]; None where `needs` says so.
+
+        weights: those that forward used; parameters: the same as its arguments; read: those that backward reads, else
+        None.
+        """
+        in_graph = [
+            None if used is None else connected
+            for used, connected in zip(read, _connected(parameters, read), strict=True)
+        ]
+        return _spread(needs, cls.record(needs, scales, weights, grad_output, input, hidden, output, *in_graph))
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        needs: Sequence[bool],
+        scales: Sequence[float],
+        shapes: Sequence[Tensor],
+        grad_output: Tensor,
+        input: Tensor | None,
+        hidden: Tensor,
+        output: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """The kernels of an ordinary backward pass."""
+        ctx.call = needs, scales, shapes
+        ctx.save_for_backward(grad_output, input, hidden, output, *weights)
+        ctx.set_materialize_grads(False)
+        h_0, omega = _complete(grad_output, input, weights, shapes)
+        dropout = (None, scales) if scales else ()
+        grads = _ops.mlp_backward(grad_output, h_0, omega, (), hidden, output, needs, *dropout)
+        ctx.mark_non_differentiable(*_constants(ctx.needs_input_grad[3:], _spread(needs, grads)))
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients by ∂ℓ/∂output, the input, the activations and the weights, in one call."""
+        needs, scales, shapes = ctx.call
+        grad_output, input, hidden, output, *weights = ctx.saved_tensors
+        layers, given = len(weights), [each for each in cotangents if each is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        v, *rest = _spread(needs, cotangents)
+        by_weights, by_biases = rest[:layers], rest[layers:]
+        arrives = [v is not None, *(by_weights[k] is not None or by_biases[k] is not None for k in range(layers))]
+        lowest = arrives.index(True)  # the first c_k that is not zero
+        asked = asked_for(ctx, (grad_output, input, hidden, output, *weights), ctx.needs_input_grad[3:])
+        wanted = [
+            asked[0],
+            asked[1] and by_weights[0] is not None,
+            asked[2] and any(each is not None for each in by_weights[1:]),
+            *(asked[4 + k] and lowest <= k for k in range(layers)),
+        ]
+        h_0, omega = _complete(grad_output, input, weights, shapes)
+        if not any(wanted):
+            spread = [None] * len(wanted)
+        elif any(map(backward_is_composed, given)):
+            h = [h_0, *split_hidden(hidden, h_0.shape, omega)]
+            second = reference.mlp_double_backward(
+                grad_output, h, omega, output, reference.Gradients(v, by_weights, by_biases), scales
+            )
+            flat = [torch.zeros_like(h_k) if dh is None else dh for h_k, dh in zip(h[1:], second.dh[1:], strict=True)]
+            dhidden = torch.cat([dh.flatten() for dh in flat]) if wanted[2] else None
+            found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
+            spread = [grad if need else None for grad, need in zip(found, wanted, strict=True)]
+        else:
+            arguments = (grad_output, h_0, omega, hidden, output, None, v, by_weights, by_biases, wanted, scales)
+            spread = list(_spread(wanted, _ops.mlp_double_backward(*arguments)))
+        # The gradient by what only masks read is zero. Torch passes it on, as zeros.
+        if asked[2] and spread[2] is None and max(lowest, 1) < layers:
+            spread[2] = _stand_in(hidden, hidden.shape)
+        zeros = _stand_in(output, output.shape) if asked[3] else None
+        return None, None, None, *spread[:3], zeros, *spread[3:]
 
 
 class MLPLossFunction(ManualFunction):
@@ -255,6 +368,35 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
         and a.storage_offset() == b.storage_offset()
         and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
     )
+
+
+def _complete(
+    grad_output: Tensor, input: Tensor | None, weights: Sequence[Tensor | None], shapes: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Input and weights; in place of those that are not read, tensors of their shapes."""
+    if input is None:
+        input = _stand_in(grad_output, torch.Size((*grad_output.shape[:-1], shapes[0].shape[1])))
+    return input, [like if weight is None else weight for weight, like in zip(weights, shapes, strict=True)]
+
+
+def _constants(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients [input, *weights, *biases] of a backward pass that depend on no tensor that needs a gradient.
+
+    needs: of [grad_output, input, hidden, output, *weights].
+    """
+    layers = len(needs) - 4
+    df_varies, constant = needs[0] or needs[3], []
+    for k in reversed(range(layers)):
+        constant += [] if df_varies else [grads[1 + layers + k]]
+        constant += [] if df_varies or needs[2 if k else 1] else [grads[1 + k]]
+        df_varies = df_varies or needs[4 + k] or (k > 0 and needs[2])
+    constant += [] if df_varies else [grads[0]]
+    return [grad for grad in constant if grad is not None]
+
+
+def _is_zero(grad: Tensor) -> bool:
+    """Whether all elements are 0. Zeros without memory (`_stand_in`) are recognised by one of them."""
+    return not (grad[:1] if grad.stride() == (0,) else grad).any()
 
 
 def _as_used(input: Tensor, needs_gradient: bool) -> Tensor:

@@ -41,10 +41,7 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, biases, output.has_value());
     set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
-    if (hidden) {
-      check_same_shape(op, {"hidden"}, *hidden, {net.hidden_size()}, input);
-      MBP_CHECK(hidden->is_contiguous(), op, ": `hidden` must be contiguous");
-    }
+    if (hidden) check_stored(op, {"hidden"}, *hidden, net.hidden_size(), input);
     std::vector<Tensor> asked;
     const auto grads = allocate_gradients<T>(op, input, weights, needs, /*flat=*/false, asked);
     backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,

@@ -1,4 +1,4 @@
-// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_loss.cpp, flow.cpp,
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_double_backward.cpp, mlp_loss.cpp, flow.cpp,
 // optimizer.cpp, train.cpp and plan.cpp.
 #pragma once
 
@@ -25,6 +25,13 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                  std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
                                  std::vector<double> scales);
+
+std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                        std::optional<Tensor> output, std::optional<Tensor> df,
+                                        std::optional<Tensor> grad_dinput,
+                                        std::vector<std::optional<Tensor>> grad_dweights,
+                                        std::vector<std::optional<Tensor>> grad_dbiases, std::vector<bool> needs,
+                                        std::vector<double> scales);
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
