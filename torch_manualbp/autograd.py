@@ -36,22 +36,24 @@ class LinearReLUFunction(ManualFunction):
         need_input, need_weight, _ = ctx.needs_input_grad
         ctx.arguments = (input.shape, weight, bias)
         ctx.weight = used = weight.detach()
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             _as_used(input, need_input) if need_weight else None, used if need_input else None, output
         )
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         """All gradients that are needed, in one call."""
+        if grad_output is None:  # a gradient of a gradient that reaches only the parameters
+            return None, None, None
         input, weight, output = ctx.saved_tensors
         shape, *parameters = ctx.arguments
         needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
         if backward_is_composed(grad_output):
             if backward_is_a_node(grad_output):
-                return MLPBackwardFunction.of(
-                    grad_output, input, output.new_empty((0,)), output, needs, (), [ctx.weight], parameters[:1], [weight]
-                )
+                saved = (input, output.new_empty((0,)), output)
+                return MLPBackwardFunction.of(grad_output, saved, needs, (), [ctx.weight], [weight], parameters)
             (weight,) = _connected(parameters[:1], [weight])
             grads = reference.mlp_backward(grad_output, [input], [weight], output, needs=needs)
             return grads.dinput, grads.dweights[0], grads.dbiases[0]
@@ -112,6 +114,8 @@ class MLPFunction(ManualFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """All layers in reverse, in one call, down to the lowest layer whose gradient is needed."""
+        if grad_output is None and grad_hidden is None:  # a gradient of a gradient that reaches only the parameters
+            return (None,) * len(ctx.needs_input_grad)
         store, shape, weights, parameters, *scales = ctx.call
         layers = len(weights)
         input, output, *read = ctx.saved_tensors
@@ -123,7 +127,7 @@ class MLPFunction(ManualFunction):
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
-        if grad_hidden is not None and not is_composed and _is_zero(grad_hidden):
+        if grad_hidden is not None and not is_composed and not grad_hidden.any():
             grad_hidden = None  # zeros from the mask I[h > 0]: torch would multiply them through all layers
         if grad_output is None and grad_hidden is None:
             shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
@@ -133,9 +137,9 @@ class MLPFunction(ManualFunction):
             if hidden is None:  # a node that stores them
                 in_graph = (*_connected(parameters[:layers], read[:layers]), *_connected(parameters[layers:], biases))
                 _, hidden = MLPFunction.record(input, output is not None, True, layers, *in_graph, *dropout)
-            used, (dropped,) = read[:layers], scales or ((),)
+            saved, (dropped,) = (input, hidden, output), scales or ((),)
             spread = MLPBackwardFunction.of(
-                grad_output, input, hidden, output, needs, dropped, weights, parameters[:layers], used
+                grad_output, saved, needs, dropped, weights, read[:layers], parameters
             )
             return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
@@ -182,25 +186,28 @@ class MLPBackwardFunction(ManualFunction):
     def of(
         cls,
         grad_output: Tensor,
-        input: Tensor | None,
-        hidden: Tensor,
-        output: Tensor | None,
+        saved: tuple[Tensor | None, Tensor, Tensor | None],
         needs: Sequence[bool],
         scales: Sequence[float],
         weights: Sequence[Tensor],
-        parameters: Sequence[Tensor],
         read: Sequence[Tensor | None],
+        parameters: Sequence[Any],
     ) -> tuple[Tensor | None, ...]:
         """The gradients [input, *weights, *biases]; None where `needs` says so.
 
-        weights: those that forward used; parameters: the same as its arguments; read: those that backward reads, else
-        None.
+        Args:
+            grad_output: ∂ℓ/∂output.
+            saved: the input, the activations, and the output if it is that of a ReLU.
+            needs: which gradients are needed.
+            scales: of dropout, or nothing.
+            weights: as forward used them.
+            read: the same; None where they are not read.
+            parameters: weights and biases, the arguments of forward.
         """
-        in_graph = [
-            None if used is None else connected
-            for used, connected in zip(read, _connected(parameters, read), strict=True)
-        ]
-        return _spread(needs, cls.record(needs, scales, weights, grad_output, input, hidden, output, *in_graph))
+        in_graph = _connected(parameters[: len(read)], read)
+        in_graph = [None if used is None else weight for used, weight in zip(read, in_graph, strict=True)]
+        grads = cls.record(needs, scales, weights, grad_output, *saved, *in_graph, *parameters[len(read) :])
+        return _spread(needs, grads)
 
     @staticmethod
     def forward(
@@ -212,10 +219,11 @@ class MLPBackwardFunction(ManualFunction):
         input: Tensor | None,
         hidden: Tensor,
         output: Tensor | None,
-        *weights: Tensor | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """The kernels of an ordinary backward pass."""
-        ctx.call = needs, scales, shapes
+        """The kernels of an ordinary backward pass. The biases are arguments because their gradients are zeros."""
+        weights, biases = parameters[: len(shapes)], parameters[len(shapes) :]
+        ctx.call = needs, scales, shapes, biases
         ctx.save_for_backward(grad_output, input, hidden, output, *weights)
         ctx.set_materialize_grads(False)
         h_0, omega = _complete(grad_output, input, weights, shapes)
@@ -227,7 +235,7 @@ class MLPBackwardFunction(ManualFunction):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients by ∂ℓ/∂output, the input, the activations and the weights, in one call."""
-        needs, scales, shapes = ctx.call
+        needs, scales, shapes, biases = ctx.call
         grad_output, input, hidden, output, *weights = ctx.saved_tensors
         layers, given = len(weights), [each for each in cotangents if each is not None]
         if not given:
@@ -236,7 +244,8 @@ class MLPBackwardFunction(ManualFunction):
         by_weights, by_biases = rest[:layers], rest[layers:]
         arrives = [v is not None, *(by_weights[k] is not None or by_biases[k] is not None for k in range(layers))]
         lowest = arrives.index(True)  # the first c_k that is not zero
-        asked = asked_for(ctx, (grad_output, input, hidden, output, *weights), ctx.needs_input_grad[3:])
+        arguments = (grad_output, input, hidden, output, *weights, *biases)
+        asked = asked_for(ctx, arguments, ctx.needs_input_grad[3:])
         wanted = [
             asked[0],
             asked[1] and by_weights[0] is not None,
@@ -244,9 +253,8 @@ class MLPBackwardFunction(ManualFunction):
             *(asked[4 + k] and lowest <= k for k in range(layers)),
         ]
         h_0, omega = _complete(grad_output, input, weights, shapes)
-        if not any(wanted):
-            spread = [None] * len(wanted)
-        elif any(map(backward_is_composed, given)):
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if any(map(backward_is_composed, given)):
             h = [h_0, *split_hidden(hidden, h_0.shape, omega)]
             second = reference.mlp_double_backward(
                 grad_output, h, omega, output, reference.Gradients(v, by_weights, by_biases), scales
@@ -254,15 +262,22 @@ class MLPBackwardFunction(ManualFunction):
             flat = [torch.zeros_like(h_k) if dh is None else dh for h_k, dh in zip(h[1:], second.dh[1:], strict=True)]
             dhidden = torch.cat([dh.flatten() for dh in flat]) if wanted[2] else None
             found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
-            spread = [grad if need else None for grad, need in zip(found, wanted, strict=True)]
-        else:
-            arguments = (grad_output, h_0, omega, hidden, output, None, v, by_weights, by_biases, wanted, scales)
-            spread = list(_spread(wanted, _ops.mlp_double_backward(*arguments)))
-        # The gradient by what only masks read is zero. Torch passes it on, as zeros.
-        if asked[2] and spread[2] is None and max(lowest, 1) < layers:
-            spread[2] = _stand_in(hidden, hidden.shape)
-        zeros = _stand_in(output, output.shape) if asked[3] else None
-        return None, None, None, *spread[:3], zeros, *spread[3:]
+        elif any(wanted):
+            found = _spread(wanted, _ops.mlp_double_backward(
+                grad_output, h_0, omega, hidden, output, None, v, by_weights, by_biases, wanted, scales
+            ))
+        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask.
+        below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0
+        dgrad_output, dinput, dhidden, *dweights = found
+        if below and asked[1] and dinput is None:
+            dinput = torch.zeros_like(h_0)
+        dbiases: list[Tensor | None] = [None] * layers
+        for k in range(below):
+            if asked[4 + k] and dweights[k] is None:
+                dweights[k] = torch.zeros_like(shapes[k])
+            if asked[4 + layers + k]:
+                dbiases[k] = shapes[k].new_zeros(shapes[k].shape[:1])
+        return None, None, None, dgrad_output, dinput, dhidden, None, *dweights, *dbiases
 
 
 class MLPLossFunction(ManualFunction):
@@ -382,9 +397,9 @@ def _complete(
 def _constants(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradients [input, *weights, *biases] of a backward pass that depend on no tensor that needs a gradient.
 
-    needs: of [grad_output, input, hidden, output, *weights].
+    needs: of [grad_output, input, hidden, output, *weights, *biases].
     """
-    layers = len(needs) - 4
+    layers = (len(needs) - 4) // 2
     df_varies, constant = needs[0] or needs[3], []
     for k in reversed(range(layers)):
         constant += [] if df_varies else [grads[1 + layers + k]]
@@ -392,11 +407,6 @@ def _constants(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Te
         df_varies = df_varies or needs[4 + k] or (k > 0 and needs[2])
     constant += [] if df_varies else [grads[0]]
     return [grad for grad in constant if grad is not None]
-
-
-def _is_zero(grad: Tensor) -> bool:
-    """Whether all elements are 0. Zeros without memory (`_stand_in`) are recognised by one of them."""
-    return not (grad[:1] if grad.stride() == (0,) else grad).any()
 
 
 def _as_used(input: Tensor, needs_gradient: bool) -> Tensor:
