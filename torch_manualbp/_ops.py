@@ -55,6 +55,7 @@ linear_relu = torch.ops.manualbp.linear_relu.default
 linear_relu_backward = torch.ops.manualbp.linear_relu_backward.default
 mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
+mlp_backward_store = torch.ops.manualbp.mlp_backward_store.default
 mlp_double_backward = torch.ops.manualbp.mlp_double_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
@@ -73,8 +74,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_double_backward", "mlp_loss", "flow_forward",
-    "flow_backward", "flow_update", "update", "keep", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss",
+    "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -89,7 +90,9 @@ def _negated(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("mlp", "mlp_backward", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward"):
+for _name in (
+    "mlp", "mlp_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
+):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
 # Torch's own step reads such gradients. Its fallbacks would copy parameters, and the op would update the copies.
@@ -199,6 +202,21 @@ def _(
     return _needed_like(input, weights, needs)
 
 
+@_fake("mlp_backward_store")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    needs: Sequence[bool],
+    scales: Sequence[float] = (),
+) -> list[Tensor]:
+    made = {"hidden": hidden, "output": output}
+    _check_devices("mlp_backward_store", grad_output=grad_output, input=input, weights=weights, **made)
+    return [hidden.new_empty(hidden.shape), *_needed_like(input, weights, needs)]
+
+
 @_fake("mlp_double_backward")
 def _(
     grad_output: Tensor,
@@ -206,7 +224,7 @@ def _(
     weights: Sequence[Tensor],
     hidden: Tensor,
     output: Tensor | None,
-    df: Tensor | None,
+    df: Tensor,
     grad_dinput: Tensor | None,
     grad_dweights: Sequence[Tensor | None],
     grad_dbiases: Sequence[Tensor | None],

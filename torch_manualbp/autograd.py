@@ -224,11 +224,10 @@ class MLPBackwardFunction(ManualFunction):
         """The kernels of an ordinary backward pass. The biases are arguments because their gradients are zeros."""
         weights, biases = parameters[: len(shapes)], parameters[len(shapes) :]
         ctx.call = needs, scales, shapes, biases
-        ctx.save_for_backward(grad_output, input, hidden, output, *weights)
         ctx.set_materialize_grads(False)
         h_0, omega = _complete(grad_output, input, weights, shapes)
-        dropout = (None, scales) if scales else ()
-        grads = _ops.mlp_backward(grad_output, h_0, omega, (), hidden, output, needs, *dropout)
+        df, *grads = _ops.mlp_backward_store(grad_output, h_0, omega, hidden, output, needs, scales)
+        ctx.save_for_backward(grad_output, input, hidden, output, df, *weights)
         ctx.mark_non_differentiable(*_constants(ctx.needs_input_grad[3:], _spread(needs, grads)))
         return tuple(grads)
 
@@ -236,7 +235,7 @@ class MLPBackwardFunction(ManualFunction):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients by ∂ℓ/∂output, the input, the activations and the weights, in one call."""
         needs, scales, shapes, biases = ctx.call
-        grad_output, input, hidden, output, *weights = ctx.saved_tensors
+        grad_output, input, hidden, output, df, *weights = ctx.saved_tensors
         layers, given = len(weights), [each for each in cotangents if each is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
@@ -264,7 +263,7 @@ class MLPBackwardFunction(ManualFunction):
             found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
         elif any(wanted):
             found = _spread(wanted, _ops.mlp_double_backward(
-                grad_output, h_0, omega, hidden, output, None, v, by_weights, by_biases, wanted, scales
+                grad_output, h_0, omega, hidden, output, df, v, by_weights, by_biases, wanted, scales
             ))
         # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask.
         below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0

@@ -134,10 +134,12 @@ class BackwardPass {
     const T* output;
   };
 
-  // recomputed: the number of layers whose activations the pass computes itself. `net` and `grads` must outlive it.
-  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads)
+  // recomputed: the number of layers whose activations the pass computes itself. df: where df_0 ... df_{K-2} are stored,
+  // one after another as activations are, or nullptr. `net` and `grads` must outlive the pass.
+  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads, T* df = nullptr)
       : net_(net),
         grads_(grads),
+        df_(df),
         plan_(plan(net, recomputed, grads)),
         workspaces_(net.plan.threads * plan_.workspace),
         workers_(workspaces_.data, plan_.workspace, net.plan.threads),
@@ -168,11 +170,11 @@ class BackwardPass {
       backward_of_rows(top);
       gradients_of_layers();
     } else {
-      for_each_block(net_.plan, plan_, sums_, memory_.data, workers_,
-                     [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* memory,
-                         const Workers& workers) {
-                       backward_of_block(input, hidden, top, first, count, slice, accumulate, memory, workers);
-                     });
+      for_each_block(
+          net_.plan, plan_, sums_, memory_.data, workers_,
+          [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* memory, const Workers& workers) {
+            backward_of_block(input, hidden, top, first, count, slice, accumulate, memory, workers);
+          });
     }
     sums_.finish(workers_);
   }
@@ -212,7 +214,9 @@ class BackwardPass {
         weight_gradient<T>(df, h, domega, accumulate, plan_.unit_rows, workers);
       }
       if (k > size_t(plan_.lowest)) {
-        T* const below = df.data == buffers[0] ? buffers[1] : buffers[0];
+        T* const below = df_                     ? Activations{df_, net_.plan.batch, first}.at(net_, k)
+                         : df.data == buffers[0] ? buffers[1]
+                                                 : buffers[0];
         hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers);
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
@@ -296,7 +300,7 @@ class BackwardPass {
   void place_all_rows() {
     const int64_t batch = net_.plan.batch;
     for (size_t k = 0; k < net_.layers.size(); ++k) {
-      T* const df = memory_.data + batch * net_.plan.layers[k].start;
+      T* const df = (df_ && k + 1 < net_.layers.size() ? df_ : memory_.data) + batch * net_.plan.layers[k].start;
       all_.df.push_back(Matrix<const T>::contiguous(df, batch, net_.layers[k].d_out()));
     }
     if (plan_.recomputed) all_.hidden = memory_.data + batch * (net_.plan.hidden + net_.plan.top);
@@ -309,6 +313,7 @@ class BackwardPass {
 
   Network<T>& net_;
   const Gradients<T>& grads_;
+  T* df_;
   BackwardPlan plan_;
   Buffer<char> workspaces_;
   Workers workers_;
@@ -320,11 +325,11 @@ class BackwardPass {
 };
 
 // The backward pass from the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they
-// are computed again. output: what forward returned if a ReLU ended it, else nullptr.
+// are computed again. output: what forward returned if a ReLU ended it, else nullptr. df: see BackwardPass.
 template <typename T>
 void backward(Network<T>& net, Matrix<const T> input, const T* hidden, bool recompute, Matrix<const T> grad_output,
-              const T* output, const Gradients<T>& grads) {
-  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads);
+              const T* output, const Gradients<T>& grads, T* df = nullptr) {
+  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads, df);
   if (!pass.has_results()) return;
   pass.run(input, hidden, [&](int64_t first, int64_t count, T*) -> typename BackwardPass<T>::Top {
     return {rows_of(grad_output, first, count), output ? output + first * net.plan.top : nullptr};

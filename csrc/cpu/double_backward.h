@@ -24,9 +24,9 @@ namespace manualbp {
 // What the second backward pass starts from; nothing: such a gradient is zero.
 template <typename T>
 struct Cotangents {
-  std::optional<Matrix<const T>> input;               // v (B, D_0)
+  std::optional<Matrix<const T>> input;  // v (B, D_0)
   std::vector<std::optional<Matrix<const T>>> omega;  // V_k (D_{k+1}, D_k)
-  std::vector<std::optional<Bias<T>>> beta;           // u_k (D_{k+1})
+  std::vector<std::optional<Bias<T>>> beta;  // u_k (D_{k+1})
 
   // The lowest layer with one: c_k and a_k are zero below. K if there is none.
   size_t lowest() const {
@@ -42,8 +42,8 @@ struct Cotangents {
 template <typename T>
 struct SecondGradients {
   T* grad_output = nullptr;  // (B, D_K)
-  std::vector<T*> h;         // df_k V_k (B, D_k), of layers with a V_k
-  std::vector<T*> omega;     // (D_{k+1}, D_k), of layers that the cotangents reach
+  std::vector<T*> h;  // df_k V_k (B, D_k), of layers with a V_k
+  std::vector<T*> omega;  // (D_{k+1}, D_k), of layers that the cotangents reach
 };
 
 template <typename T>
@@ -53,37 +53,36 @@ class DoubleBackwardPass {
   using Packed = typename Network<T>::Packed;
 
  public:
-  // df: df_0 ... df_{K-2} as the first backward pass stored them, or nullptr: they are computed again. There must be
-  // cotangents.
-  DoubleBackwardPass(Network<T>& net, const Cotangents<T>& from, const T* df, const SecondGradients<T>& grads)
+  // There must be cotangents.
+  DoubleBackwardPass(Network<T>& net, const Cotangents<T>& from, const SecondGradients<T>& grads)
       : net_(net),
         from_(from),
-        df_(df),
         grads_(grads),
         of_weights_{nullptr, grads.omega, std::vector<T*>(net.layers.size())},
         first_(from.lowest()),
         last_(last_layer()),
-        lowest_(lowest_df()),
         plan_(plan()),
         workspaces_(net.plan.threads * plan_.workspace),
         workers_(workspaces_.data, plan_.workspace, net.plan.threads),
-        packed_(net, &Layer<T>::packed, df ? net.layers.size() : lowest_ + 1, net.layers.size()),
-        packed_transposed_(net, &Layer<T>::packed_transposed, first_, last_),
+        packed_(net, &Layer<T>::packed_transposed, first_, last_),
         sums_(net.plan, plan_, of_weights_),
         memory_(plan_.elements),
         wide_(wide_part() * parts()) {}
   DoubleBackwardPass(const DoubleBackwardPass&) = delete;
 
-  // hidden: h_1 ... h_{K-1}; output: what forward returned if a ReLU ended it, else nullptr.
-  void run(Matrix<const T> input, const T* hidden, Matrix<const T> grad_output, const T* output) const {
+  // hidden: h_1 ... h_{K-1}; df: df_0 ... df_{K-2}, as the first backward pass stored them; output: what forward returned
+  // if a ReLU ended it, else nullptr.
+  void run(Matrix<const T> input, const T* hidden, const T* df, Matrix<const T> grad_output, const T* output) const {
     packed_.pack(workers_);
-    packed_transposed_.pack(workers_);
+    const auto seen_from = [&](const T* stored, int64_t first) {
+      return Activations{const_cast<T*>(stored), net_.plan.batch, first};
+    };
     for_each_block(
         net_.plan, plan_, sums_, memory_.data, workers_,
         [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* memory, const Workers& workers) {
-          const Block block{first, count, slice, accumulate, memory, wide_.data + wide_part() * workers_.index(),
+          const Block block{first,  count, slice, accumulate, memory, wide_.data + wide_part() * workers_.index(),
                             workers};
-          run_block(block, rows_of(input, first, count), {const_cast<T*>(hidden), net_.plan.batch, first},
+          run_block(block, rows_of(input, first, count), seen_from(hidden, first), seen_from(df, first),
                     rows_of(grad_output, first, count), output ? output + first * net_.plan.top : nullptr);
         });
     sums_.finish(workers_);
@@ -108,22 +107,15 @@ class DoubleBackwardPass {
     for (size_t k = first_ + 1; k <= top(); ++k) last = grads_.omega[k] ? k : last;
     return last;
   }
-  // The lowest df_k that is read.
-  size_t lowest_df() const {
-    size_t k = 0;
-    while (k <= top() && !grads_.omega[k] && !grads_.h[k]) ++k;
-    return k;
-  }
 
   BackwardPlan plan() const {
     for (size_t k = 0; k <= top(); ++k) {
       net_.plan.layers[k].weight_gradient = grads_.omega[k];
       net_.plan.layers[k].bias_gradient = false;
     }
-    BackwardPlan pass = net_.plan.backward(df_ ? 0 : int64_t(top()), /*input_gradient=*/true);
-    // Two buffers that alternate between c_k and c_{k+1}; df_{K-1}; df_0 ... df_{K-2}, unless they are stored.
-    pass.buffer = pass.rows * net_.plan.widest_hidden;
-    pass.part = 2 * pass.buffer + pass.rows * (net_.plan.top + (df_ ? 0 : net_.plan.hidden));
+    BackwardPlan pass = net_.plan.backward(/*recomputed=*/0, /*input_gradient=*/true);
+    pass.buffer = pass.rows * net_.plan.widest_hidden;  // of two that alternate between c_k and c_{k+1}
+    pass.part = 2 * pass.buffer + (net_.final_relu ? pass.rows * net_.plan.top : 0);  // and df_{K-1}
     pass.elements = pass.part * parts();
     return pass;
   }
@@ -137,24 +129,19 @@ class DoubleBackwardPass {
     return plan_.rows * std::max(net_.plan.widest_hidden, net_.plan.top);
   }
 
-  void run_block(const Block& block, Matrix<const T> input, const Activations& h, Matrix<const T> gradient,
-                 const T* output) const {
+  void run_block(const Block& block, Matrix<const T> input, const Activations& h, const Activations& df,
+                 Matrix<const T> gradient, const T* output) const {
     const Workers& workers = block.workers;
     T* const buffers[] = {block.memory, block.memory + plan_.buffer};
-    T* const top_df = block.memory + 2 * plan_.buffer;
-    const Activations df{df_ ? const_cast<T*>(df_) : top_df + plan_.rows * net_.plan.top,
-                         df_ ? net_.plan.batch : plan_.rows, df_ ? block.first : 0};
+    if (output) {
+      T* const masked = block.memory + 2 * plan_.buffer;
+      relu_backward<T>(gradient, output, masked, nullptr, workers, net_.layers[top()].scale);
+      gradient = Matrix<const T>::contiguous(masked, block.count, net_.plan.top);
+    }
     const auto df_of = [&](size_t k) {
-      return k == top() ? gradient : Matrix<const T>::contiguous(df.at(net_, k + 1), block.count, net_.layers[k].d_out());
+      if (k == top()) return gradient;
+      return Matrix<const T>::contiguous(df.at(net_, k + 1), block.count, net_.layers[k].d_out());
     };
-    if (output && lowest_ <= top()) {
-      relu_backward<T>(gradient, output, top_df, nullptr, workers, net_.layers[top()].scale);
-      gradient = Matrix<const T>::contiguous(top_df, block.count, net_.plan.top);
-    }
-    for (size_t k = top(); k > lowest_ && !df_; --k) {
-      hidden_gradient<T>(df_of(k), net_.layers[k], h.at(net_, k), net_.layers[k - 1].scale, df.at(net_, k), nullptr,
-                         workers);
-    }
     std::optional<Matrix<const T>> c;
     if (from_.input) c = rows_of(*from_.input, block.first, block.count);
     for (size_t k = 0; k <= top(); ++k) {
@@ -218,14 +205,13 @@ class DoubleBackwardPass {
 
   Network<T>& net_;
   const Cotangents<T>& from_;
-  const T* df_;
   const SecondGradients<T>& grads_;
   Gradients<T> of_weights_;  // what the pass sums over rows
-  size_t first_, last_, lowest_;
+  size_t first_, last_;
   BackwardPlan plan_;
   Buffer<char> workspaces_;
   Workers workers_;
-  Packed packed_, packed_transposed_;
+  Packed packed_;
   Sums<T> sums_;
   Buffer<T> memory_;
   Buffer<A> wide_;

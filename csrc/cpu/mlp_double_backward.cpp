@@ -68,8 +68,7 @@ SecondGradients<T> allocate(const char* op, const Tensor& grad_output, const Ten
 }  // namespace
 
 std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
-                                        std::optional<Tensor> output, std::optional<Tensor> df,
-                                        std::optional<Tensor> grad_dinput,
+                                        std::optional<Tensor> output, Tensor df, std::optional<Tensor> grad_dinput,
                                         std::vector<std::optional<Tensor>> grad_dweights,
                                         std::vector<std::optional<Tensor>> grad_dbiases, std::vector<bool> needs,
                                         std::vector<double> scales) {
@@ -84,7 +83,7 @@ std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::v
     auto net = network<T>(h.rows, weights, std::vector<std::optional<Tensor>>(weights.size()), output.has_value());
     set_dropout(op, net, {}, scales, /*needs_masks=*/false);
     check_stored(op, {"hidden"}, hidden, net.hidden_size(), input);
-    if (df) check_stored(op, {"df"}, *df, net.hidden_size(), input);
+    check_stored(op, {"df"}, df, net.hidden_size(), input);
     Cotangents<T> from;
     if (grad_dinput) from.input = as_matrix<T>(*grad_dinput, keep_dinput);
     for (size_t k = 0; k < weights.size(); ++k) {
@@ -95,8 +94,8 @@ std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::v
     }
     std::vector<Tensor> asked;
     const auto grads = allocate<T>(op, grad_output, input, hidden, net, from, needs, asked);
-    DoubleBackwardPass<T>(net, from, df ? const_data<T>(*df) : nullptr, grads)
-        .run(h, const_data<T>(hidden), as_matrix<T>(grad_output, keep_grad),
+    DoubleBackwardPass<T>(net, from, grads)
+        .run(h, const_data<T>(hidden), const_data<T>(df), as_matrix<T>(grad_output, keep_grad),
              output ? const_data<T>(*output) : nullptr);
     return asked;
   });

@@ -26,9 +26,12 @@ std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<T
                                  std::optional<Tensor> output, std::vector<bool> needs, std::optional<Tensor> kept,
                                  std::vector<double> scales);
 
+std::vector<Tensor> mlp_backward_store(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                       std::optional<Tensor> output, std::vector<bool> needs,
+                                       std::vector<double> scales);
+
 std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
-                                        std::optional<Tensor> output, std::optional<Tensor> df,
-                                        std::optional<Tensor> grad_dinput,
+                                        std::optional<Tensor> output, Tensor df, std::optional<Tensor> grad_dinput,
                                         std::vector<std::optional<Tensor>> grad_dweights,
                                         std::vector<std::optional<Tensor>> grad_dbiases, std::vector<bool> needs,
                                         std::vector<double> scales);
