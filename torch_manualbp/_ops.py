@@ -74,8 +74,8 @@ isa = torch.ops.manualbp.isa.default
 # of this, which takes 2 µs per call.
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss",
-    "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_backward_store", "mlp_double_backward",
+    "mlp_loss", "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 

@@ -123,7 +123,7 @@ class MLPFunction(ManualFunction):
         needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad)[: 1 + 2 * layers])
         dropout = (None if store else read[-1], *scales) if scales else ()
         if grad_output is None:  # a gradient of a gradient that reaches `hidden` but not the last layer
-            needs = [need and grad_hidden is not None and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
+            needs = [need and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
@@ -135,12 +135,12 @@ class MLPFunction(ManualFunction):
             return zeros[0], None, None, None, *zeros[1:], *[None] * len(dropout)
         if is_composed and grad_output is not None and grad_hidden is None and backward_is_a_node(grad_output):
             if hidden is None:  # a node that stores them
-                in_graph = (*_connected(parameters[:layers], read[:layers]), *_connected(parameters[layers:], biases))
-                _, hidden = MLPFunction.record(input, output is not None, True, layers, *in_graph, *dropout)
+                used = [*read[:layers], *biases]
+                hidden = MLPFunction.record(
+                    input, output is not None, True, layers, *_connected(parameters, used), *dropout
+                )[1]
             saved, (dropped,) = (input, hidden, output), scales or ((),)
-            spread = MLPBackwardFunction.of(
-                grad_output, saved, needs, dropped, weights, read[:layers], parameters
-            )
+            spread = MLPBackwardFunction.of(grad_output, saved, needs, dropped, weights, read[:layers], parameters)
             return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
             if grad_output is None:
@@ -173,8 +173,8 @@ class MLPFunction(ManualFunction):
 class MLPBackwardFunction(ManualFunction):
     """The backward pass of a network as one node: `apply(…)` → the gradients that are needed. `of` makes the call.
 
-    It is linear in ∂ℓ/∂output, and its masks are constant. Given the gradients of a scalar M by its results, v by ∂ℓ/∂h_0,
-    V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes those by ∂ℓ/∂h_k (c_k) and by ∂ℓ/∂f_k (a_k). This
+    It is linear in ∂ℓ/∂output, and its masks are constant. Given the gradients of a scalar M by its results, v by
+    ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes those by ∂ℓ/∂h_k, c_k, and by ∂ℓ/∂f_k, a_k. It
     looks like a forward pass, which starts at c_0 = v:
 
     forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ;   ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
@@ -204,10 +204,9 @@ class MLPBackwardFunction(ManualFunction):
             read: the same; None where they are not read.
             parameters: weights and biases, the arguments of forward.
         """
-        in_graph = _connected(parameters[: len(read)], read)
-        in_graph = [None if used is None else weight for used, weight in zip(read, in_graph, strict=True)]
-        grads = cls.record(needs, scales, weights, grad_output, *saved, *in_graph, *parameters[len(read) :])
-        return _spread(needs, grads)
+        reads = [weight is not None for weight in read]
+        in_graph = (*_connected(parameters[: len(read)], read), *parameters[len(read) :])
+        return _spread(needs, cls.record(needs, scales, weights, reads, grad_output, *saved, *in_graph))
 
     @staticmethod
     def forward(
@@ -215,26 +214,27 @@ class MLPBackwardFunction(ManualFunction):
         needs: Sequence[bool],
         scales: Sequence[float],
         shapes: Sequence[Tensor],
+        reads: Sequence[bool],
         grad_output: Tensor,
         input: Tensor | None,
         hidden: Tensor,
         output: Tensor | None,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """The kernels of an ordinary backward pass. The biases are arguments because their gradients are zeros."""
-        weights, biases = parameters[: len(shapes)], parameters[len(shapes) :]
-        ctx.call = needs, scales, shapes, biases
+        """The kernels of an ordinary backward pass. Parameters that it does not read are arguments for their zeros."""
+        ctx.call = needs, scales, shapes, parameters
         ctx.set_materialize_grads(False)
+        weights = [weight if read else None for weight, read in zip(parameters, reads, strict=False)]
         h_0, omega = _complete(grad_output, input, weights, shapes)
         df, *grads = _ops.mlp_backward_store(grad_output, h_0, omega, hidden, output, needs, scales)
         ctx.save_for_backward(grad_output, input, hidden, output, df, *weights)
-        ctx.mark_non_differentiable(*_constants(ctx.needs_input_grad[3:], _spread(needs, grads)))
+        ctx.mark_non_differentiable(*_constants(ctx.needs_input_grad[4:], _spread(needs, grads)))
         return tuple(grads)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients by ∂ℓ/∂output, the input, the activations and the weights, in one call."""
-        needs, scales, shapes, biases = ctx.call
+        needs, scales, shapes, parameters = ctx.call
         grad_output, input, hidden, output, df, *weights = ctx.saved_tensors
         layers, given = len(weights), [each for each in cotangents if each is not None]
         if not given:
@@ -243,8 +243,8 @@ class MLPBackwardFunction(ManualFunction):
         by_weights, by_biases = rest[:layers], rest[layers:]
         arrives = [v is not None, *(by_weights[k] is not None or by_biases[k] is not None for k in range(layers))]
         lowest = arrives.index(True)  # the first c_k that is not zero
-        arguments = (grad_output, input, hidden, output, *weights, *biases)
-        asked = asked_for(ctx, arguments, ctx.needs_input_grad[3:])
+        arguments = (grad_output, input, hidden, output, *parameters)
+        asked = asked_for(ctx, arguments, ctx.needs_input_grad[4:])
         wanted = [
             asked[0],
             asked[1] and by_weights[0] is not None,
@@ -262,21 +262,29 @@ class MLPBackwardFunction(ManualFunction):
             dhidden = torch.cat([dh.flatten() for dh in flat]) if wanted[2] else None
             found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
         elif any(wanted):
-            found = _spread(wanted, _ops.mlp_double_backward(
-                grad_output, h_0, omega, hidden, output, df, v, by_weights, by_biases, wanted, scales
-            ))
-        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask.
-        below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0
+            found = _spread(
+                wanted,
+                _ops.mlp_double_backward(
+                    grad_output, h_0, omega, hidden, output, df, v, by_weights, by_biases, wanted, scales
+                ),
+            )
+        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask. An
+        # input that was not saved gets its zeros from the node of the forward pass.
         dgrad_output, dinput, dhidden, *dweights = found
-        if below and asked[1] and dinput is None:
+        doutput, dbiases = None, list[Tensor | None]([None] * layers)
+        below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0
+        if below and input is None and output is not None and asked[3]:
+            doutput = torch.zeros_like(output)
+        elif below and input is None and dhidden is None and asked[2]:
+            dhidden = torch.zeros_like(hidden)
+        elif below and asked[1] and dinput is None:
             dinput = torch.zeros_like(h_0)
-        dbiases: list[Tensor | None] = [None] * layers
         for k in range(below):
             if asked[4 + k] and dweights[k] is None:
                 dweights[k] = torch.zeros_like(shapes[k])
             if asked[4 + layers + k]:
                 dbiases[k] = shapes[k].new_zeros(shapes[k].shape[:1])
-        return None, None, None, dgrad_output, dinput, dhidden, None, *dweights, *dbiases
+        return None, None, None, None, dgrad_output, dinput, dhidden, doutput, *dweights, *dbiases
 
 
 class MLPLossFunction(ManualFunction):
@@ -336,13 +344,14 @@ def _loss_gradients(
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients of a loss, computed by differentiable torch ops, for gradients of gradients."""
+    """The gradients of a loss, for gradients of gradients: those of the network's nodes and of torch's loss."""
     layers = len(parameters) // 2
     with torch.enable_grad():
         # Give each argument a view of its own, so that a tensor that was passed twice gets a gradient per position
         # instead of their sum at both.
         input, *parameters = (None if tensor is None else tensor.view_as(tensor) for tensor in (input, *parameters))
-        output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
+        network = MLPFunction.apply if backward_is_a_node(grad_output) else MLPFunction.composed
+        output, _ = network(input, False, True, layers, *parameters)
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
 
@@ -428,7 +437,7 @@ def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     return needs
 
 
-def _spread(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _spread(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients that an op returned, at the positions of their arguments; None elsewhere."""
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)

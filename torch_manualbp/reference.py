@@ -13,9 +13,9 @@ With dropout after a ReLU, h_{k+1} = m_k ⊙ a[f_k], where each element of m_k i
 Then ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). No mask is needed for it: h_k = m_{k−1} ⊙ a[f_{k−1}] is
 above 0 exactly where m_{k−1} = c and f_{k−1} > 0, so that m_{k−1} ⊙ I[f_{k−1} > 0] = c I[h_k > 0].
 
-The backward pass of the backward pass (`mlp_double_backward`) starts from the gradients of a scalar M by the results of
-the backward pass: v = ∂M/∂(∂ℓ/∂h_0), V_k = ∂M/∂(∂ℓ/∂Ω_k), u_k = ∂M/∂(∂ℓ/∂β_k). With c_k for the gradient of M by ∂ℓ/∂h_k
-and a_k for that by ∂ℓ/∂f_k, it is a forward pass in which a mask takes the place of the activation:
+The backward pass of the backward pass (`mlp_double_backward`) starts from the gradients of a scalar M by the results
+of the backward pass, v by ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k. With c_k for the gradient of M by ∂ℓ/∂h_k and a_k
+for that by ∂ℓ/∂f_k, it is a forward pass in which a mask takes the place of the activation:
 
     k = 0 … K−1                              c_0            = v
     a_k     = c_k Ω_kᵀ + h_k V_kᵀ + u_k      ∂M/∂Ω_k        = (∂ℓ/∂f_k)ᵀ c_k               (summed over the batch)
@@ -143,8 +143,12 @@ def mlp_double_backward(
     """The backward pass of `mlp_backward`. Masks are constant: ∂M/∂h_k is what reaches h_k through ∂ℓ/∂Ω_k alone.
 
     Args:
-        grad_output: as for `mlp_backward`; so are h, weights, output and scales.
-        cotangents: the gradients of M by the results of `mlp_backward`: v, V_k, u_k; None: zero.
+        grad_output: ∂ℓ/∂output, as for `mlp_backward`.
+        h: h_k, likewise.
+        weights: Ω_k, likewise.
+        output: the output, if a ReLU follows the last layer too; else None.
+        cotangents: the gradients of M by the results of `mlp_backward`, v, V_k and u_k; None: zero.
+        scales: c of the dropout after each layer, as for `mlp_backward`.
 
     Example:
         >>> x, omega = torch.ones(1, 1), [torch.tensor([[2.0]]), torch.tensor([[3.0]])]
