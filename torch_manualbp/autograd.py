@@ -174,8 +174,8 @@ class MLPBackwardFunction(ManualFunction):
     """The backward pass of a network as one node: `apply(…)` → the gradients that are needed. `of` makes the call.
 
     It is linear in ∂ℓ/∂output, and its masks are constant. Given the gradients of a scalar M by its results, v by
-    ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes those by ∂ℓ/∂h_k, c_k, and by ∂ℓ/∂f_k, a_k. It
-    looks like a forward pass, which starts at c_0 = v:
+    ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes c_k, that by ∂ℓ/∂h_k, and a_k, that by
+    ∂ℓ/∂f_k. It looks like a forward pass, which starts at c_0 = v:
 
     forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ;   ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
     backward  a_k = Ω_k c_k + V_k h_k + u_k;   c_{k+1} = I[h_{k+1} > 0] ⊙ a_k;
@@ -259,7 +259,7 @@ class MLPBackwardFunction(ManualFunction):
                 grad_output, h, omega, output, reference.Gradients(v, by_weights, by_biases), scales
             )
             flat = [torch.zeros_like(h_k) if dh is None else dh for h_k, dh in zip(h[1:], second.dh[1:], strict=True)]
-            dhidden = torch.cat([dh.flatten() for dh in flat]) if wanted[2] else None
+            dhidden = torch.cat([dh.reshape(-1) for dh in flat]) if wanted[2] else None
             found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
         elif any(wanted):
             found = _spread(
@@ -268,8 +268,8 @@ class MLPBackwardFunction(ManualFunction):
                     grad_output, h_0, omega, hidden, output, df, v, by_weights, by_biases, wanted, scales
                 ),
             )
-        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask. An
-        # input that was not saved gets its zeros from the node of the forward pass.
+        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask.
+        # An input that was not saved gets its zeros from the node of the forward pass.
         dgrad_output, dinput, dhidden, *dweights = found
         doutput, dbiases = None, list[Tensor | None]([None] * layers)
         below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0

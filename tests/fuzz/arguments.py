@@ -23,8 +23,8 @@ from torch_manualbp import _ops
 __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_backward_store", "mlp_double_backward",
+    "mlp_loss", "flow_forward", "flow_backward", "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
@@ -218,6 +218,11 @@ def _places(case: Case) -> list[str]:
         "linear_relu_backward": ["grad_output", "input", "weight", "output", "needs"],
         "mlp": ["input", *network, "store", *dropout],
         "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs", *dropout],
+        "mlp_backward_store": ["grad_output", "input", *network[: len(layers)], "hidden", "output", "needs"],
+        "mlp_double_backward": [
+            *("grad_output", "input", *network[: len(layers)], "hidden", "output", "df", "grad_dinput", "needs"),
+            *(f"{name}[{k}]" for name in ("grad_dweights", "grad_dbiases") for k in layers),
+        ],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
         "flow_forward": ["input", *network, "relus", "f", "h"],
         "flow_backward": ["grad_output", "input", *network, "relus", "f", "df", "copies"],
@@ -264,6 +269,14 @@ def _valid(case: Case) -> dict[str, Any]:
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
         return {**parameters, **kept, "needs": needs, **_dropout(case)}
+    if case.op in ("mlp_backward_store", "mlp_double_backward"):
+        stored = {"hidden": hidden, "output": output if case.final_relu else None}
+        first = {"grad_output": grad, "input": input, "weights": net.weights, **stored, "needs": needs}
+        if case.op == "mlp_backward_store":
+            return first
+        like = [weight * 2 for weight in net.weights]
+        cotangents = {"grad_dinput": tall(net.input * 2), "grad_dweights": like, "grad_dbiases": net.biases}
+        return {**first, "df": hidden * 2, **cotangents, "needs": [True] * (3 + len(net.weights))}
     if case.op == "update":
         like = [torch.ones_like(weight) for weight in net.weights]
         rest = {"parameters": net.weights, "gradients": like, "groups": [0] * len(like)}
@@ -390,6 +403,8 @@ def _largest_result(case: Case) -> int:
         "linear_relu_backward": [input],
         "mlp": [output, hidden * case.stored],
         "mlp_backward": [input],
+        "mlp_backward_store": [input, hidden],
+        "mlp_double_backward": [input, hidden, output],
         # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
         "flow_forward": [hidden + output],
