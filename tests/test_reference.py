@@ -34,6 +34,36 @@ def test_both_passes_equal_autograd(sizes, leading, final_relu):
     assert_exact([output, grads.dinput, *grads.dweights, *dbiases], oracle(net, grad, final_relu=final_relu))
 
 
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_backward_pass_of_the_backward_pass_equals_autograd(sizes, leading, final_relu):
+    net, grad, layers = integer_net(leading, sizes), integers(*leading, sizes[-1]), len(sizes) - 1
+    output, h = reference.mlp_forward(*net, final_relu)
+    output = output if final_relu else None
+    leaves = [tensor.detach().requires_grad_() for tensor in (grad, *h, *net.weights)]
+    first = reference.mlp_backward(leaves[0], leaves[1 : 1 + layers], leaves[1 + layers :], output)
+    results = [first.dinput, *first.dweights, *first.dbiases]
+    cotangents = [integers(*result.shape) for result in results]
+    total = sum((result * each).sum() for result, each in zip(results, cotangents, strict=True))
+    want = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    v, *rest = cotangents
+    second = reference.mlp_double_backward(
+        grad, h, net.weights, output, reference.Gradients(v, rest[:layers], rest[layers:])
+    )
+    for got, one in zip([second.dgrad_output, *second.dh, *second.dweights], want, strict=True):
+        assert_equal(got, one)
+
+
+def test_without_cotangents_there_are_no_gradients():
+    net, grad = integer_net(5, [4, 3, 2]), integers(5, 2)
+    _, h = reference.mlp_forward(*net)
+    by_the_last_bias = reference.Gradients(None, [None, None], [None, integers(2)])
+    second = reference.mlp_double_backward(grad, h, net.weights, None, by_the_last_bias)
+    assert_equal(second.dgrad_output, by_the_last_bias.dbiases[1].expand(5, 2))
+    assert second.dh == second.dweights == [None, None]
+
+
 def test_forward_returns_the_input_of_each_layer():
     net = integer_net(6, [4, 5, 3, 2])
     output, h = reference.mlp_forward(*net)

@@ -1,7 +1,8 @@
 """What ``torch.utils.flop_counter.FlopCounterMode`` counts for our ops: the matrix products, as it counts eager's.
 
 A product of (B, D_in) with (D_in, D_out) is 2·B·D_in·D_out. Forward has one per layer, f_k = β_k + Ω_k h_k; backward
-has ∂ℓ/∂Ω_k where it is asked for, and ∂ℓ/∂h_k where something below is.
+has ∂ℓ/∂Ω_k where it is asked for, and ∂ℓ/∂h_k where something below is. Its own backward pass leaves out the products
+with zeros that eager makes.
 
 Torch's counter imports Triton, if that is installed, which takes 0.2 s. So the formulas are registered only when the
 program imports the counter.
@@ -90,6 +91,32 @@ def _of_rows(input: _Shape, weights: Sequence[_Shape]) -> tuple[_Shape, Sequence
     return input, [weight[-2:] for weight in weights]
 
 
+def _mlp_backward_store(
+    grad_output: _Shape,
+    input: _Shape,
+    weights: Sequence[_Shape],
+    hidden: _Shape,
+    output: _Shape | None,
+    needs: Sequence[bool],
+    *scales: Any,
+    **kwargs: Any,
+) -> int:
+    return _backward(input, weights, needs)
+
+
+def _mlp_double_backward(grad_output: _Shape, input: _Shape, weights: Sequence[_Shape], *rest: Any, **kw: Any) -> int:
+    _, _, _, by_input, by_weights, by_biases, needs = rest[:7]
+    last = max([k for k in range(len(weights)) if needs[3 + k]], default=0)  # a_k is needed below it
+    count, reached = 0, by_input is not None
+    for k, flops in enumerate(_layers(input, weights)):
+        direct = by_weights[k] is not None
+        count += flops * (reached and needs[3 + k])  # ∂M/∂Ω_k
+        count += flops * (direct and needs[2 if k else 1])  # ∂M/∂h_k
+        count += flops * (reached + direct) * bool(needs[0] or k < last)  # c_k Ω_kᵀ + h_k V_kᵀ
+        reached = reached or direct or by_biases[k] is not None
+    return count
+
+
 def _mlp_loss(input: _Shape, target: _Shape, weights: Sequence[_Shape], *rest: Any, **kwargs: Any) -> int:
     needs = rest[-2]
     return sum(_layers(input, weights)) + _backward(input, weights, needs)
@@ -104,6 +131,8 @@ _FORMULAS = {
     _ops.mlp_dropout_backward: _mlp_backward,
     _ops.mlp_stacked: _mlp_stacked,
     _ops.mlp_stacked_backward: _mlp_stacked_backward,
+    _ops.mlp_backward_store: _mlp_backward_store,
+    _ops.mlp_double_backward: _mlp_double_backward,
     _ops.mlp_loss: _mlp_loss,
 }
 

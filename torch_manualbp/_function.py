@@ -24,23 +24,18 @@ def asked_for(ctx: Any, arguments: Sequence[Tensor | None], needs: Sequence[bool
         needs: which of them require a gradient.
     """
     edges = ctx.next_functions
-    try:
-        if all(map(_engine_executes, [node for node, _ in edges if node])):  # the usual case: 1 µs for 8 parameters
-            return needs
-    except RuntimeError:
-        pass
-    nodes = iter(edges)
-    return [
-        argument is not None and (node := next(nodes)[0]) is not None and need and _executes(node)
-        for argument, need in zip(arguments, needs, strict=True)
-    ]
-
-
-def _executes(node: Any) -> bool:
-    try:
-        return _engine_executes(node)
-    except RuntimeError:  # torch does not tell for a leaf under autograd.grad
-        return True
+    nodes = [node for node, _ in edges if node]
+    executes, answers = list[bool](), map(_engine_executes, nodes)
+    while len(executes) < len(nodes):
+        try:
+            executes.extend(answers)  # the usual case: 1 µs for 8 parameters
+        except RuntimeError:  # torch does not tell for a leaf under autograd.grad, and takes 50 µs to say so
+            executes.append(True)
+    if all(executes):
+        return needs
+    answer = iter(executes)
+    edge = iter([node is not None and next(answer) for node, _ in edges])
+    return [argument is not None and next(edge) and need for argument, need in zip(arguments, needs, strict=True)]
 
 
 def refuse_capture(function: str) -> NoReturn:

@@ -59,6 +59,8 @@ mlp_dropout = torch.ops.manualbp.mlp_dropout.default
 mlp_dropout_backward = torch.ops.manualbp.mlp_dropout_backward.default
 mlp_stacked = torch.ops.manualbp.mlp_stacked.default
 mlp_stacked_backward = torch.ops.manualbp.mlp_stacked_backward.default
+mlp_backward_store = torch.ops.manualbp.mlp_backward_store.default
+mlp_double_backward = torch.ops.manualbp.mlp_double_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
 flow_backward = torch.ops.manualbp.flow_backward.default
@@ -77,8 +79,8 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward",
-    "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
-    "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
+    "mlp_stacked", "mlp_stacked_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward",
+    "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -94,8 +96,8 @@ def _negated(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
-    "flow_forward", "flow_backward",
+    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked", "mlp_stacked_backward",
+    "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
 ):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
@@ -234,6 +236,43 @@ def _(
     _check_devices("mlp_stacked_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     shapes = (input.shape, *(weight.shape for weight in weights), *(weight.shape[:-1] for weight in weights))
     return [input.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+@_fake("mlp_backward_store")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    needs: Sequence[bool],
+    scales: Sequence[float] = (),
+) -> list[Tensor]:
+    made = {"hidden": hidden, "output": output}
+    _check_devices("mlp_backward_store", grad_output=grad_output, input=input, weights=weights, **made)
+    return [hidden.new_empty(hidden.shape), *_needed_like(input, weights, needs)]
+
+
+@_fake("mlp_double_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    df: Tensor,
+    grad_dinput: Tensor | None,
+    grad_dweights: Sequence[Tensor | None],
+    grad_dbiases: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    scales: Sequence[float] = (),
+) -> list[Tensor]:
+    _check_devices(
+        "mlp_double_backward", grad_output=grad_output, input=input, weights=weights, hidden=hidden, output=output,
+        df=df, grad_dinput=grad_dinput, grad_dweights=grad_dweights, grad_dbiases=grad_dbiases,
+    )  # fmt: skip
+    like = (grad_output, input, hidden, *weights)
+    return [input.new_empty(tensor.shape) for tensor, need in zip(like, needs, strict=True) if need]
 
 
 @_fake("mlp_loss")

@@ -322,6 +322,19 @@ def backward_is_composed(grad_output: Tensor) -> bool:
     )
 
 
+def backward_is_a_node(grad_output: Tensor) -> bool:
+    """Whether a backward pass that `backward_is_composed` is still our kernels', as a node with a backward of its own.
+
+    It is if gradients of gradients are the only reason. There are no kernels for these on a GPU.
+    """
+    return grad_output.is_cpu and not (
+        transforms_active()
+        or forward_mode._current_level >= 0
+        or is_legacy_batched(grad_output)
+        or (_count_dispatch_modes() > 0 and _is_recorded_by_make_fx(grad_output))
+    )
+
+
 _has_bfloat16_units: bool = any(
     getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 )

@@ -1,9 +1,10 @@
 """The autograd Functions: for each op its forward and its hand-written backward, side by side.
 
-First-order gradients come from our kernels. For gradients of gradients (`create_graph=True`), and where backward itself
-is batched (`is_grads_batched=True`), backward composes the lecture's equations from differentiable torch ops
-(`reference.mlp_backward`). They are applied to the activations that forward saved, which are outputs of the same node,
-so that they are part of the graph.
+First-order gradients come from our kernels. For gradients of gradients (`create_graph=True`), backward is a node of its
+own (`MLPBackwardFunction`), whose backward pass has kernels, too. Its arguments are the activations that forward saved,
+which are outputs of the same node, so that they are part of the graph. On a GPU, where backward itself is batched
+(`is_grads_batched=True`), and for derivatives of higher order, the same equations are composed from differentiable
+torch ops (`reference.mlp_backward`, `reference.mlp_double_backward`).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._ops import masks_of, split_hidden
-from torch_manualbp._route import backward_is_composed
+from torch_manualbp._route import backward_is_a_node, backward_is_composed
 
 
 class LinearReLUFunction(ManualFunction):
@@ -35,18 +36,24 @@ class LinearReLUFunction(ManualFunction):
         need_input, need_weight, _ = ctx.needs_input_grad
         ctx.arguments = (input.shape, weight, bias)
         ctx.weight = used = weight.detach()
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             _as_used(input, need_input) if need_weight else None, used if need_input else None, output
         )
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         """All gradients that are needed, in one call."""
+        if grad_output is None:  # a gradient of a gradient that reaches only the parameters
+            return None, None, None
         input, weight, output = ctx.saved_tensors
         shape, *parameters = ctx.arguments
         needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
         if backward_is_composed(grad_output):
+            if backward_is_a_node(grad_output):
+                saved = (input, output.new_empty((0,)), output)
+                return MLPBackwardFunction.of(grad_output, saved, needs, (), [ctx.weight], [weight], parameters)
             (weight,) = _connected(parameters[:1], [weight])
             grads = reference.mlp_backward(grad_output, [input], [weight], output, needs=needs)
             return grads.dinput, grads.dweights[0], grads.dbiases[0]
@@ -108,6 +115,8 @@ class MLPFunction(ManualFunction):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         """All layers in reverse, in one call, down to the lowest layer whose gradient is needed."""
+        if grad_output is None and grad_hidden is None:  # a gradient of a gradient that reaches only the parameters
+            return (None,) * len(ctx.needs_input_grad)
         store, shape, weights, parameters, *scales = ctx.call
         layers = len(weights)
         input, output, *read = ctx.saved_tensors
@@ -115,7 +124,7 @@ class MLPFunction(ManualFunction):
         needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad)[: 1 + 2 * layers])
         dropout = (None if store else read[-1], *scales) if scales else ()
         if grad_output is None:  # a gradient of a gradient that reaches `hidden` but not the last layer
-            needs = [need and grad_hidden is not None and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
+            needs = [need and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
         if not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         is_composed = backward_is_composed(cast(Tensor, grad_hidden if grad_output is None else grad_output))
@@ -125,6 +134,15 @@ class MLPFunction(ManualFunction):
             shapes = (shape, *(None if p is None else p.shape for p in (*weights, *parameters[layers:])))
             zeros = [weights[0].new_zeros(size) if need else None for size, need in zip(shapes, needs, strict=True)]
             return zeros[0], None, None, None, *zeros[1:], *[None] * len(dropout)
+        if is_composed and grad_output is not None and grad_hidden is None and backward_is_a_node(grad_output):
+            if hidden is None:  # a node that stores them
+                used = [*read[:layers], *biases]
+                hidden = MLPFunction.record(
+                    input, output is not None, True, layers, *_connected(parameters, used), *dropout
+                )[1]
+            saved, (dropped,) = (input, hidden, output), scales or ((),)
+            spread = MLPBackwardFunction.of(grad_output, saved, needs, dropped, weights, read[:layers], parameters)
+            return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
             if grad_output is None:
                 grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
@@ -152,6 +170,123 @@ class MLPFunction(ManualFunction):
         output, h = reference.mlp_forward(input, parameters[:layers], parameters[layers:], final_relu, masks)
         hidden = [h_k.flatten() for h_k in h[1:]] if store else []
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
+
+
+class MLPBackwardFunction(ManualFunction):
+    """The backward pass of a network as one node: `apply(…)` → the gradients that are needed. `of` makes the call.
+
+    It is linear in ∂ℓ/∂output, and its masks are constant. Given the gradients of a scalar M by its results, v by
+    ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes c_k, that by ∂ℓ/∂h_k, and a_k, that by
+    ∂ℓ/∂f_k. It looks like a forward pass, which starts at c_0 = v:
+
+    forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ;   ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
+    backward  a_k = Ω_k c_k + V_k h_k + u_k;   c_{k+1} = I[h_{k+1} > 0] ⊙ a_k;
+              ∂M/∂Ω_k = ∂ℓ/∂f_k c_kᵀ;   ∂M/∂h_k = V_kᵀ ∂ℓ/∂f_k;   ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
+    """
+
+    @classmethod
+    def of(
+        cls,
+        grad_output: Tensor,
+        saved: tuple[Tensor | None, Tensor, Tensor | None],
+        needs: Sequence[bool],
+        scales: Sequence[float],
+        weights: Sequence[Tensor],
+        read: Sequence[Tensor | None],
+        parameters: Sequence[Any],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients [input, *weights, *biases]; None where `needs` says so.
+
+        Args:
+            grad_output: ∂ℓ/∂output.
+            saved: the input, the activations, and the output if it is that of a ReLU.
+            needs: which gradients are needed.
+            scales: of dropout, or nothing.
+            weights: as forward used them.
+            read: the same; None where they are not read.
+            parameters: weights and biases, the arguments of forward.
+        """
+        reads = [weight is not None for weight in read]
+        in_graph = (*_connected(parameters[: len(read)], read), *parameters[len(read) :])
+        return _spread(needs, cls.record(needs, scales, weights, reads, grad_output, *saved, *in_graph))
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        needs: Sequence[bool],
+        scales: Sequence[float],
+        shapes: Sequence[Tensor],
+        reads: Sequence[bool],
+        grad_output: Tensor,
+        input: Tensor | None,
+        hidden: Tensor,
+        output: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """The kernels of an ordinary backward pass. Parameters that it does not read are arguments for their zeros."""
+        ctx.call = needs, scales, shapes, parameters
+        ctx.set_materialize_grads(False)
+        weights = [weight if read else None for weight, read in zip(parameters, reads, strict=False)]
+        h_0, omega = _complete(grad_output, input, weights, shapes)
+        df, *grads = _ops.mlp_backward_store(grad_output, h_0, omega, hidden, output, needs, scales)
+        ctx.save_for_backward(grad_output, input, hidden, output, df, *weights)
+        ctx.mark_non_differentiable(*_constants(ctx.needs_input_grad[4:], _spread(needs, grads)))
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients by ∂ℓ/∂output, the input, the activations and the weights, in one call."""
+        needs, scales, shapes, parameters = ctx.call
+        grad_output, input, hidden, output, df, *weights = ctx.saved_tensors
+        layers, given = len(weights), [each for each in cotangents if each is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        v, *rest = _spread(needs, cotangents)
+        by_weights, by_biases = rest[:layers], rest[layers:]
+        arrives = [v is not None, *(by_weights[k] is not None or by_biases[k] is not None for k in range(layers))]
+        lowest = arrives.index(True)  # the first c_k that is not zero
+        arguments = (grad_output, input, hidden, output, *parameters)
+        asked = asked_for(ctx, arguments, ctx.needs_input_grad[4:])
+        wanted = [
+            asked[0],
+            asked[1] and by_weights[0] is not None,
+            asked[2] and any(each is not None for each in by_weights[1:]),
+            *(asked[4 + k] and lowest <= k for k in range(layers)),
+        ]
+        h_0, omega = _complete(grad_output, input, weights, shapes)
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if any(map(backward_is_composed, given)):
+            h = [h_0, *split_hidden(hidden, h_0.shape, omega)]
+            second = reference.mlp_double_backward(
+                grad_output, h, omega, output, reference.Gradients(v, by_weights, by_biases), scales
+            )
+            flat = [torch.zeros_like(h_k) if dh is None else dh for h_k, dh in zip(h[1:], second.dh[1:], strict=True)]
+            dhidden = torch.cat([dh.reshape(-1) for dh in flat]) if wanted[2] else None
+            found = (second.dgrad_output, second.dh[0], dhidden, *second.dweights)
+        elif any(wanted):
+            found = _spread(
+                wanted,
+                _ops.mlp_double_backward(
+                    grad_output, h_0, omega, hidden, output, df, v, by_weights, by_biases, wanted, scales
+                ),
+            )
+        # What only masks read has the gradient zero. Torch passes it on, as zeros, through all layers below the mask.
+        # An input that was not saved gets its zeros from the node of the forward pass.
+        dgrad_output, dinput, dhidden, *dweights = found
+        doutput, dbiases = None, list[Tensor | None]([None] * layers)
+        below = layers if output is not None else layers - 1 if max(lowest, 1) < layers else 0
+        if below and input is None and output is not None and asked[3]:
+            doutput = torch.zeros_like(output)
+        elif below and input is None and dhidden is None and asked[2]:
+            dhidden = torch.zeros_like(hidden)
+        elif below and asked[1] and dinput is None:
+            dinput = torch.zeros_like(h_0)
+        for k in range(below):
+            if asked[4 + k] and dweights[k] is None:
+                dweights[k] = torch.zeros_like(shapes[k])
+            if asked[4 + layers + k]:
+                dbiases[k] = shapes[k].new_zeros(shapes[k].shape[:1])
+        return None, None, None, None, dgrad_output, dinput, dhidden, doutput, *dweights, *dbiases
 
 
 class MLPLossFunction(ManualFunction):
@@ -213,13 +348,14 @@ def _loss_gradients(
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients of a loss, computed by differentiable torch ops, for gradients of gradients."""
+    """The gradients of a loss, for gradients of gradients: those of the network's nodes and of torch's loss."""
     layers = len(parameters) // 2
     with torch.enable_grad():
         # Give each argument a view of its own, so that a tensor that was passed twice gets a gradient per position
         # instead of their sum at both.
         input, *parameters = (None if tensor is None else tensor.view_as(tensor) for tensor in (input, *parameters))
-        output, _ = reference.mlp_forward(input, parameters[:layers], parameters[layers:])
+        network = MLPFunction.apply if backward_is_a_node(grad_output) else MLPFunction.composed
+        output, _ = network(input, False, True, layers, *parameters)
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
 
@@ -261,6 +397,30 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def _complete(
+    grad_output: Tensor, input: Tensor | None, weights: Sequence[Tensor | None], shapes: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Input and weights; in place of those that are not read, tensors of their shapes."""
+    if input is None:
+        input = _stand_in(grad_output, torch.Size((*grad_output.shape[:-1], shapes[0].shape[1])))
+    return input, [like if weight is None else weight for weight, like in zip(weights, shapes, strict=True)]
+
+
+def _constants(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients [input, *weights, *biases] of a backward pass that depend on no tensor that needs a gradient.
+
+    needs: of [grad_output, input, hidden, output, *weights, *biases].
+    """
+    layers = (len(needs) - 4) // 2
+    df_varies, constant = needs[0] or needs[3], []
+    for k in reversed(range(layers)):
+        constant += [] if df_varies else [grads[1 + layers + k]]
+        constant += [] if df_varies or needs[2 if k else 1] else [grads[1 + k]]
+        df_varies = df_varies or needs[4 + k] or (k > 0 and needs[2])
+    constant += [] if df_varies else [grads[0]]
+    return [grad for grad in constant if grad is not None]
+
+
 def _as_used(input: Tensor, needs_gradient: bool) -> Tensor:
     """The tensor to save for an input: as torch's linear does, a matrix itself, and an alias of any other shape.
 
@@ -281,7 +441,7 @@ def _of_tensors(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     return needs
 
 
-def _spread(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _spread(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients that an op returned, at the positions of their arguments; None elsewhere."""
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)

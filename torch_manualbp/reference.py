@@ -13,8 +13,17 @@ With dropout after a ReLU, h_{k+1} = m_k ⊙ a[f_k], where each element of m_k i
 Then ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). No mask is needed for it: h_k = m_{k−1} ⊙ a[f_{k−1}] is
 above 0 exactly where m_{k−1} = c and f_{k−1} > 0, so that m_{k−1} ⊙ I[f_{k−1} > 0] = c I[h_k > 0].
 
-It has three uses: it is the tests' oracle, it runs on devices without kernels, and double backward is composed of it
-(every line is differentiable, so autograd derives the gradient of the gradient).
+The backward pass of the backward pass (`mlp_double_backward`) starts from the gradients of a scalar M by the results
+of the backward pass, v by ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k. With c_k for the gradient of M by ∂ℓ/∂h_k and a_k
+for that by ∂ℓ/∂f_k, it is a forward pass in which a mask takes the place of the activation:
+
+    k = 0 … K−1                              c_0            = v
+    a_k     = c_k Ω_kᵀ + h_k V_kᵀ + u_k      ∂M/∂Ω_k        = (∂ℓ/∂f_k)ᵀ c_k               (summed over the batch)
+    c_{k+1} = I[h_{k+1} > 0] ⊙ a_k           ∂M/∂h_k        = ∂ℓ/∂f_k V_k
+                                             ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
+
+All of it is differentiable, so that autograd derives higher orders. It has three uses: it is the tests' oracle, it runs
+on devices without kernels, and derivatives beyond those that have kernels are composed of it.
 """
 
 import math
@@ -113,6 +122,66 @@ def mlp_backward(
                 dh = dh + grad_h[k - 1]
             df = _scaled(relu_mask(h[k], dh), scales, k - 1)
     return Gradients(dh if need_input else None, dweights, dbiases)
+
+
+class SecondGradients(NamedTuple):
+    """∂M/∂grad_output, and ∂M/∂h_k, ∂M/∂Ω_k for each layer k; None where no gradient of M arrives."""
+
+    dgrad_output: Tensor | None
+    dh: list[Tensor | None]
+    dweights: list[Tensor | None]
+
+
+def mlp_double_backward(
+    grad_output: Tensor,
+    h: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    output: Tensor | None,
+    cotangents: Gradients,
+    scales: Sequence[float] = (),
+) -> SecondGradients:
+    """The backward pass of `mlp_backward`. Masks are constant: ∂M/∂h_k is what reaches h_k through ∂ℓ/∂Ω_k alone.
+
+    Args:
+        grad_output: ∂ℓ/∂output, as for `mlp_backward`.
+        h: h_k, likewise.
+        weights: Ω_k, likewise.
+        output: the output, if a ReLU follows the last layer too; else None.
+        cotangents: the gradients of M by the results of `mlp_backward`, v, V_k and u_k; None: zero.
+        scales: c of the dropout after each layer, as for `mlp_backward`.
+
+    Example:
+        >>> x, omega = torch.ones(1, 1), [torch.tensor([[2.0]]), torch.tensor([[3.0]])]
+        >>> _, h = mlp_forward(x, omega, [None, None])
+        >>> of_slope = Gradients(torch.ones(1, 1), [None, None], [None, None])  # M = ∂ℓ/∂h_0 = ω_1 ω_0
+        >>> mlp_double_backward(torch.ones(1, 1), h, omega, None, of_slope).dweights  # ∂M/∂ω_0 = ω_1, ∂M/∂ω_1 = ω_0
+        [tensor([[3.]]), tensor([[2.]])]
+    """
+    layers = len(weights)
+    df = [grad_output if output is None else _scaled(relu_mask(output, grad_output), scales, layers - 1)]
+    for k in range(layers - 1, 0, -1):
+        df.insert(0, _scaled(relu_mask(h[k], df[0] @ weights[k]), scales, k - 1))
+    a, c = None, cotangents.dinput
+    dh: list[Tensor | None] = [None] * layers
+    dweights: list[Tensor | None] = [None] * layers
+    for k, (omega, v, u) in enumerate(zip(weights, cotangents.dweights, cotangents.dbiases, strict=True)):
+        terms = []
+        if c is not None:
+            dweights[k] = _rows(df[k]).t() @ _rows(c)
+            terms.append(c @ omega.t())
+        if v is not None:
+            dh[k] = df[k] @ v
+            terms.append(h[k] @ v.t())
+        if u is not None:
+            terms.append(u.expand_as(df[k]))
+        a = sum(terms[1:], terms[0]) if terms else None
+        mask = output if k == layers - 1 else h[k + 1]
+        c = a if a is None or mask is None else _scaled(relu_mask(mask, a), scales, k)
+    return SecondGradients(c, dh, dweights)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _scaled(df: Tensor, scales: Sequence[float], k: int) -> Tensor:

@@ -85,6 +85,41 @@ class Sums {
   std::optional<Buffer<A>> omegas_;
 };
 
+// The blocks of a slice, chunk by chunk: block(first, count, slice, accumulate, memory, workers) computes the rows
+// [first, first + count). accumulate: whether it adds to the sums of the slice, or begins them. row: of the totals of
+// Sums.
+template <typename T, typename Block>
+void for_each_block_of(int64_t slice, int64_t row, const Plan<T>& plan, const BackwardPlan& pass, const Sums<T>& sums,
+                       T* memory, const Workers& workers, const Block& block) {
+  const int64_t start = slice * pass.slice_rows, stop = std::min(start + pass.slice_rows, plan.batch);
+  int64_t chunk = start;
+  do {  // once even for an empty batch: its gradients are zero
+    const int64_t end = std::min(chunk + pass.chunk_rows, stop);
+    int64_t first = chunk;
+    do {
+      const int64_t count = std::min(pass.rows, end - first);
+      block(first, count, slice, /*accumulate=*/first > chunk, memory, workers);
+      first += pass.rows;
+    } while (first < end);
+    sums.add_chunk(slice, chunk == start, end == stop, row, workers);
+    chunk = end;
+  } while (chunk < stop);
+}
+
+// The blocks of all slices. A slice is computed by one thread, in its part of the memory, if there are several, else
+// each of its blocks by all threads.
+template <typename T, typename Block>
+void for_each_block(const Plan<T>& plan, const BackwardPlan& pass, const Sums<T>& sums, T* memory,
+                    const Workers& workers, const Block& block) {
+  if (plan.way != Way::kTall) return for_each_block_of(0, 0, plan, pass, sums, memory, workers, block);
+  std::atomic<int64_t> in_progress{0};
+  workers.run(pass.slices, 3 * plan.multiply_adds(), [&](int64_t begin, int64_t end) {
+    const int64_t row = in_progress++;
+    T* const part = memory + pass.part * workers.index();
+    for (int64_t s = begin; s < end; ++s) for_each_block_of(s, row, plan, pass, sums, part, workers.alone(), block);
+  });
+}
+
 // A backward pass and its memory. It can run any number of times, on one batch after another.
 template <typename T>
 class BackwardPass {
@@ -99,10 +134,12 @@ class BackwardPass {
     const T* output;
   };
 
-  // recomputed: the number of layers whose activations the pass computes itself. `net` and `grads` must outlive it.
-  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads)
+  // recomputed: the number of layers whose activations the pass computes itself. df: where df_0 ... df_{K-2} are stored,
+  // one after another as activations are, or nullptr. `net` and `grads` must outlive the pass.
+  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads, T* df = nullptr)
       : net_(net),
         grads_(grads),
+        df_(df),
         plan_(plan(net, recomputed, grads)),
         workspaces_(net.plan.threads * plan_.workspace),
         workers_(workspaces_.data, plan_.workspace, net.plan.threads),
@@ -130,15 +167,12 @@ class BackwardPass {
       if (!plan_.recomputed) all_.hidden = const_cast<T*>(hidden);
       backward_of_rows(top);
       gradients_of_layers();
-    } else if (net_.plan.way == Way::kWide) {
-      backward_of_slice(input, hidden, top, 0, 0, memory_.data, workers_);
     } else {
-      std::atomic<int64_t> in_progress{0};
-      workers_.run(plan_.slices, 3 * net_.plan.multiply_adds(), [&](int64_t begin, int64_t end) {
-        const int64_t row = in_progress++;
-        T* const part = memory_.data + plan_.part * workers_.index();
-        for (int64_t s = begin; s < end; ++s) backward_of_slice(input, hidden, top, s, row, part, workers_.alone());
-      });
+      for_each_block(
+          net_.plan, plan_, sums_, memory_.data, workers_,
+          [&](int64_t first, int64_t count, int64_t slice, bool accumulate, T* memory, const Workers& workers) {
+            backward_of_block(input, hidden, top, first, count, slice, accumulate, memory, workers);
+          });
     }
     sums_.finish(workers_);
   }
@@ -150,25 +184,6 @@ class BackwardPass {
       net.plan.layers[k].bias_gradient = grads.beta[k];
     }
     return net.plan.backward(int64_t(recomputed), grads.input);
-  }
-
-  // Tall and wide: the blocks of a slice, chunk by chunk. row: of the totals of Sums.
-  template <typename TopOf>
-  void backward_of_slice(Matrix<const T> input, const T* hidden, const TopOf& top, int64_t slice, int64_t row,
-                         T* memory, const Workers& workers) const {
-    const int64_t start = slice * plan_.slice_rows, stop = std::min(start + plan_.slice_rows, net_.plan.batch);
-    int64_t chunk = start;
-    do {  // once even for an empty batch: its gradients are zero
-      const int64_t end = std::min(chunk + plan_.chunk_rows, stop);
-      int64_t first = chunk;
-      do {
-        const int64_t count = std::min(plan_.rows, end - first);
-        backward_of_block(input, hidden, top, first, count, slice, /*accumulate=*/first > chunk, memory, workers);
-        first += plan_.rows;
-      } while (first < end);
-      sums_.add_chunk(slice, chunk == start, end == stop, row, workers);
-      chunk = end;
-    } while (chunk < stop);
   }
 
   // Rows [first, first + count) through all layers. memory: two buffers that alternate between df_k and df_{k-1}, then
@@ -197,7 +212,9 @@ class BackwardPass {
         weight_gradient<T>(df, h, domega, accumulate, plan_.unit_rows, workers);
       }
       if (k > size_t(plan_.lowest)) {
-        T* const below = df.data == buffers[0] ? buffers[1] : buffers[0];
+        T* const below = df_                     ? Activations{df_, net_.plan.batch, first}.at(net_, k)
+                         : df.data == buffers[0] ? buffers[1]
+                                                 : buffers[0];
         hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers);
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
@@ -269,7 +286,7 @@ class BackwardPass {
   void place_all_rows() {
     const int64_t batch = net_.plan.batch;
     for (size_t k = 0; k < net_.layers.size(); ++k) {
-      T* const df = memory_.data + batch * net_.plan.layers[k].start;
+      T* const df = (df_ && k + 1 < net_.layers.size() ? df_ : memory_.data) + batch * net_.plan.layers[k].start;
       all_.df.push_back(Matrix<const T>::contiguous(df, batch, net_.layers[k].d_out()));
     }
     if (plan_.recomputed) all_.hidden = memory_.data + batch * (net_.plan.hidden + net_.plan.top);
@@ -282,6 +299,7 @@ class BackwardPass {
 
   Network<T>& net_;
   const Gradients<T>& grads_;
+  T* df_;
   BackwardPlan plan_;
   Buffer<char> workspaces_;
   Workers workers_;
@@ -292,11 +310,11 @@ class BackwardPass {
 };
 
 // The backward pass from the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they
-// are computed again. output: what forward returned if a ReLU ended it, else nullptr.
+// are computed again. output: what forward returned if a ReLU ended it, else nullptr. df: see BackwardPass.
 template <typename T>
 void backward(Network<T>& net, Matrix<const T> input, const T* hidden, bool recompute, Matrix<const T> grad_output,
-              const T* output, const Gradients<T>& grads) {
-  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads);
+              const T* output, const Gradients<T>& grads, T* df = nullptr) {
+  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads, df);
   if (!pass.has_results()) return;
   pass.run(input, hidden, [&](int64_t first, int64_t count, T*) -> typename BackwardPass<T>::Top {
     return {rows_of(grad_output, first, count), output ? output + first * net.plan.top : nullptr};

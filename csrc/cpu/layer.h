@@ -120,9 +120,9 @@ inline int64_t parts_of(double work, const Workers& workers) {
   return std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
 }
 
-// C = A B, divided among threads by rows of C or by columns.
-template <typename T>
-void gemm(const Gemm<T, T>& p, const Workers& workers) {
+// C = A B, divided among threads by rows of C or by columns. Out: the storage type, or the accumulator type.
+template <typename T, typename Out>
+void gemm(const Gemm<T, Out>& p, const Workers& workers) {
   if (p.m == 0 || p.n == 0) return;
   const double work = product_work(p.m, p.n, p.k);
   const int64_t parts = parts_of(work, workers);
@@ -134,7 +134,7 @@ void gemm(const Gemm<T, T>& p, const Workers& workers) {
   workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * share;
     const int64_t count = std::min(end * share, extent) - first;
-    Gemm<T, T> part = p;
+    Gemm<T, Out> part = p;
     if (by_rows) {
       part.m = count;
       part.a += first * p.a_m;
@@ -146,7 +146,11 @@ void gemm(const Gemm<T, T>& p, const Workers& workers) {
       if (p.bias) part.bias += first * p.bias_stride;
       if (p.packed_b) part.packed_b += first * p.k;
     }
-    kernels<T>().gemm(part, workers.workspace());
+    if constexpr (std::is_same_v<T, Out>) {
+      kernels<T>().gemm(part, workers.workspace());
+    } else {
+      kernels<T>().gemm_accumulated(part, workers.workspace());
+    }
   });
 }
 

@@ -35,11 +35,12 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const st
   });
 }
 
-// biases: may be left out if `hidden` is given, since they are needed only to recompute.
+// biases: may be left out if `hidden` is given, since they are needed only to recompute. store_df: the first of the
+// results is df_0 ... df_{K-2}, flat.
 std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Tensor& input,
                              const std::vector<Tensor>& weights, std::vector<std::optional<Tensor>> biases,
                              const std::optional<Tensor>& hidden, const std::optional<Tensor>& output,
-                             const std::vector<bool>& needs, const DropoutArguments& dropout) {
+                             const std::vector<bool>& needs, const DropoutArguments& dropout, bool store_df = false) {
   if (hidden) biases.resize(weights.size());
   check_network(op, input, weights, biases);
   check_backward(op, input, weights.back().size(0), grad_output, output);
@@ -49,14 +50,13 @@ std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Te
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, biases, output.has_value());
     set_dropout(op, net, dropout.kept, dropout.scales, /*needs_masks=*/!hidden);
-    if (hidden) {
-      check_same_shape(op, {"hidden"}, *hidden, {net.hidden_size()}, input);
-      MBP_CHECK(hidden->is_contiguous(), op, ": `hidden` must be contiguous");
-    }
+    if (hidden) check_stored(op, {"hidden"}, *hidden, net.hidden_size(), input);
     std::vector<Tensor> asked;
+    if (store_df) asked.push_back(pooled({net.hidden_size()}, dtype_of(input)));
+    T* const df = store_df ? data<T>(asked[0]) : nullptr;
     const auto grads = allocate_gradients<T>(op, input, weights, needs, /*flat=*/false, asked);
     manualbp::backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
-                          as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads);
+                          as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads, df);
     return asked;
   });
 }
@@ -86,6 +86,13 @@ std::vector<Tensor> mlp_dropout_backward(Tensor grad_output, Tensor input, std::
                                          std::optional<Tensor> kept, std::vector<double> scales) {
   return backward("mlp_dropout_backward", grad_output, input, weights, std::move(biases), hidden, output, needs,
                   {std::move(kept), std::move(scales)});
+}
+
+std::vector<Tensor> mlp_backward_store(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                       std::optional<Tensor> output, std::vector<bool> needs,
+                                       std::vector<double> scales) {
+  return backward("mlp_backward_store", grad_output, input, weights, {}, hidden, output, needs,
+                  {std::nullopt, std::move(scales)}, /*store_df=*/true);
 }
 
 }  // namespace manualbp

@@ -25,6 +25,12 @@ Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std:
   return Network<T>(batch, layers_of<T>(weights, biases), final_relu);
 }
 
+// Checks a flat tensor of all layers' activations, or of as many numbers.
+inline void check_stored(const char* op, Name name, const Tensor& stored, int64_t size, const Tensor& input) {
+  check_same_shape(op, name, stored, {size}, input);
+  MBP_CHECK(stored.is_contiguous(), op, ": `", name, "` must be contiguous");
+}
+
 // Gives the layers their dropout. scales: c of the dropout after each layer, 0 for none, or nothing at all; kept: which
 // elements of the outputs of those with dropout are kept, (B, D_{k+1}) each, one after another in a flat tensor of bools.
 // A backward pass whose activations are stored needs no masks.

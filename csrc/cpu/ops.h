@@ -1,5 +1,5 @@
-// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_stacked.cpp,
-// mlp_loss.cpp, flow.cpp, optimizer.cpp, train.cpp and plan.cpp.
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_double_backward.cpp,
+// mlp_stacked.cpp, mlp_loss.cpp, flow.cpp, optimizer.cpp, train.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +40,16 @@ std::vector<Tensor> mlp_stacked(Tensor input, std::vector<Tensor> weights, std::
 std::vector<Tensor> mlp_stacked_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
                                          std::vector<std::optional<Tensor>> biases, std::vector<Tensor> hidden,
                                          std::optional<Tensor> output, std::vector<bool> needs);
+
+std::vector<Tensor> mlp_backward_store(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                       std::optional<Tensor> output, std::vector<bool> needs,
+                                       std::vector<double> scales);
+
+std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
+                                        std::optional<Tensor> output, Tensor df, std::optional<Tensor> grad_dinput,
+                                        std::vector<std::optional<Tensor>> grad_dweights,
+                                        std::vector<std::optional<Tensor>> grad_dbiases, std::vector<bool> needs,
+                                        std::vector<double> scales);
 
 std::vector<Tensor> mlp_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                              std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,

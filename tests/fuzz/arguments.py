@@ -23,8 +23,9 @@ from torch_manualbp import _ops
 __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_stacked", "mlp_stacked_backward", "mlp_loss",
-    "flow_forward", "flow_backward", "flow_update", "update", "train",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked",
+    "mlp_stacked_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
@@ -40,7 +41,6 @@ class Case:
     loss: str = "mse"
     final_relu: bool = False
     stored: bool = True
-    dropout: bool = False
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,6 @@ def draw(seed: int) -> Case:
         loss=rng.choice(("mse", "cross_entropy", "bce_with_logits")),
         final_relu=rng.random() < 0.5,
         stored=rng.random() < 0.7,
-        dropout=rng.random() < 0.5,
     )
     if huge:
         return case
@@ -212,16 +211,20 @@ def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
 def _places(case: Case) -> list[str]:
     layers = range(len(case.sizes) - 1)
     network = [f"{name}[{k}]" for name in ("weights", "biases") for k in layers] + ["weights"]
-    dropout = ["kept", "scales"] if case.dropout and len(layers) > 1 else []
+    backward = ["grad_output", "input", *network, "hidden", "output", "needs"]
     return {
         "linear_relu": ["input", "weight", "bias"],
         "linear_relu_backward": ["grad_output", "input", "weight", "output", "needs"],
-        "mlp": ["input", *network, "store", *dropout],
-        "mlp_backward": ["grad_output", "input", *network, "hidden", "output", "needs", *dropout],
+        "mlp": ["input", *network, "store"],
+        "mlp_backward": backward,
+        "mlp_dropout": ["input", *network, "store", "kept", "scales"],
+        "mlp_dropout_backward": [*backward, "kept", "scales"],
         "mlp_stacked": ["input", *network, "store"],
-        "mlp_stacked_backward": [
-            *("grad_output", "input", *network, "hidden", "output", "needs"),
-            *(f"hidden[{k}]" for k in layers[1:]),
+        "mlp_stacked_backward": [*backward, *(f"hidden[{k}]" for k in layers[1:])],
+        "mlp_backward_store": ["grad_output", "input", *network[: len(layers)], "hidden", "output", "needs"],
+        "mlp_double_backward": [
+            *("grad_output", "input", *network[: len(layers)], "hidden", "output", "df", "grad_dinput", "needs"),
+            *(f"{name}[{k}]" for name in ("grad_dweights", "grad_dbiases") for k in layers),
         ],
         "mlp_loss": ["input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs"],
         "flow_forward": ["input", *network, "relus", "f", "h"],
@@ -261,16 +264,25 @@ def _valid(case: Case) -> dict[str, Any]:
         return {"input": input, "weight": net.weights[0], "bias": net.biases[0]}
     if case.op == "linear_relu_backward":
         return {"grad_output": grad, "input": input, "weight": net.weights[0], "output": output, "needs": needs}
-    if case.op == "mlp":
+    if case.op in ("mlp", "mlp_dropout"):
         parameters = {"weights": net.weights, "biases": net.biases}
         options = {"final_relu": case.final_relu, "store": case.stored}
-        return {"input": input, **parameters, **options, **_dropout(case)}
+        return {"input": input, **parameters, **options, **(_dropout(case) if case.op == "mlp_dropout" else {})}
     if case.op.startswith("mlp_stacked"):
         return _stacked(case, net, input, output, grad, needs)
-    if case.op == "mlp_backward":
+    if case.op in ("mlp_backward", "mlp_dropout_backward"):
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
-        return {**parameters, **kept, "needs": needs, **_dropout(case)}
+        dropout = _dropout(case) if case.op == "mlp_dropout_backward" else {}
+        return {**parameters, **kept, "needs": needs, **dropout}
+    if case.op in ("mlp_backward_store", "mlp_double_backward"):
+        stored = {"hidden": hidden, "output": output if case.final_relu else None}
+        first = {"grad_output": grad, "input": input, "weights": net.weights, **stored, "needs": needs}
+        if case.op == "mlp_backward_store":
+            return first
+        like = [weight * 2 for weight in net.weights]
+        cotangents = {"grad_dinput": tall(net.input * 2), "grad_dweights": like, "grad_dbiases": net.biases}
+        return {**first, "df": hidden * 2, **cotangents, "needs": [True] * (3 + len(net.weights))}
     if case.op == "update":
         like = [torch.ones_like(weight) for weight in net.weights]
         rest = {"parameters": net.weights, "gradients": like, "groups": [0] * len(like)}
@@ -353,8 +365,6 @@ def _dropout(case: Case) -> dict[str, Any]:
     layers = len(case.sizes) - 1
     scales = [2.0] * (layers - 1 + case.final_relu) + [0.0] * (not case.final_relu)
     size = case.rows * sum(width for width, scale in zip(case.sizes[1:], scales, strict=True) if scale)
-    if not case.dropout or layers == 1:
-        return {}
     return {"kept": torch.ones(size if size < 2**20 else 0, dtype=torch.bool), "scales": scales}
 
 
@@ -411,8 +421,12 @@ def _largest_result(case: Case) -> int:
         "linear_relu_backward": [input],
         "mlp": [output, hidden * case.stored],
         "mlp_backward": [input],
+        "mlp_dropout": [output, hidden * case.stored],
+        "mlp_dropout_backward": [input],
         "mlp_stacked": [2 * output, 2 * hidden * case.stored],
         "mlp_stacked_backward": [2 * input],
+        "mlp_backward_store": [input, hidden],
+        "mlp_double_backward": [input, hidden, output],
         # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
         "flow_forward": [hidden + output],
