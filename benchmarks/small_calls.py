@@ -209,9 +209,26 @@ def gradient_penalty(model: nn.Module, x: Tensor, _: Tensor) -> Step:
         penalty: Tensor = (gradient.norm(dim=1) - 1) ** 2
         return penalty.mean()
 
+    return _critic_step(model, loss)
+
+
+def critic_step(model: nn.Module, x: Tensor, _: Tensor) -> Step:
+    """The gradients of a critic's loss with the penalty."""
+    x = x.clone().requires_grad_()
+
+    def loss() -> Tensor:
+        output = model(x)
+        (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        penalised: Tensor = output.mean() + 10 * ((gradient.norm(dim=1) - 1) ** 2).mean()
+        return penalised
+
+    return _critic_step(model, loss)
+
+
+def _critic_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """The last bias may have no gradient."""
     step = autograd_step(loss, list(model.parameters()))
-    weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    return Step(step.run, lambda: [weight.grad for weight in weights if weight.grad is not None])  # not the biases
+    return Step(step.run, lambda: [each.grad for each in model.parameters() if each.grad is not None])
 
 
 def autocast(model: nn.Module, x: Tensor, target: Tensor) -> Step:
@@ -313,8 +330,13 @@ def cases() -> Iterator[Case]:
 
     yield Case("rollout", "2 × 4-64-64", [4, 64, 64], 1, fuse(rollout), ActorCritic, modes=["cold"], other_work=nothing)
 
-    for rows in (64, 256):
-        yield Case("penalty", "64-256-256-1", critic, rows, fuse(gradient_penalty), modes=["tight"])
+    for group, build in (("penalty", gradient_penalty), ("critic", critic_step)):
+        for name, sizes, rows in (
+            ("64-256-256-1", critic, 64),
+            ("64-256-256-1", critic, 256),
+            ("2-50×6-1", [2, *[50] * 6, 1], 10_000),
+        ):
+            yield Case(group, name, sizes, rows, fuse(build), modes=["tight"])
     for name, sizes, rows in (("64-256-256-1", critic, 64), ("64-256-256-1", critic, 256), ("rl64", nets["rl64"], 64)):
         yield Case("autocast", name, sizes, rows, fuse(autocast), modes=["tight"], tolerance=0.05)
 

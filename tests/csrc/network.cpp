@@ -1,12 +1,12 @@
-// The passes of csrc/cpu/network.h and backward.h, and the updates of update.h, on several threads, without torch
-// (torch_stub/); the sanitizers run this and kernels.cpp. Several threads must give the same bits as one, stored
-// activations the same as recomputed ones, and the one-pass loss the same as forward and backward.
+// The passes of csrc/cpu/network.h, backward.h and double_backward.h, and the updates of update.h, on several threads,
+// without torch (torch_stub/); the sanitizers run this and kernels.cpp. Several threads must give the same bits as one,
+// stored activations the same as recomputed ones, and the one-pass loss the same as forward and backward.
 //
 //   network [CASES]    the networks listed below, and this many random ones, in each dtype
 //
 // Exit status 77: this machine does not support the level MANUALBP_ISA.
 
-#include "../../csrc/cpu/backward.h"
+#include "../../csrc/cpu/double_backward.h"
 #include "../../csrc/cpu/update.h"
 
 #include <algorithm>
@@ -95,6 +95,66 @@ struct Results {
   Gradients<T> gradients;
 };
 
+// The results of the backward pass of the backward pass.
+template <typename T>
+struct SecondResults {
+  SecondResults(const Case<T>& c, const Cotangents<T>& from)
+      : grad_output(c.batch * c.sizes.back()), weights(c.weights.size()) {
+    gradients.grad_output = grad_output.data;
+    for (size_t k = 0; k < c.weights.size(); ++k) {
+      h.push_back(std::make_unique<Exact<T>>(c.batch * c.sizes[k]));
+      gradients.h.push_back(from.omega[k] ? h[k]->data : nullptr);
+      weights[k] = std::make_unique<Exact<T>>(c.weights[k]->size);
+      gradients.omega.push_back(from.reach(k) ? weights[k]->data : nullptr);
+    }
+  }
+  bool equals(const SecondResults& other) const {
+    bool same = Results<T>::equal(grad_output, other.grad_output);
+    for (size_t k = 0; k < h.size(); ++k) {
+      same = same && (!gradients.h[k] || Results<T>::equal(*h[k], *other.h[k]));
+      same = same && (!gradients.omega[k] || Results<T>::equal(*weights[k], *other.weights[k]));
+    }
+    return same;
+  }
+  Exact<T> grad_output;
+  std::vector<std::unique_ptr<Exact<T>>> h, weights;
+  SecondGradients<T> gradients;
+};
+
+// Whether the backward pass of the backward pass gives the same bits on several threads, for the gradient by the input
+// alone and for those by all results.
+template <typename T>
+bool check_double_backward(const Case<T>& c, const Exact<T>& output, const Exact<T>& hidden) {
+  const size_t layers = c.weights.size();
+  const auto input = c.matrix(c.input, c.sizes[0]), end = c.matrix(c.end, c.sizes.back());
+  const T* const mask = c.final_relu ? output.data : nullptr;
+  for (const bool all : {false, true}) {
+    Cotangents<T> from{input, std::vector<std::optional<Matrix<const T>>>(layers),
+                       std::vector<std::optional<Bias<T>>>(layers)};
+    for (size_t k = 0; k < layers && all; ++k) {
+      from.omega[k] = Matrix<const T>::contiguous(c.weights[k]->data, c.sizes[k + 1], c.sizes[k]);
+      if (c.biases[k]) from.beta[k] = Bias<T>{c.biases[k]->data, 1};
+    }
+    std::unique_ptr<SecondResults<T>> first;
+    for (const uint32_t threads : {1u, 2u, 4u}) {
+      stub_threads = threads;
+      auto net = c.network();
+      Results<T> once(c), stored(c);
+      Exact<T> df(hidden.size);
+      backward<T>(net, input, hidden.data, false, end, mask, once.gradients);
+      backward<T>(net, input, hidden.data, false, end, mask, stored.gradients, df.data);
+      if (!stored.equals(once)) return false;
+      auto results = std::make_unique<SecondResults<T>>(c, from);
+      DoubleBackwardPass<T>(net, from, results->gradients).run(input, hidden.data, df.data, end, mask);
+      if (!first)
+        first = std::move(results);
+      else if (!results->equals(*first))
+        return false;
+    }
+  }
+  return true;
+}
+
 // Returns how the batch is split.
 template <typename T>
 Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu, bool dropout = false) {
@@ -146,6 +206,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
     require(stored.equals(first), "backward on threads");
     require(final_relu || (loss.equals(first_loss) && value == first_value), "loss on threads");
   }
+  require(check_double_backward(c, first_output, first_hidden), "the backward pass of the backward pass on threads");
   // Compares forward, the reference of the checks above, with naive loops.
   std::vector<double> h(size_t(batch * sizes[0]));
   for (size_t i = 0; i < h.size(); ++i) h[i] = to_double(c.input.data[i]);
