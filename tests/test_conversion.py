@@ -69,7 +69,8 @@ def test_a_fused_model_steps_as_before(training):
     before = training_step(model, input)
     assert mbp.fuse(model) is model
     calls = calls_of(model, input)
-    assert calls == ["mlp"] * 4  # stem, two blocks, head
+    stem = "mlp_dropout" if training else "mlp"
+    assert calls == [stem, "mlp", "mlp", "mlp"]  # stem, two blocks, head
     assert_close(training_step(model, input), before)
     assert mbp.unfuse(model) is model
     assert calls_of(model, input) == []
@@ -273,21 +274,21 @@ RUNS = {
     "linear relu linear linear relu": ([L, R, L, L, R], ["mlp", "mlp"]),
     "relu first": ([R, L, R, L], ["mlp"]),
     "relu twice": ([L, R, R, L], ["mlp"]),
-    "dropout between": ([L, R, D, L, R, L], ["mlp"]),
+    "dropout between": ([L, R, D, L, R, L], ["mlp_dropout"]),
     "dropout after linear": ([L, D, R, L], []),
     "dropout after linear relu": ([L, R, L, D, L, R], ["mlp", "mlp"]),
-    "dropout twice": ([L, R, D, D, L, R], ["mlp", "mlp"]),
-    "dropout and relu": ([L, R, D, R, L], ["mlp"]),
+    "dropout twice": ([L, R, D, D, L, R], ["mlp_dropout", "mlp"]),
+    "dropout and relu": ([L, R, D, R, L], ["mlp_dropout"]),
     "dropout first": ([D, L, R, L], ["mlp"]),
-    "dropout last": ([L, R, L, R, D], ["mlp"]),
-    "dropout after our own layer": ([LR, D, L], ["mlp"]),
+    "dropout last": ([L, R, L, R, D], ["mlp_dropout"]),
+    "dropout after our own layer": ([LR, D, L], ["mlp_dropout"]),
     "tanh": ([L, T, L, R], ["mlp"]),
     "our own layers": ([LR, LR, L], ["mlp"]),
     "our own layer alone": ([LR], ["mlp"]),
     "our own layer and a relu": ([LR, R, L], ["mlp"]),
     "in place": ([L, lambda: nn.ReLU(inplace=True), L], ["mlp"]),
     "in place first": ([lambda: nn.ReLU(inplace=True), L, R], ["mlp"]),
-    "identity": ([L, nn.Identity, R, nn.Identity, D, nn.Identity, L, nn.Identity], ["mlp"]),
+    "identity": ([L, nn.Identity, R, nn.Identity, D, nn.Identity, L, nn.Identity], ["mlp_dropout"]),
     "identity between linears": ([L, R, L, nn.Identity, L, R], ["mlp", "mlp"]),
     "identity first": ([nn.Identity, L, R], ["mlp"]),
     "flatten first": ([nn.Flatten, L, R, L], ["mlp"]),
