@@ -22,7 +22,13 @@ from helpers import (
     results,
 )
 
-SHAPES = {**LARGE, "one layer": (3000, [40, 50]), "small": (5, [9, 7, 3])}
+SHAPES = {
+    **LARGE,
+    "one layer": (3000, [40, 50]),
+    "small": (5, [9, 7, 3]),
+    "one unit": (200, [130, 300, 1, 7]),  # shares of 6 + 1 rows: a product of one number has an order of its own
+    "one more": (300, [129, 97, 193, 129]),
+}
 
 
 def forward_and_backward(shape, dtype, function=mbp.mlp):

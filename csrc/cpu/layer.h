@@ -350,15 +350,21 @@ void weight_gradient_part(Matrix<const T> df, Matrix<const T> h, accumulator_t<T
   const int64_t d_out = df.cols, d_in = h.cols;
   const bool by_rows = d_out >= d_in;
   const int64_t extent = by_rows ? d_out : d_in, step = by_rows ? table.tile_rows : table.tile_cols;
-  const int64_t share = round_up(ceil_div(extent, parts), step);
+  // A product of one number is summed in another order than one of more (gemm_number), so that no part may be one.
+  int64_t share = round_up(ceil_div(extent, parts), step);
+  if (std::min(d_out, d_in) == 1 && extent % share == 1) share = extent;
+  const auto block_size = [](int64_t left, int64_t most) { return left == most + 1 ? left : std::min(left, most); };
   const int64_t first = std::min(part * share, extent), last = std::min(first + share, extent);
   const int64_t first_row = by_rows ? first : 0, last_row = by_rows ? last : d_out;
   const int64_t first_col = by_rows ? 0 : first, last_col = by_rows ? d_in : last;
-  const int64_t rows = parts == 1 ? d_out : table.gradient_rows, cols = parts == 1 ? d_in : table.gradient_cols;
-  for (int64_t row = first_row; row < last_row; row += rows) {
-    for (int64_t col = first_col; col < last_col; col += cols) {
-      auto p = product<T>(columns_of(df, row, std::min(rows, last_row - row)).transposed(),
-                          columns_of(h, col, std::min(cols, last_col - col)), domega + row * d_in + col, d_in);
+  const int64_t most_rows = parts == 1 ? d_out : table.gradient_rows;
+  const int64_t most_cols = parts == 1 ? d_in : table.gradient_cols;
+  for (int64_t row = first_row, rows; row < last_row; row += rows) {
+    rows = block_size(last_row - row, most_rows);
+    for (int64_t col = first_col, cols; col < last_col; col += cols) {
+      cols = block_size(last_col - col, most_cols);
+      auto p =
+          product<T>(columns_of(df, row, rows).transposed(), columns_of(h, col, cols), domega + row * d_in + col, d_in);
       p.accumulate = accumulate;
       p.unit_rows = unit_rows;
       kernels<T>().gemm_accumulated(p, workspace);
