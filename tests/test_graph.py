@@ -158,6 +158,17 @@ def test_a_target_that_is_not_for_our_loss_is_left_to_torch(change):
     assert "mlp_loss" not in ops_run(compiled, input)
 
 
+def test_a_network_of_tensors_is_ours_whatever_the_target():
+    net, target = smooth_net(5, [4, 6, 3]), torch.rand(5, 3).double().softmax(1)
+
+    def compute(input):
+        return mbp.mlp_loss(input, target, net.weights, net.biases, loss="cross_entropy")
+
+    compiled = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(net.input), compute(net.input))
+    assert "mlp" in ops_run(compiled, net.input)
+
+
 def test_functions_of_tensors():
     net, gradient = integer_net(5, [4, 6, 3]).recorded(), integers(5, 3)
 

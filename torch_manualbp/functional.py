@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch_manualbp import _compute
 from torch_manualbp._checks import check_activations, check_layers, check_tensor
 from torch_manualbp._losses import loss_spec
-from torch_manualbp._route import KERNELS, TORCH, broadcasts, route, target_is_ours
+from torch_manualbp._route import GRAPH, KERNELS, TORCH, broadcasts, route, target_is_ours
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,8 +151,10 @@ def mlp_loss(
             )
         raise
     way = route(input, (*weights, *biases), store=False)
-    if way is not TORCH and not target_is_ours(input, target, spec, None if way is KERNELS else weights):
+    if way is KERNELS and not target_is_ours(input, target, spec):
         way = TORCH
+    elif way is GRAPH and not target_is_ours(input, target, spec, weights):
+        return spec.of(_compute.layers(GRAPH, input, weights, biases, False, True), target)
     return _compute.loss(way, input, target, weights, biases, spec)
 
 

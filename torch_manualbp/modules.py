@@ -650,13 +650,13 @@ def whole_network(network: FusedForward, input: Any, way: str = KERNELS) -> _Par
 
 def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
     """The loss of the network's output, and its gradients, in one pass over the batch if possible."""
-    if is_dynamo_compiling():
-        parameters = whole_network(network, input, GRAPH)
-        if parameters is not None and target_is_ours(input, target, spec, parameters[0]):
-            return _compute.loss(GRAPH, input, target, *parameters, spec)
+    way = GRAPH if is_dynamo_compiling() else KERNELS
+    parameters = whole_network(network, input, way)
+    # Our op raises errors of shape itself; in a graph that would be too late.
+    if parameters is None or not target_is_ours(input, target, spec, parameters[0] if way is GRAPH else None):
         return spec.of(network(input), target)
-    if (parameters := whole_network(network, input)) is None or not target_is_ours(input, target, spec):
-        return spec.of(network(input), target)
+    if way is GRAPH:
+        return _compute.loss(GRAPH, input, target, *parameters, spec)
     try:
         value = _compute.loss(KERNELS, input, target, *parameters, spec)
     except RuntimeError as error:

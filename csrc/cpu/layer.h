@@ -115,7 +115,7 @@ struct Team {
   Workers workers;
 };
 
-// Into how many parts a step of so many multiply-adds is divided.
+// The number of parts that a step is divided into. work: its multiply-adds.
 inline int64_t parts_of(double work, const Workers& workers) {
   return std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
 }

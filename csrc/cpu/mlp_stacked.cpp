@@ -122,7 +122,7 @@ class StackedLayers {
 };
 
 // Calls f(e, threads) for each network: the networks are divided among the threads if there are enough of them, or if
-// one of them, of so many multiply-adds, is too small to be divided itself.
+// one of them is too small to be divided itself. work: the multiply-adds of one.
 template <typename F>
 void for_each(const Stack& stack, double work, const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
