@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import torch_manualbp as mbp
 from helpers import DTYPES, assert_equal, calls_of, integers, plain_network, recorded_calls, twins
-from torch_manualbp import _route, modules
+from torch_manualbp import _compute, _route, modules
 
 SIZES = ([3, 2], [4, 8, 1], [5, 7, 6, 2])
 
@@ -649,6 +649,25 @@ def test_a_bias_that_broadcasts_is_left_to_torch(shape):
     assert calls_of(ours, input) == []  # also once the decision is cached
     ours[0].bias = nn.Parameter(torch.randn(5, dtype=torch.float64))
     assert calls_of(ours, input) == ["mlp"]
+
+
+@pytest.mark.parametrize("message", ["not enough memory", "unforeseen"])
+def test_an_error_of_one_call_decides_nothing_about_the_next(message, monkeypatch):
+    ours, input = _fused(plain_network([4, 5, 3])), torch.randn(7, 4)
+    want = ours(input)
+
+    def layers(*args):
+        raise RuntimeError(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_compute, "layers", layers)
+        if message == "unforeseen":  # torch computes it
+            assert calls_of(ours, input) == []
+        else:  # torch might compute other bits whenever memory is short, and fail in the middle of its backward pass
+            with pytest.raises(RuntimeError, match=message):
+                ours(input)
+    assert calls_of(ours, input) == ["mlp"]
+    assert torch.equal(ours(input), want)
 
 
 def test_frozen_layers_below_keep_no_activations():

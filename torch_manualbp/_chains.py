@@ -302,8 +302,9 @@ class Chain:
             try:
                 output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, masks)
                 return output
-            except RuntimeError:  # torch computes more than we do, or raises its own error
-                pass
+            except RuntimeError as error:  # torch computes more than we do, or raises its own error
+                if _compute.memory_is_short(error):
+                    raise
         drawn = masks.arguments(0, None) if masks else ()
         return mlp_forward(input, weights, biases, relu, masks_of(drawn, input.shape, weights, input.dtype))[0]
 

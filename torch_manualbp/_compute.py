@@ -21,6 +21,14 @@ from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunc
 recorder: Callable[[str, Tensor, Sequence[Tensor], bool], None] | None = None
 
 
+def memory_is_short(error: RuntimeError) -> bool:
+    """Whether torch's allocator raised this error.
+
+    Then plain torch, which takes about as much, is not tried: what a call returns must not depend on how much is free.
+    """
+    return "memory" in str(error)
+
+
 def layers(
     way: str,
     input: Tensor,

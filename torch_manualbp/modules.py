@@ -96,7 +96,7 @@ class _Run:
         self.first = self.last = first  # linear layers [first, last) of the network belong to this run
         self.size = 0
         self.modules: list[nn.Module] = []
-        self.refused: list[Tensor | None] = []  # parameters for which our op raised an error and torch did not
+        self.refused: list[Tensor | None] = []  # parameters that torch broadcasts and our op does not take
         self.relu = False
         self.dropouts: list[tuple[int, nn.Dropout]] = []  # each after the ReLU of this layer of the run
         self.transparent = False  # whether there is a Dropout or an Identity
@@ -165,9 +165,10 @@ class _Run:
             return torch.relu(output) if self.relu else output
         try:
             return _compute.layers(way, input, weights, biases, self.relu, store, masks)
-        except RuntimeError as error:  # for example because a bias broadcasts
+        except RuntimeError as error:
             output = _instead(error, self._one_by_one, input)
-            self.refused = [*weights, *biases]
+            if any(map(broadcasts, weights, biases)):
+                self.refused = [*weights, *biases]
             return output
 
     def _one_by_one(self, input: Any) -> Any:
@@ -178,6 +179,8 @@ class _Run:
 
 def _instead(error: RuntimeError, plain: Callable[..., Any], *args: Any) -> Any:
     """The result of plain torch after our op raised `error`. If torch fails too, `error` is raised: it is clearer."""
+    if _compute.memory_is_short(error):
+        raise error
     try:
         return plain(*args)
     except Exception:
