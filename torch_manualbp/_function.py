@@ -11,31 +11,58 @@ from torch_manualbp._route import forward_mode, transforms_active
 # With a safe default, as in `_route`.
 _engine_executes: Callable[[Any], bool] = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
+SMALL = 1 << 19  # multiply-adds of the gradients of all weights: about 20 µs
 
-def asked_for(ctx: Any, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> Sequence[bool]:
+
+def asked_for(
+    ctx: Any,
+    arguments: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    shape: torch.Size,
+    weights: Sequence[Tensor],
+    first: int = 1,
+) -> Sequence[bool]:
     """Which of the gradients that `needs` allows will be used by this backward pass.
 
     ``backward(inputs=…)`` and ``autograd.grad`` may use only some, but the `needs` of a node do not say so: the other
     gradients would be computed and dropped.
 
+    Torch does not tell for a leaf that ``autograd.grad`` asks for: it raises an error, which takes 20 to 50 µs. In that
+    time all gradients of a small network are computed, so it counts all as used. In a larger one, if the first and the
+    last parameter are used, so are those between them.
+
     Args:
         ctx: of the node.
         arguments: the tensors (or None) that its forward was called with, in order.
         needs: which of them require a gradient.
+        shape: (…, D), of the input or the output.
+        weights: of the layers.
+        first: where the parameters begin in `arguments`.
     """
+    if shape[:-1].numel() * sum([weight.numel() for weight in weights]) < SMALL:
+        return needs
     edges = ctx.next_functions
     nodes = [node for node, _ in edges if node]
     executes, answers = list[bool](), map(_engine_executes, nodes)
     while len(executes) < len(nodes):
         try:
             executes.extend(answers)  # the usual case: 1 µs for 8 parameters
-        except RuntimeError:  # torch does not tell for a leaf under autograd.grad, and takes 50 µs to say so
-            executes.append(True)
+        except RuntimeError:
+            before = sum(argument is not None for argument in arguments[:first])
+            is_first = len(executes) == sum(node is not None for node, _ in edges[:before])
+            executes.extend([True] * (len(nodes) - len(executes) if is_first and _is_used(nodes[-1]) else 1))
     if all(executes):
         return needs
     answer = iter(executes)
     edge = iter([node is not None and next(answer) for node, _ in edges])
     return [argument is not None and next(edge) and need for argument, need in zip(arguments, needs, strict=True)]
+
+
+def _is_used(node: Any) -> bool:
+    try:
+        return _engine_executes(node)
+    except RuntimeError:
+        return True
 
 
 def refuse_capture(function: str) -> NoReturn:

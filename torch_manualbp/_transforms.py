@@ -240,7 +240,8 @@ class MLPUnderTransforms(_Node):
         call, tensors = ctx.call, ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
         if ctx.is_last:  # transforms ask only for what they use
-            needs = tuple(asked_for(ctx, tensors[: 1 + 2 * call.layers], needs))
+            arguments, (input, weights, _) = tensors[: 1 + 2 * call.layers], call.split(tensors)
+            needs = tuple(asked_for(ctx, arguments, needs, input.shape, weights))
         if not any(needs):
             return (None,) * given
         if is_legacy_batched(grad_output) or not func_applies():

@@ -49,7 +49,7 @@ class LinearReLUFunction(ManualFunction):
             return None, None, None
         input, weight, output = ctx.saved_tensors
         shape, *parameters = ctx.arguments
-        needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad)
+        needs = asked_for(ctx, (output, *parameters), ctx.needs_input_grad, shape, [ctx.weight])
         if backward_is_composed(grad_output):
             if backward_is_a_node(grad_output):
                 saved = (input, output.new_empty((0,)), output)
@@ -121,7 +121,8 @@ class MLPFunction(ManualFunction):
         layers = len(weights)
         input, output, *read = ctx.saved_tensors
         hidden, biases = (read.pop(0), ()) if store else (None, read[layers : 2 * layers])
-        needs = asked_for(ctx, (weights[0], *parameters), _of_tensors(ctx.needs_input_grad)[: 1 + 2 * layers])
+        allowed = _of_tensors(ctx.needs_input_grad)[: 1 + 2 * layers]
+        needs = asked_for(ctx, (weights[0], *parameters), allowed, shape, weights)
         dropout = (None if store else read[-1], *scales) if scales else ()
         if grad_output is None:  # a gradient of a gradient that reaches `hidden` but not the last layer
             needs = [need and i not in (layers, 2 * layers) for i, need in enumerate(needs)]
@@ -246,7 +247,7 @@ class MLPBackwardFunction(ManualFunction):
         arrives = [v is not None, *(by_weights[k] is not None or by_biases[k] is not None for k in range(layers))]
         lowest = arrives.index(True)  # the first c_k that is not zero
         arguments = (grad_output, input, hidden, output, *parameters)
-        asked = asked_for(ctx, arguments, ctx.needs_input_grad[4:])
+        asked = asked_for(ctx, arguments, ctx.needs_input_grad[4:], grad_output.shape, shapes, 4)
         wanted = [
             asked[0],
             asked[1] and by_weights[0] is not None,
