@@ -17,7 +17,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def eager(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tensor, list
     return output.detach(), list(torch.autograd.grad(F.mse_loss(output, target), list(model.parameters())))
 
 
-def ours(activations: str) -> Step:
+def ours(activations: Literal["store", "recompute"]) -> Step:
     """`MLP` in a memory mode."""
 
     def step(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[Tensor, list[Tensor]]:

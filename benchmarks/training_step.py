@@ -42,7 +42,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ def jax_jit(model: nn.Sequential, x: Tensor, target: Tensor) -> Step:
     return Step(lambda: process.run(1), process.results, process.run, process.close)
 
 
-def as_mlp(model: nn.Sequential, activations: str = "store") -> mbp.MLP:
+def as_mlp(model: nn.Sequential, activations: Literal["store", "recompute"] = "store") -> mbp.MLP:
     """An `mbp.MLP` with the same sizes and parameter values."""
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)], activations=activations)

@@ -2,6 +2,8 @@
 // was passed.
 #pragma once
 
+#include <algorithm>
+
 #include "tensor.h"
 
 namespace manualbp {
@@ -19,6 +21,13 @@ inline std::ostream& operator<<(std::ostream& out, const Name& n) {
 inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input) {
   MBP_CHECK(dtype_of(t) == dtype_of(input), op, ": `", name, "` must have the dtype of `input` (",
             dtype_name(dtype_of(input)), "), got ", dtype_name(dtype_of(t)));
+}
+
+// `input` is at fault, rather than the parameters, if those agree.
+inline void check_input_dtype(const char* op, const Tensor& input, Name name, const Tensor& weight) {
+  const char* const dtype = dtype_name(dtype_of(weight));
+  MBP_CHECK(dtype_of(input) == dtype_of(weight), op, ": `input` must have the dtype of `", name, "` (", dtype, "), got ",
+            dtype_name(dtype_of(input)), ": pass input.to(torch.", dtype, ")");
 }
 
 inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
@@ -44,7 +53,7 @@ inline void check_same_shape(const char* op, Name name, const Tensor& t, const s
 inline void check_layer(const char* op, const Tensor& input, const Tensor& weight) {
   MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
   MBP_CHECK(weight.dim() == 2, op, ": `weight` must be (out_features, in_features), got shape ", shape_of(weight));
-  check_dtype(op, {"weight"}, weight, input);
+  check_input_dtype(op, input, {"weight"}, weight);
   const int64_t features = input.size(input.dim() - 1);
   MBP_CHECK(weight.size(1) == features, op, ": `weight` has ", weight.size(1), " columns but `input` has ", features,
             " features (weight: ", shape_of(weight), ", input: ", shape_of(input), ")");
@@ -56,6 +65,11 @@ inline void check_network(const char* op, const Tensor& input, const std::vector
   MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
   MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
   int64_t features = input.size(input.dim() - 1);
+  const int32_t dtype = dtype_of(weights[0]);
+  if (dtype_of(input) != dtype &&
+      std::all_of(weights.begin(), weights.end(), [&](const Tensor& weight) { return dtype_of(weight) == dtype; })) {
+    check_input_dtype(op, input, {"weights", 0}, weights[0]);
+  }
   for (size_t k = 0; k < weights.size(); ++k) {
     const Tensor& weight = weights[k];
     const Name name{"weights", int64_t(k)};

@@ -45,11 +45,16 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_stacked_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor[] hidden,"
       " Tensor? output, bool[] needs) -> Tensor[]");
-  // The same, for gradients of gradients: before the others in the list, df_0 ... df_{K-2} one after another in a flat
-  // tensor, as `hidden` is; those below the lowest layer with a gradient asked for are not set.
+  // mlp_backward, of which gradients will be taken: before the others in the list, df_0 ... df_{K-2} one after another
+  // in a flat tensor, as `hidden` is; those below the lowest layer with a gradient asked for are not set.
   m.def(
       "mlp_backward_store(Tensor grad_output, Tensor input, Tensor[] weights, Tensor hidden, Tensor? output,"
       " bool[] needs, float[] scales=[]) -> Tensor[]");
+  // mlp_backward in the backward pass of a gradient of a gradient, where h_1 ... h_{K-1} have gradients of their own,
+  // flat as `hidden` is, which are added. Float64 and float32 only.
+  m.def(
+      "mlp_backward_further(Tensor grad_output, Tensor grad_hidden, Tensor input, Tensor[] weights, Tensor hidden,"
+      " Tensor? output, bool[] needs, float[] scales=[]) -> Tensor[]");
   // The backward pass of mlp_backward: given the gradients by its results (grad_dinput, ..., or None), those asked for
   // by needs = [grad_output, input, hidden, weights...], in this order. df: as mlp_backward_store stored it. (Computing
   // it again made a step with a gradient penalty 2 to 13 % slower.)
@@ -122,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("mlp_stacked", TORCH_BOX(&manualbp::mlp_stacked));
   m.impl("mlp_stacked_backward", TORCH_BOX(&manualbp::mlp_stacked_backward));
   m.impl("mlp_backward_store", TORCH_BOX(&manualbp::mlp_backward_store));
+  m.impl("mlp_backward_further", TORCH_BOX(&manualbp::mlp_backward_further));
   m.impl("mlp_double_backward", TORCH_BOX(&manualbp::mlp_double_backward));
   m.impl("mlp_loss", TORCH_BOX(&manualbp::mlp_loss));
   m.impl("flow_forward", TORCH_BOX(&manualbp::flow_forward));

@@ -216,6 +216,44 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(dtype):
         assert_equal(by_grad_output(rows), whole[rows])
 
 
+def further(call, needs=None):
+    """The first backward pass where the activations have gradients of their own, by the op and in plain torch."""
+    torch.manual_seed(1)
+    net, layers, leading = call.net, call.layers, call.net.input.shape[:-1]
+    needs = needs or [True] * (1 + 2 * layers)
+    grad_hidden = integers(*call.hidden.shape).to(call.hidden.dtype)
+    h, grad_h = (_ops.split_hidden(flat, net.input.shape, net.weights) for flat in (call.hidden, grad_hidden))
+    got = _ops.mlp_backward_further(
+        call.grad, grad_hidden, net.input, net.weights, call.hidden, call.output, needs, call.scales
+    )
+    want = reference.mlp_backward(call.grad, [net.input, *h], net.weights, call.output, grad_h, needs, call.scales)
+    assert leading == call.grad.shape[:-1]
+    return got, [each for each in (want.dinput, *want.dweights, *want.dbiases) if each is not None]
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+@pytest.mark.parametrize("leading", [(6,), (), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("sizes", [[3, 2], [4, 5, 1], [7, 1, 6, 3, 2], [3, 0, 2], [16, 32, 16]], ids=str)
+def test_gradients_of_activations_are_added(sizes, leading, final_relu):
+    for scales in ([], [2.0] * (len(sizes) - 2) + [0.0]):
+        assert_all_equal(*further(Call(integer_net(leading, sizes), final_relu, scales)))
+    frozen = [False] * (2 * len(sizes) - 3) + [False, True]
+    assert_all_equal(*further(Call(integer_net(leading, sizes), final_relu), frozen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", LARGE)
+def test_gradients_of_activations_are_added_in_large_networks(shape, dtype):
+    batch, sizes = LARGE[shape]
+    call = Call(integer_net(min(batch, 20_000), sizes, dtype))
+    for got, want in zip(*further(call), strict=True):
+        assert (got - want).abs().max() <= (0 if dtype == torch.float64 else 1e-5 * want.abs().max())
+    torch.set_num_threads(1)
+    alone = further(call)[0]
+    torch.set_num_threads(3)
+    assert_equal(further(call)[0], alone)
+
+
 ERRORS = {
     "hidden size": ({"hidden": torch.ones(3)}, r"`hidden` must have shape \(24,\), got \(3,\)"),
     "df size": ({"df": torch.ones(3)}, r"`df` must have shape \(24,\), got \(3,\)"),
@@ -243,11 +281,21 @@ def test_errors_name_the_argument(case):
         _ops.mlp_double_backward(**{**args, **changes})
 
 
+def test_errors_where_activations_have_gradients():
+    call = Call(integer_net(4, [5, 6, 2], torch.float32))
+    args = (call.net.input, call.net.weights, call.hidden, None, [True] * 5)
+    with pytest.raises(RuntimeError, match=r"mlp_backward_further: `grad_hidden` must have shape \(24,\), got \(23,\)"):
+        _ops.mlp_backward_further(call.grad, call.hidden[1:], *args)
+    with pytest.raises(RuntimeError, match="mlp_backward_further: `input` must be float64 or float32, got bfloat16"):
+        further(Call(integer_net(4, [5, 6, 2], torch.bfloat16)))
+
+
 @pytest.mark.parametrize("final_relu", [False, True])
 def test_opcheck(final_relu):
     call = Call(integer_net((2, 3), [5, 7, 4, 3]), final_relu)
     first = (call.grad, call.net.input, call.net.weights, call.hidden, call.output, [True, False] * 3 + [True], [])
     opcheck(_ops.mlp_backward_store, first)
+    opcheck(_ops.mlp_backward_further, (call.grad, call.df, *first[1:]))
     cotangents = (call.cotangents[0], [None, *call.cotangents[2:4]], [call.cotangents[4], None, None])
     for needs in ([True] * 6, [False, False, True, False, True, True]):
         opcheck(_ops.mlp_double_backward, (*first[:5], call.df, *cotangents, needs, []))
@@ -348,6 +396,8 @@ def test_a_penalty_runs_on_our_ops_alone(monkeypatch):
     assert ops == ["mlp", "mlp_backward_store", "mlp_double_backward"]
     ops = calls_of(lambda: gradients(mbp.mlp, net, with_the_loss))
     assert ops == ["mlp", "mlp_backward_store", "mlp_double_backward", "mlp_backward"]
+    ops = calls_of(lambda: gradients(mbp.mlp, net, of_everything))
+    assert ops == ["mlp", "mlp_backward_store", "mlp_double_backward", "mlp_backward_further"]
     with FlopCounterMode(display=False) as counter:
         gradients(mbp.mlp, net, of_the_input)
     counts = counter.get_flop_counts()["Global"]
@@ -431,11 +481,12 @@ def test_gradients_of_gradients_of_a_loss_run_on_our_ops(loss):
         assert_close(leaf.grad, other)
 
 
+@pytest.mark.parametrize("penalty", [of_the_input, of_everything])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_penalty_in_other_dtypes_is_as_near_as_plain_torchs(dtype):
-    net = normal_net(16, [8, 32, 32, 1], dtype)
-    exact = gradients(plain(mbp.mlp), net.map(lambda tensor: tensor.double()), of_the_input)
-    ours, eager = (gradients(each, net, of_the_input) for each in (mbp.mlp, plain(mbp.mlp)))
+def test_a_penalty_in_other_dtypes_is_as_near_as_plain_torchs(dtype, penalty):
+    net = normal_net(16, [8, 32, 32, 1], dtype).map(lambda tensor: tensor / 2)
+    exact = gradients(plain(mbp.mlp), net.map(lambda tensor: tensor.double()), penalty)
+    ours, eager = (gradients(each, net, penalty) for each in (mbp.mlp, plain(mbp.mlp)))
     for got, other, want in zip(ours, eager, exact, strict=True):
         if want is None:
             assert got is None

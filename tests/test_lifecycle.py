@@ -356,6 +356,7 @@ calls = {
     "mlp_backward": lambda: _ops.mlp_backward(output, input, weights, biases, hidden, output, needs),
     "mlp_backward, again": lambda: _ops.mlp_backward(output, input, weights, biases, None, None, needs),
     "mlp_backward_store": lambda: _ops.mlp_backward_store(output, input, weights, hidden, output, needs),
+    "mlp_backward_further": lambda: _ops.mlp_backward_further(output, hidden, input, weights, hidden, output, needs),
     "mlp_double_backward": lambda: _ops.mlp_double_backward(
         output, input, weights, hidden, output, hidden, input, weights, biases, needs),
     "mlp_loss": lambda: _ops.mlp_loss(input, classes, weights, biases, *loss, False),

@@ -4,13 +4,24 @@ The ops check shapes and dtypes themselves (csrc/checks.h), where it costs nothi
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ACTIVATION_MODES = ("store", "recompute")
 REDUCTIONS = ("mean", "sum")
+
+Activations = Literal["store", "recompute"]
+Reduction = Literal["mean", "sum"]
+LossName = Literal["mse", "cross_entropy", "bce_with_logits"]
+
+
+def name_call(error: Exception, call: str) -> None:
+    """Lets the message of an error begin with what the user called, instead of the function or op that raised it."""
+    name, colon, message = str(error).partition(": ")
+    if colon and name in ("linear_relu", "mlp", "mlp_dropout", "mlp_loss"):
+        error.args = (f"{call}: {message}",)
 
 
 def check_tensor(op: str, name: str, value: Any, *, optional: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import _graph, _ops, _transforms, reference
-from torch_manualbp._checks import check_layers, check_tensor
+from torch_manualbp._checks import Activations, check_layers, check_tensor
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import FUNC, GRAPH, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
@@ -105,7 +105,7 @@ def run_layers(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     final_relu: bool = False,
-    activations: str = "store",
+    activations: Activations = "store",
 ) -> Tensor:
     """`mlp`, with a ReLU after the last layer too if `final_relu`: what the backend puts into a graph."""
     check_tensor("mlp", "input", input)

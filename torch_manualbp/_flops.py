@@ -104,6 +104,10 @@ def _mlp_backward_store(
     return _backward(input, weights, needs)
 
 
+def _mlp_backward_further(grad_output: _Shape, grad_hidden: _Shape, *rest: Any, **kwargs: Any) -> int:
+    return _mlp_backward_store(grad_output, *rest, **kwargs)
+
+
 def _mlp_double_backward(grad_output: _Shape, input: _Shape, weights: Sequence[_Shape], *rest: Any, **kw: Any) -> int:
     _, _, _, by_input, by_weights, by_biases, needs = rest[:7]
     last = max([k for k in range(len(weights)) if needs[3 + k]], default=0)  # a_k is needed below it
@@ -132,6 +136,7 @@ _FORMULAS = {
     _ops.mlp_stacked: _mlp_stacked,
     _ops.mlp_stacked_backward: _mlp_stacked_backward,
     _ops.mlp_backward_store: _mlp_backward_store,
+    _ops.mlp_backward_further: _mlp_backward_further,
     _ops.mlp_double_backward: _mlp_double_backward,
     _ops.mlp_loss: _mlp_loss,
 }

@@ -1,5 +1,6 @@
 """The base class of our autograd Functions, and what their backward passes ask of torch's engine."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -39,7 +40,8 @@ def asked_for(
         weights: of the layers.
         first: where the parameters begin in `arguments`.
     """
-    if shape[:-1].numel() * sum([weight.numel() for weight in weights]) < SMALL:
+    rows = math.prod(shape[:-1])
+    if type(rows) is int and rows * sum([weight.numel() for weight in weights]) < SMALL:  # else, torch.compile: symbolic
         return needs
     edges = ctx.next_functions
     nodes = [node for node, _ in edges if node]

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from torch_manualbp import _ops
-from torch_manualbp._checks import REDUCTIONS, check_choice
+from torch_manualbp._checks import REDUCTIONS, LossName, check_choice
 
 # The loss of one example: a name in `LOSSES`, or a function of its output (D_K,) and its target.
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 
 IGNORE_INDEX = -100  # torch's default
 
@@ -117,6 +117,10 @@ class LossSpec:
         check_choice("mlp_loss", "reduction", self.reduction, REDUCTIONS)
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"mlp_loss: `label_smoothing` must be between 0 and 1, got {self.label_smoothing}")
+        if self.label_smoothing and not LOSSES[self.name].of_classes:
+            raise ValueError(
+                f"mlp_loss: `label_smoothing` is for 'cross_entropy', got {self.label_smoothing} with {self.name!r}"
+            )
         loss = LOSSES[self.name]
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "of", loss.by_torch(self.reduction, self.ignore_index, self.label_smoothing))

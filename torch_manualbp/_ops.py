@@ -60,6 +60,7 @@ mlp_dropout_backward = torch.ops.manualbp.mlp_dropout_backward.default
 mlp_stacked = torch.ops.manualbp.mlp_stacked.default
 mlp_stacked_backward = torch.ops.manualbp.mlp_stacked_backward.default
 mlp_backward_store = torch.ops.manualbp.mlp_backward_store.default
+mlp_backward_further = torch.ops.manualbp.mlp_backward_further.default
 mlp_double_backward = torch.ops.manualbp.mlp_double_backward.default
 mlp_loss = torch.ops.manualbp.mlp_loss.default
 flow_forward = torch.ops.manualbp.flow_forward.default
@@ -79,8 +80,8 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward",
-    "mlp_stacked", "mlp_stacked_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward",
-    "flow_backward", "flow_update", "update", "keep", "train",
+    "mlp_stacked", "mlp_stacked_backward", "mlp_backward_store", "mlp_backward_further", "mlp_double_backward",
+    "mlp_loss", "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -97,7 +98,7 @@ def _negated(name: str) -> Callable[..., Any]:
 
 for _name in (
     "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked", "mlp_stacked_backward",
-    "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
 ):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
 
@@ -251,6 +252,22 @@ def _(
     made = {"hidden": hidden, "output": output}
     _check_devices("mlp_backward_store", grad_output=grad_output, input=input, weights=weights, **made)
     return [hidden.new_empty(hidden.shape), *_needed_like(input, weights, needs)]
+
+
+@_fake("mlp_backward_further")
+def _(
+    grad_output: Tensor,
+    grad_hidden: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    hidden: Tensor,
+    output: Tensor | None,
+    needs: Sequence[bool],
+    scales: Sequence[float] = (),
+) -> list[Tensor]:
+    made = {"grad_hidden": grad_hidden, "hidden": hidden, "output": output}
+    _check_devices("mlp_backward_further", grad_output=grad_output, input=input, weights=weights, **made)
+    return _needed_like(input, weights, needs)
 
 
 @_fake("mlp_double_backward")

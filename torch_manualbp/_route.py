@@ -335,6 +335,11 @@ def backward_is_a_node(grad_output: Tensor) -> bool:
     )
 
 
+def backward_adds(grad_hidden: Tensor) -> bool:
+    """Whether the kernels of a backward pass add gradients of the activations: on the CPU, in float64 and float32."""
+    return grad_hidden.is_cpu and grad_hidden.dtype in (torch.float64, torch.float32)
+
+
 _has_bfloat16_units: bool = any(
     getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 )

@@ -17,7 +17,7 @@ from torch_manualbp import _ops, reference
 from torch_manualbp._function import ManualFunction, asked_for, refuse_capture
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._ops import masks_of, split_hidden
-from torch_manualbp._route import backward_is_a_node, backward_is_composed
+from torch_manualbp._route import backward_adds, backward_is_a_node, backward_is_composed
 
 
 class LinearReLUFunction(ManualFunction):
@@ -144,9 +144,14 @@ class MLPFunction(ManualFunction):
             saved, (dropped,) = (input, hidden, output), scales or ((),)
             spread = MLPBackwardFunction.of(grad_output, saved, needs, dropped, weights, read[:layers], parameters)
             return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
+        if grad_output is None:
+            grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
+        if grad_hidden is not None and not is_composed and backward_adds(grad_hidden):
+            h_0 = _stand_in(weights[0], shape) if input is None else input
+            arguments = (grad_output, grad_hidden.contiguous(), h_0, weights, hidden, output, needs, *scales)
+            spread = _spread(needs, _ops.mlp_backward_further(*arguments))
+            return spread[0], None, None, None, *spread[1:], *[None] * len(dropout)
         if grad_hidden is not None or is_composed:
-            if grad_output is None:
-                grad_output = weights[0].new_zeros((*shape[:-1], weights[-1].shape[0]))
             in_graph = _connected(parameters[:layers], read[:layers])
             if hidden is None:
                 masks = masks_of(dropout, shape, weights, input.dtype)

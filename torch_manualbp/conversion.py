@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim import Optimizer
 
-from torch_manualbp._checks import check_activations
+from torch_manualbp._checks import Activations, check_activations
 from torch_manualbp._forwards import WrittenForward, mentions_relu, written_forward
 from torch_manualbp._forwards import remove as remove_site
 from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
@@ -30,10 +30,10 @@ _O = TypeVar("_O", bound=Optimizer)
 
 
 @overload
-def fuse(module: _M, *, activations: str = "store") -> _M: ...
+def fuse(module: _M, *, activations: Activations = "store") -> _M: ...
 @overload
 def fuse(module: _O) -> _O: ...
-def fuse(module: Any, *, activations: str = "store") -> Any:
+def fuse(module: Any, *, activations: Activations = "store") -> Any:
     """Computes a model's runs of Linear / ReLU, or an optimizer's step, fused from now on; in place.
 
     In **a model**, the class of every Sequential and of every module with a forward of its own changes, to a subclass.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from torch_manualbp import _compute
-from torch_manualbp._checks import check_activations, check_layers, check_tensor
+from torch_manualbp._checks import Activations, LossName, Reduction, check_activations, check_layers, check_tensor
 from torch_manualbp._losses import loss_spec
 from torch_manualbp._route import GRAPH, KERNELS, TORCH, broadcasts, route, target_is_ours
 
@@ -56,7 +56,7 @@ def mlp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
-    activations: str = "store",
+    activations: Activations = "store",
 ) -> Tensor:
     """A ReLU network, linear → ReLU → … → linear, as one call and one autograd node.
 
@@ -102,8 +102,8 @@ def mlp_loss(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
     *,
-    loss: str = "mse",
-    reduction: str = "mean",
+    loss: LossName = "mse",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:

@@ -5,10 +5,10 @@ the computation of the forward pass differs: it finds the runs of layers (`_Run`
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from operator import is_
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from torch_manualbp import _compute, _distributed
-from torch_manualbp._checks import check_activations
+from torch_manualbp._checks import Activations, LossName, Reduction, check_activations, name_call
 from torch_manualbp._gradients import ADDING, accumulate, unwatched
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp._route import (
@@ -166,6 +166,7 @@ class _Run:
         try:
             return _compute.layers(way, input, weights, biases, self.relu, store, masks)
         except RuntimeError as error:
+            name_call(error, type(network).__name__)
             output = _instead(error, self._one_by_one, input)
             if any(map(broadcasts, weights, biases)):
                 self.refused = [*weights, *biases]
@@ -503,7 +504,7 @@ class MLP(FusedForward):
 
     Raises:
         ValueError: fewer than two sizes, a negative one, or an unknown `activations`.
-        TypeError: a size is not an int.
+        TypeError: `sizes` is not one list, or a size is not an int.
         RuntimeError: in forward, if the input's shape, dtype or device does not fit.
 
     Example:
@@ -519,21 +520,24 @@ class MLP(FusedForward):
     def __init__(
         self,
         sizes: Sequence[int],
-        *,
+        *others: int,
         bias: bool = True,
-        activations: str = "store",
+        activations: Activations = "store",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_activations("MLP", activations)
+        if others or not isinstance(sizes, Iterable):
+            given = ", ".join(map(repr, (sizes, *others)))
+            raise TypeError(f"MLP: `sizes` must be one list of all widths, as in MLP([4, 8, 3]), got MLP({given})")
         sizes = list(sizes)
+        for size in sizes:
+            if not isinstance(size, SupportsIndex) or isinstance(size, (bool, Tensor)):
+                raise TypeError(f"MLP: `sizes` must hold ints, got {size!r}")
+            if size.__index__() < 0:
+                raise ValueError(f"MLP: `sizes` must not be negative, got {size}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: `sizes` must hold at least an input and an output width, got {sizes}")
-        for size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"MLP: `sizes` must hold ints, got {size!r}")
-            if size < 0:
-                raise ValueError(f"MLP: `sizes` must not be negative, got {size}")
         layers: list[nn.Module] = []
         for d_in, d_out in pairwise(sizes):
             layers += [nn.Linear(d_in, d_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
@@ -541,12 +545,12 @@ class MLP(FusedForward):
         self.activations = activations
 
     @property
-    def activations(self) -> str:
+    def activations(self) -> Activations:
         """The memory mode, "store" or "recompute"; may be set at any time."""
-        return self._manualbp_activations
+        return cast(Activations, self._manualbp_activations)
 
     @activations.setter
-    def activations(self, value: str) -> None:
+    def activations(self, value: Activations) -> None:
         check_activations("MLP", value)
         self.__dict__["_manualbp_activations"] = value
 
@@ -554,8 +558,8 @@ class MLP(FusedForward):
         self,
         input: Tensor,
         target: Tensor,
-        loss: str = "mse",
-        reduction: str = "mean",
+        loss: LossName = "mse",
+        reduction: Reduction = "mean",
         *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
@@ -568,14 +572,18 @@ class MLP(FusedForward):
             >>> model[0].weight.grad.shape
             torch.Size([8, 4])
         """
-        return loss_of(self, input, target, loss_spec(loss, reduction, ignore_index, label_smoothing))
+        try:
+            return loss_of(self, input, target, loss_spec(loss, reduction, ignore_index, label_smoothing))
+        except (ValueError, RuntimeError) as error:
+            name_call(error, "MLP.loss")
+            raise
 
     def loss_backward(
         self,
         input: Tensor,
         target: Tensor,
-        loss: str = "mse",
-        reduction: str = "mean",
+        loss: LossName = "mse",
+        reduction: Reduction = "mean",
         *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
@@ -597,16 +605,20 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[2].bias.grad.shape
             (False, torch.Size([1]))
         """
-        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        return loss_backward(self, input, target, spec, "MLP.loss_backward")
+        try:
+            spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+            return loss_backward(self, input, target, spec, "MLP.loss_backward")
+        except (ValueError, RuntimeError) as error:
+            name_call(error, "MLP.loss_backward")
+            raise
 
     def train_step(
         self,
         input: Tensor,
         target: Tensor,
         optimizer: Any,
-        loss: str = "mse",
-        reduction: str = "mean",
+        loss: LossName = "mse",
+        reduction: Reduction = "mean",
         *,
         max_grad_norm: float | None = None,
         ignore_index: int = -100,
@@ -621,8 +633,12 @@ class MLP(FusedForward):
             >>> value.requires_grad, model[0].weight.grad
             (False, None)
         """
-        spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-        return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
+        try:
+            spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
+            return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
+        except (ValueError, RuntimeError) as error:
+            name_call(error, "MLP.train_step")
+            raise
 
     def __getitem__(self, idx: Any) -> Any:
         """A child, or for a slice an ``nn.Sequential`` of the children in it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_manualbp._arithmetic import widest_dtype
-from torch_manualbp._checks import check_choice, check_module, check_tensor
+from torch_manualbp._checks import LossName, Reduction, check_choice, check_module, check_tensor
 from torch_manualbp._losses import IGNORE_INDEX, LOSSES, LossSpec, loss_spec
 from torch_manualbp._steps import LossFunction, Steps, batch_of
 from torch_manualbp.modules import FusedForward, loss_of, whole_network
@@ -29,8 +29,8 @@ def train_step(
     input: Tensor,
     target: Tensor,
     optimizer: torch.optim.Optimizer,
-    loss: str | LossFunction = "mse",
-    reduction: str = "mean",
+    loss: LossName | LossFunction = "mse",
+    reduction: Reduction = "mean",
     *,
     max_grad_norm: float | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -237,7 +237,7 @@ def fit(
     target: Tensor,
     optimizer: torch.optim.Optimizer,
     *,
-    loss: str | LossFunction = "mse",
+    loss: LossName | LossFunction = "mse",
     epochs: int = 1,
     batch_size: int = 32,
     shuffle: bool = True,

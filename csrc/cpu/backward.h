@@ -134,12 +134,17 @@ class BackwardPass {
     const T* output;
   };
 
-  // recomputed: the number of layers whose activations the pass computes itself. df: where df_0 ... df_{K-2} are stored,
-  // one after another as activations are, or nullptr. `net` and `grads` must outlive the pass.
-  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads, T* df = nullptr)
+  // What a gradient of a gradient reads and adds, each one layer after another as activations are, or nullptr.
+  struct Second {
+    T* df = nullptr;             // where df_0 ... df_{K-2} are stored
+    const T* further = nullptr;  // added to the gradients of h_1 ... h_{K-1}; not in half precision
+  };
+
+  // recomputed: the number of layers whose activations the pass computes itself. `net` and `grads` must outlive the pass.
+  BackwardPass(Network<T>& net, size_t recomputed, const Gradients<T>& grads, Second second = {})
       : net_(net),
         grads_(grads),
-        df_(df),
+        second_(second),
         plan_(plan(net, recomputed, grads)),
         workspaces_(net.plan.threads * plan_.workspace),
         workers_(workspaces_.data, plan_.workspace, net.plan.threads),
@@ -212,10 +217,10 @@ class BackwardPass {
         weight_gradient<T>(df, h, domega, accumulate, plan_.unit_rows, workers);
       }
       if (k > size_t(plan_.lowest)) {
-        T* const below = df_                     ? Activations{df_, net_.plan.batch, first}.at(net_, k)
-                         : df.data == buffers[0] ? buffers[1]
-                                                 : buffers[0];
-        hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers);
+        T* const other = df.data == buffers[0] ? buffers[1] : buffers[0];
+        T* const below = second_.df ? Activations{second_.df, net_.plan.batch, first}.at(net_, k) : other;
+        hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers,
+                           further(k, first));
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
         input_gradient<T>(df, layer, grads_.input + first * layer.d_in(), workers);
@@ -248,7 +253,7 @@ class BackwardPass {
       }
       for (size_t k = layers - 1; k > lowest; --k) {
         hidden_gradient<T>(gradient, net_.layers[k], activations.at(net_, k), net_.layers[k - 1].scale, df_rows(k - 1),
-                           nullptr, alone);
+                           nullptr, alone, further(k, first));
         gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, net_.layers[k].d_in());
       }
       if (T* const out = grads_.input) {
@@ -256,6 +261,11 @@ class BackwardPass {
       }
     });
     if (whole.data) all_.df[layers - 1] = whole;
+  }
+
+  const T* further(size_t k, int64_t first) const {
+    if (!second_.further) return nullptr;
+    return Activations{const_cast<T*>(second_.further), net_.plan.batch, first}.at(net_, k);
   }
 
   // Short, parallel region 2: each thread computes its part of every d(Omega_k), and some of the d(beta_k).
@@ -286,7 +296,8 @@ class BackwardPass {
   void place_all_rows() {
     const int64_t batch = net_.plan.batch;
     for (size_t k = 0; k < net_.layers.size(); ++k) {
-      T* const df = (df_ && k + 1 < net_.layers.size() ? df_ : memory_.data) + batch * net_.plan.layers[k].start;
+      T* const df =
+          (second_.df && k + 1 < net_.layers.size() ? second_.df : memory_.data) + batch * net_.plan.layers[k].start;
       all_.df.push_back(Matrix<const T>::contiguous(df, batch, net_.layers[k].d_out()));
     }
     if (plan_.recomputed) all_.hidden = memory_.data + batch * (net_.plan.hidden + net_.plan.top);
@@ -299,7 +310,7 @@ class BackwardPass {
 
   Network<T>& net_;
   const Gradients<T>& grads_;
-  T* df_;
+  Second second_;
   BackwardPlan plan_;
   Buffer<char> workspaces_;
   Workers workers_;
@@ -310,11 +321,11 @@ class BackwardPass {
 };
 
 // The backward pass from the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they
-// are computed again. output: what forward returned if a ReLU ended it, else nullptr. df: see BackwardPass.
+// are computed again. output: what forward returned if a ReLU ended it, else nullptr.
 template <typename T>
 void backward(Network<T>& net, Matrix<const T> input, const T* hidden, bool recompute, Matrix<const T> grad_output,
-              const T* output, const Gradients<T>& grads, T* df = nullptr) {
-  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads, df);
+              const T* output, const Gradients<T>& grads, typename BackwardPass<T>::Second second = {}) {
+  BackwardPass<T> pass(net, recompute ? net.layers.size() - 1 : 0, grads, second);
   if (!pass.has_results()) return;
   pass.run(input, hidden, [&](int64_t first, int64_t count, T*) -> typename BackwardPass<T>::Top {
     return {rows_of(grad_output, first, count), output ? output + first * net.plan.top : nullptr};

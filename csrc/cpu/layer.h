@@ -313,26 +313,29 @@ void copy(Matrix<const T> from, T* to, const Workers& workers) {
   masked_pass<T>(from, nullptr, to, nullptr, workers);
 }
 
-// df_{k-1} (B, D_k) = scale I[h_k > 0] . (df_k Omega_k), contiguous, and d(beta_{k-1}) (D_k) += its column sums, or
-// nullptr. scale: of layer k-1.
+// df_{k-1} (B, D_k) = scale I[h_k > 0] . (df_k Omega_k + further), contiguous, and d(beta_{k-1}) (D_k) += its column
+// sums, or nullptr. scale: of layer k-1. further: a gradient of h_k that is added, contiguous, not in half precision, or
+// nullptr.
 // On one thread, mask and sums are applied while the product is in registers, if D_k is a multiple of the tile: a pass
 // of their own takes 3 % of a step of 32-64-64-64-64-16. Tiles that overhang took 40 % longer than that pass (48 wide),
 // and a scale in the tile costs every product registers.
 template <typename T>
 void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, accumulator_t<T> scale, T* df_below,
-                     double* dbeta, const Workers& workers) {
+                     double* dbeta, const Workers& workers, const T* further = nullptr) {
   const auto& omega = layer.omega;
+  if (further) copy<T>(Matrix<const T>::contiguous(further, df.rows, omega.cols), df_below, workers);
+  auto p = product<T>(df, omega, df_below, omega.cols);
+  p.packed_b = layer.packed;
+  p.accumulate = further;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
     if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0 && scale == 1) {
-      auto p = product<T>(df, omega, df_below, omega.cols);
-      p.packed_b = layer.packed;
       p.mask = h;
       p.mask_m = omega.cols;
       p.column_sum = dbeta;
       return gemm<T>(p, workers);
     }
   }
-  input_gradient<T>(df, layer, df_below, workers);
+  gemm<T>(p, workers);
   relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers, scale);
 }
 

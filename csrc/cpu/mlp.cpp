@@ -36,11 +36,12 @@ std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& input, const st
 }
 
 // biases: may be left out if `hidden` is given, since they are needed only to recompute. store_df: the first of the
-// results is df_0 ... df_{K-2}, flat.
+// results is df_0 ... df_{K-2}, flat. grad_hidden: see mlp_backward_further.
 std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Tensor& input,
                              const std::vector<Tensor>& weights, std::vector<std::optional<Tensor>> biases,
                              const std::optional<Tensor>& hidden, const std::optional<Tensor>& output,
-                             const std::vector<bool>& needs, const DropoutArguments& dropout, bool store_df = false) {
+                             const std::vector<bool>& needs, const DropoutArguments& dropout, bool store_df = false,
+                             const std::optional<Tensor>& grad_hidden = {}) {
   if (hidden) biases.resize(weights.size());
   check_network(op, input, weights, biases);
   check_backward(op, input, weights.back().size(0), grad_output, output);
@@ -51,12 +52,22 @@ std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Te
     auto net = network<T>(h.rows, weights, biases, output.has_value());
     set_dropout(op, net, dropout.kept, dropout.scales, /*needs_masks=*/!hidden);
     if (hidden) check_stored(op, {"hidden"}, *hidden, net.hidden_size(), input);
+    typename BackwardPass<T>::Second second;
+    if (grad_hidden) {
+      check_stored(op, {"grad_hidden"}, *grad_hidden, net.hidden_size(), input);
+      MBP_CHECK(sizeof(T) == sizeof(accumulator_t<T>), op, ": `input` must be float64 or float32, got ",
+                dtype_name(dtype_of(input)));
+      second.further = const_data<T>(*grad_hidden);
+    }
     std::vector<Tensor> asked;
-    if (store_df) asked.push_back(pooled({net.hidden_size()}, dtype_of(input)));
-    T* const df = store_df ? data<T>(asked[0]) : nullptr;
+    if (store_df) {
+      asked.push_back(pooled({net.hidden_size()}, dtype_of(input)));
+      second.df = data<T>(asked[0]);
+    }
     const auto grads = allocate_gradients<T>(op, input, weights, needs, /*flat=*/false, asked);
     manualbp::backward<T>(net, h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
-                          as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads, df);
+                          as_matrix<T>(grad_output, keep_grad), output ? const_data<T>(*output) : nullptr, grads,
+                          second);
     return asked;
   });
 }
@@ -86,6 +97,13 @@ std::vector<Tensor> mlp_dropout_backward(Tensor grad_output, Tensor input, std::
                                          std::optional<Tensor> kept, std::vector<double> scales) {
   return backward("mlp_dropout_backward", grad_output, input, weights, std::move(biases), hidden, output, needs,
                   {std::move(kept), std::move(scales)});
+}
+
+std::vector<Tensor> mlp_backward_further(Tensor grad_output, Tensor grad_hidden, Tensor input,
+                                         std::vector<Tensor> weights, Tensor hidden, std::optional<Tensor> output,
+                                         std::vector<bool> needs, std::vector<double> scales) {
+  return backward("mlp_backward_further", grad_output, input, weights, {}, hidden, output, needs,
+                  {std::nullopt, std::move(scales)}, /*store_df=*/false, grad_hidden);
 }
 
 std::vector<Tensor> mlp_backward_store(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,

@@ -45,6 +45,10 @@ std::vector<Tensor> mlp_backward_store(Tensor grad_output, Tensor input, std::ve
                                        std::optional<Tensor> output, std::vector<bool> needs,
                                        std::vector<double> scales);
 
+std::vector<Tensor> mlp_backward_further(Tensor grad_output, Tensor grad_hidden, Tensor input,
+                                         std::vector<Tensor> weights, Tensor hidden, std::optional<Tensor> output,
+                                         std::vector<bool> needs, std::vector<double> scales);
+
 std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights, Tensor hidden,
                                         std::optional<Tensor> output, Tensor df, std::optional<Tensor> grad_dinput,
                                         std::vector<std::optional<Tensor>> grad_dweights,

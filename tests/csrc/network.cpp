@@ -142,7 +142,7 @@ bool check_double_backward(const Case<T>& c, const Exact<T>& output, const Exact
       Results<T> once(c), stored(c);
       Exact<T> df(hidden.size);
       backward<T>(net, input, hidden.data, false, end, mask, once.gradients);
-      backward<T>(net, input, hidden.data, false, end, mask, stored.gradients, df.data);
+      backward<T>(net, input, hidden.data, false, end, mask, stored.gradients, {df.data});
       if (!stored.equals(once)) return false;
       auto results = std::make_unique<SecondResults<T>>(c, from);
       DoubleBackwardPass<T>(net, from, results->gradients).run(input, hidden.data, df.data, end, mask);

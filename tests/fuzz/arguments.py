@@ -24,8 +24,8 @@ __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked",
-    "mlp_stacked_backward", "mlp_backward_store", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
-    "flow_update", "update", "train",
+    "mlp_stacked_backward", "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss",
+    "flow_forward", "flow_backward", "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
 
@@ -154,7 +154,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "steps": {"too many": lambda v: v + 1, "zero": lambda v: 0, "text": lambda v: "1", "missing": lambda v: None},
     "batch_size": {"zero": lambda v: 0, "negative": lambda v: -1, "text": lambda v: "1"},
     "scales": {
-        "shorter": lambda v: v[:-1],
+        "shorter": lambda v: v[:-1] or [1.0, 1.0],  # none at all is no dropout
         "longer": lambda v: [*v, 0.0],
         "negative": lambda v: [-1e-9, *v[1:]],
         "nan": lambda v: [float("nan"), *v[1:]],
@@ -222,6 +222,9 @@ def _places(case: Case) -> list[str]:
         "mlp_stacked": ["input", *network, "store"],
         "mlp_stacked_backward": [*backward, *(f"hidden[{k}]" for k in layers[1:])],
         "mlp_backward_store": ["grad_output", "input", *network[: len(layers)], "hidden", "output", "needs"],
+        "mlp_backward_further": [
+            *("grad_output", "grad_hidden", "input", *network[: len(layers)], "hidden", "output", "needs")
+        ],
         "mlp_double_backward": [
             *("grad_output", "input", *network[: len(layers)], "hidden", "output", "df", "grad_dinput", "needs"),
             *(f"{name}[{k}]" for name in ("grad_dweights", "grad_dbiases") for k in layers),
@@ -275,11 +278,13 @@ def _valid(case: Case) -> dict[str, Any]:
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
         dropout = _dropout(case) if case.op == "mlp_dropout_backward" else {}
         return {**parameters, **kept, "needs": needs, **dropout}
-    if case.op in ("mlp_backward_store", "mlp_double_backward"):
+    if case.op in ("mlp_backward_store", "mlp_backward_further", "mlp_double_backward"):
         stored = {"hidden": hidden, "output": output if case.final_relu else None}
         first = {"grad_output": grad, "input": input, "weights": net.weights, **stored, "needs": needs}
         if case.op == "mlp_backward_store":
             return first
+        if case.op == "mlp_backward_further":
+            return {**first, "grad_hidden": hidden * 2}
         like = [weight * 2 for weight in net.weights]
         cotangents = {"grad_dinput": tall(net.input * 2), "grad_dweights": like, "grad_dbiases": net.biases}
         return {**first, "df": hidden * 2, **cotangents, "needs": [True] * (3 + len(net.weights))}
@@ -426,6 +431,7 @@ def _largest_result(case: Case) -> int:
         "mlp_stacked": [2 * output, 2 * hidden * case.stored],
         "mlp_stacked_backward": [2 * input],
         "mlp_backward_store": [input, hidden],
+        "mlp_backward_further": [input],
         "mlp_double_backward": [input, hidden, output],
         # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],

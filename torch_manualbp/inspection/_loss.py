@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_manualbp._checks import REDUCTIONS, check_choice, check_tensor
+from torch_manualbp._checks import REDUCTIONS, LossName, Reduction, check_choice, check_tensor
 from torch_manualbp._losses import LOSSES, LossSpec, check_target
 
-LossFunction = str | Callable[[Tensor, Any], Tensor]
+LossFunction = LossName | Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TracedLoss:
     """
 
     function: LossFunction
-    reduction: str
+    reduction: Reduction
 
     def __post_init__(self) -> None:
         check_choice("trace", "reduction", self.reduction, REDUCTIONS)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._checks import check_tensor
+from torch_manualbp._checks import Reduction, check_tensor
 from torch_manualbp._layers import Layer, layers_of, runs_of
 from torch_manualbp._ops import split_hidden
 from torch_manualbp._route import KERNELS, route
@@ -150,7 +150,9 @@ class Trace:
         )
 
 
-def trace(model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "mse", reduction: str = "sum") -> Trace:
+def trace(
+    model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "mse", reduction: Reduction = "sum"
+) -> Trace:
     """All intermediate quantities of one forward and one backward pass, computed by the kernels that train the model.
 
     The lecture's two passes: f_k = β_k + Ω_k h_k and h_{k+1} = a[f_k] up to the losses ℓ_i; then ∂ℓ_i/∂f_k and
