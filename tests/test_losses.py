@@ -496,6 +496,7 @@ ERRORS = {
     "unknown loss": ((X, Y, [W]), {"loss": "l1"}, ValueError, "`loss` must be one of 'mse', .*, got 'l1'"),
     "unknown reduction": ((X, Y, [W]), {"reduction": "none"}, ValueError, "`reduction` must be one of .*, got 'none'"),
     "smoothing": ((X, Y, [W]), {"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be .*, got 1.5"),
+    "smoothing of no classes": ((X, Y, [W]), {"label_smoothing": 0.1}, ValueError, "is for 'cross_entropy'.* with 'mse'"),
     "target type": ((X, [1], [W]), {}, TypeError, "`target` must be a Tensor, got list"),
     "target shape": ((X, Y[:, :3], [W]), {}, RuntimeError, r"`target` must have shape \(2, 4\), got \(2, 3\)"),
     "class too large": ((X, torch.tensor([1, 4]), [W]), CLASSES, IndexError, "class 4 at row 1.* 4 classes"),

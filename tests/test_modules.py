@@ -6,6 +6,7 @@ import itertools
 import pickle
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -436,6 +437,47 @@ def test_parameters_that_share_a_tensor_get_the_sum_of_their_gradients():
     assert_same_step(ours, theirs, integers(7, 4))
 
 
+def test_sizes_given_one_by_one_are_named():
+    with pytest.raises(TypeError, match=r"as in MLP\(\[4, 8, 3\]\), got MLP\(4, 8, 3\)"):
+        mbp.MLP(4, 8, 3)
+
+
+def test_sizes_may_be_integers_of_numpy():
+    model = mbp.MLP(np.array([4, 8, 3]))
+    assert model(torch.ones(2, 4)).shape == (2, 3)
+    assert repr(model) == repr(mbp.MLP([4, 8, 3]))
+
+
+X, Y = torch.ones(2, 4), torch.ones(2, 3)
+CALLS = {
+    "MLP": lambda model, x, y: model(x),
+    "MLP.loss": lambda model, x, y: model.loss(x, y),
+    "MLP.loss_backward": lambda model, x, y: model.loss_backward(x, y),
+    "MLP.train_step": lambda model, x, y: model.train_step(x, y, torch.optim.SGD(model.parameters(), 0.1)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_messages_begin_with_what_was_called(call):
+    model, run = mbp.MLP([4, 8, 3]), CALLS[call]
+    with pytest.raises(RuntimeError, match=rf"^{call}: `weights\[0\]` has 4 columns but `input` has 3 features"):
+        run(model, X[:, :3], Y)
+    if call == "MLP":
+        with pytest.raises(RuntimeError, match=r"^FusedSequential: `weights\[0\]` has 4 columns"):
+            mbp.fuse(plain_network([4, 8, 3]))(X[:, :3])
+        return
+    with pytest.raises(RuntimeError, match=rf"^{call}: `target` must have shape"):
+        run(model, X, Y[:, :2])
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_an_input_of_another_dtype_is_told_with_the_cure(call, dtype):
+    with pytest.raises(RuntimeError, match=r"`input` .* \(float32\), got \w+: pass input.to\(torch.float32\)") as told:
+        CALLS[call](mbp.MLP([4, 8, 3]), X.to(dtype), Y)
+    assert str(told.value).startswith("MLP")
+
+
 def test_functional_call_replaces_parameters():
     model, input = mbp.MLP([4, 5, 3]), torch.randn(2, 4)
     other = mbp.MLP([4, 5, 3])
@@ -470,6 +512,7 @@ def test_meta_device_gives_shapes_only():
         ([4, 2.0], TypeError, r"`sizes` must hold ints, got 2.0"),
         ([4, True], TypeError, r"`sizes` must hold ints, got True"),
         (["4", 2], TypeError, r"`sizes` must hold ints, got '4'"),
+        (4, TypeError, r"`sizes` must be one list of all widths.*, got MLP\(4\)"),
     ],
     ids=str,
 )

@@ -41,7 +41,9 @@ def asked_for(
         first: where the parameters begin in `arguments`.
     """
     rows = math.prod(shape[:-1])
-    if type(rows) is int and rows * sum([weight.numel() for weight in weights]) < SMALL:  # else, torch.compile: symbolic
+    if (
+        type(rows) is int and rows * sum([weight.numel() for weight in weights]) < SMALL
+    ):  # else, torch.compile: symbolic
         return needs
     edges = ctx.next_functions
     nodes = [node for node, _ in edges if node]

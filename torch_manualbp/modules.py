@@ -7,7 +7,7 @@ the computation of the forward pass differs: it finds the runs of layers (`_Run`
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from operator import is_
+from operator import index, is_
 from typing import Any, ClassVar, Protocol, SupportsIndex, cast
 
 import torch
@@ -534,12 +534,12 @@ class MLP(FusedForward):
         for size in sizes:
             if not isinstance(size, SupportsIndex) or isinstance(size, (bool, Tensor)):
                 raise TypeError(f"MLP: `sizes` must hold ints, got {size!r}")
-            if size.__index__() < 0:
+            if index(size) < 0:
                 raise ValueError(f"MLP: `sizes` must not be negative, got {size}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: `sizes` must hold at least an input and an output width, got {sizes}")
         layers: list[nn.Module] = []
-        for d_in, d_out in pairwise(sizes):
+        for d_in, d_out in pairwise(map(index, sizes)):  # NumPy's, too
             layers += [nn.Linear(d_in, d_out, bias=bias, device=device, dtype=dtype), nn.ReLU()]
         super().__init__(*layers[:-1])
         self.activations = activations
@@ -574,7 +574,7 @@ class MLP(FusedForward):
         """
         try:
             return loss_of(self, input, target, loss_spec(loss, reduction, ignore_index, label_smoothing))
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             name_call(error, "MLP.loss")
             raise
 
@@ -608,7 +608,7 @@ class MLP(FusedForward):
         try:
             spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
             return loss_backward(self, input, target, spec, "MLP.loss_backward")
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             name_call(error, "MLP.loss_backward")
             raise
 
@@ -636,7 +636,7 @@ class MLP(FusedForward):
         try:
             spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
             return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             name_call(error, "MLP.train_step")
             raise
 
