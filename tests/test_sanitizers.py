@@ -35,9 +35,9 @@ def driver(request, tmp_path_factory):
     built = subprocess.run(["make", "-j2", "-C", ROOT, *programs], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
 
-    def run(name, argument, level=""):
+    def run(name, *arguments, level="default"):
         env = {**os.environ, "MANUALBP_ISA": level}
-        command = [ROOT / "build" / request.param / name, argument]
+        command = [ROOT / "build" / request.param / name, *arguments]
         return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
     return request.param, run
@@ -48,7 +48,7 @@ def test_kernels_touch_only_their_memory_and_share_none(driver):
     levels = []
     for level in LEVELS:
         for what in ("60" if name == "asan" else "5", "threads"):
-            done = run("kernels", what, level)
+            done = run("kernels", what, level=level)
             if done.returncode == 77:  # this machine does not support the level
                 continue
             assert done.returncode == 0, done.stdout + done.stderr
@@ -60,14 +60,14 @@ def test_kernels_touch_only_their_memory_and_share_none(driver):
 def test_passes_on_threads_touch_only_their_memory_and_race_for_none(driver):
     name, run = driver  # at the default level, since the work is split equally at all levels
     cases = "2" if name == "asan" else "0"
-    done = run("network", cases)
+    done = run("network", cases, "two")  # of the four dtypes
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(f": {cases} passed\n")
 
 
 def test_blocks_of_the_pool_are_passed_between_threads_without_a_race(driver):
     name, run = driver
-    rounds = "50" if name == "asan" else "20"
+    rounds = "50" if name == "asan" else "5"
     done = run("pool", rounds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"pool: {rounds} passed\n"
