@@ -200,7 +200,7 @@ def forward(model: nn.Module, x: Tensor, _: Tensor) -> Step:
     return Step(lambda: model(x), lambda: [model(x)])
 
 
-def gradient_penalty(model: nn.Module, x: Tensor, _: Tensor) -> Step:
+def gradient_penalty(model: nn.Module, x: Tensor, target: Tensor) -> Step:
     """The gradients of the penalty (‖∂f/∂x‖ - 1)² on a critic."""
     x = x.clone().requires_grad_()
 
@@ -212,7 +212,7 @@ def gradient_penalty(model: nn.Module, x: Tensor, _: Tensor) -> Step:
     return _critic_step(model, loss)
 
 
-def critic_step(model: nn.Module, x: Tensor, _: Tensor) -> Step:
+def critic_step(model: nn.Module, x: Tensor, target: Tensor) -> Step:
     """The gradients of a critic's loss with the penalty."""
     x = x.clone().requires_grad_()
 
@@ -223,6 +223,28 @@ def critic_step(model: nn.Module, x: Tensor, _: Tensor) -> Step:
         return penalised
 
     return _critic_step(model, loss)
+
+
+def autograd_grad(model: nn.Module, x: Tensor, target: Tensor) -> Step:
+    """The gradients of the parameters by ``torch.autograd.grad``."""
+    parameters = list(model.parameters())
+
+    def run() -> list[Tensor]:
+        return list(torch.autograd.grad(F.mse_loss(model(x), target), parameters))
+
+    return Step(lambda: run(), run)
+
+
+def hessian_product(model: nn.Module, x: Tensor, target: Tensor) -> Step:
+    """The Hessian of the loss times a vector of ones."""
+    parameters = list(model.parameters())
+    ones = [torch.ones_like(parameter) for parameter in parameters]
+
+    def run() -> list[Tensor]:
+        gradients = torch.autograd.grad(F.mse_loss(model(x), target), parameters, create_graph=True)
+        return list(torch.autograd.grad(gradients, parameters, ones))
+
+    return Step(lambda: run(), run)
 
 
 def _critic_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
@@ -335,6 +357,14 @@ def cases() -> Iterator[Case]:
             ("64-256-256-1", critic, 64),
             ("64-256-256-1", critic, 256),
             ("2-50×6-1", [2, *[50] * 6, 1], 10_000),
+        ):
+            yield Case(group, name, sizes, rows, fuse(build), modes=["tight"])
+    for group, build in (("grad", autograd_grad), ("hessian", hessian_product)):
+        for name, sizes, rows in (
+            ("toy", nets["toy"], 1),
+            ("rl64", nets["rl64"], 64),
+            ("64-256-256-1", critic, 256),
+            ("32-128-128-1", [32, 128, 128, 1], 4096),
         ):
             yield Case(group, name, sizes, rows, fuse(build), modes=["tight"])
     for name, sizes, rows in (("64-256-256-1", critic, 64), ("64-256-256-1", critic, 256), ("rl64", nets["rl64"], 64)):

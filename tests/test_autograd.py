@@ -617,14 +617,12 @@ def test_backward_for_a_part_of_the_inputs_computes_that_part(function, call, mo
         for one, i in zip(got, wanted, strict=True):
             assert_equal(one, truth.values[1 + i])
         (asked,) = [list(args[-1]) for name, args in calls if name.endswith("backward")]
-        if call == "grad" and wanted == (1, len(asked) - 1):  # torch's errors take too long to ask about those between
-            assert asked == [i > 0 for i in range(len(asked))]
-        else:
-            assert asked == [i in wanted for i in range(len(asked))]
+        whole = call == "grad" and 1 in wanted  # torch's errors take too long to ask about the other parameters
+        assert asked == [i in wanted or (whole and i > 0) for i in range(len(asked))]
 
 
 # Of a network of three layers: the input, the weights, the biases.
-ASKED = {"input": [0], "first": [1], "layer": [3, 6], "parameters": range(1, 7), "all": range(7)}
+ASKED = {"input": [0], "layer": [3, 6], "parameters": range(1, 7), "all": range(7)}
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -647,7 +645,7 @@ def test_only_the_gradients_that_autograd_grad_asks_for_are_computed(asked, monk
     ((op, arguments),) = calls
     assert op == "mlp_backward"
     assert arguments[6] == [i in ASKED[asked] for i in range(7)]
-    assert len(errors) <= 2 + (0 in ASKED[asked])  # of 20 to 50 µs each
+    assert len(errors) <= 2  # of 20 to 120 µs each
 
 
 def test_a_small_network_asks_the_engine_nothing(monkeypatch):
