@@ -8,7 +8,6 @@ TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 ARGS ?=
 SECONDS ?= 120
-FIGURES ?= build
 
 PIP := $(VENV)/bin/python -m pip install -qq --no-input --disable-pip-version-check
 # The build looks for ninja on the path, so include the environment's programs.
@@ -27,7 +26,7 @@ IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-quick test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
+.PHONY: help demo test test-quick test-cuda docs figures lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
         aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
@@ -35,7 +34,6 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=$(TORCH)  CXX=...  MAX_JOBS=...  ARGS=... (for the command that is run)"
-	@echo "  FIGURES=$(FIGURES)  where make bench draws its figures; docs/figures has those that the documentation shows"
 	@echo "  TORCH_FLAGS=...  options of the pip command that installs torch. Where pip's default torch is a CUDA build,"
 	@echo "                   --index-url with the address of PyTorch's CPU wheels saves gigabytes"
 
@@ -60,6 +58,9 @@ docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a w
 	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "    open build/site/index.html; the search needs a server: python3 -m http.server --directory build/site"
 
+figures: $(VENV)/.ready  ## draw docs/figures/*.png, two minutes (ARGS=--check: only say which are stale)
+	@$(RUN) python docs/draw_figures.py $(ARGS)
+
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy
 	@echo "==> linting"
 	@$(RUN) ruff check -q .
@@ -78,9 +79,9 @@ bench: $(VENV)/.bench  ## the speed tables, peak memory and scaling: build/*.md,
 	@$(RUN) python benchmarks/whole_step.py --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/hand_written.py --json build/hand_written.json --markdown build/hand_written.md
 	@$(RUN) python benchmarks/transforms.py --json build/transforms.json --markdown build/transforms.md
-	@$(RUN) python benchmarks/peak_memory.py --figure $(FIGURES)/peak_memory.png >build/peak_memory.md
+	@$(RUN) python benchmarks/peak_memory.py --json build/peak_memory.json --figure build/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
-	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure $(FIGURES)/scaling.png
+	@$(RUN) python benchmarks/scaling.py --json build/scaling.json --figure build/scaling.png
 
 bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compilers, for a first look (3 minutes)
 	@mkdir -p build
@@ -88,7 +89,7 @@ bench-quick: $(VENV)/.bench  ## the same with few rounds and points and no compi
 	@$(RUN) python benchmarks/whole_step.py --quick --json build/whole_step.json --markdown build/whole_step.md
 	@$(RUN) python benchmarks/hand_written.py --quick --json build/hand_written.json --markdown build/hand_written.md
 	@$(RUN) python benchmarks/transforms.py --quick --json build/transforms.json --markdown build/transforms.md
-	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --figure build/peak_memory.png >build/peak_memory.md
+	@$(RUN) python benchmarks/peak_memory.py --batches 1000 100000 --json build/peak_memory.json --figure build/peak_memory.png >build/peak_memory.md
 	@cat build/peak_memory.md
 	@$(RUN) python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 

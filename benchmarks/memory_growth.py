@@ -1,15 +1,15 @@
 """Does memory grow over many training steps? Resident memory over 100,000 small steps of each way to train.
 
     python benchmarks/memory_growth.py                                 (2 minutes; Linux)
-    python benchmarks/memory_growth.py --steps 5000 --figure build/memory_growth.png
+    python benchmarks/memory_growth.py --steps 5000 --json build/memory_growth.json --figure build/memory_growth.png
     python benchmarks/memory_growth.py --only fit --sizes 1 1 1 1 1 --rows 1 --steps 1000000
 
 Each way runs in its own process, so that none reuses memory that another has freed. A leak of 64 bytes a step adds up
-to 6 MiB. The memory that one step needs is measured by peak_memory.py.
+to 6 MiB. The memory that one step needs is measured by peak_memory.py. `make figures` draws the numbers of
+docs/figures/data/memory_growth.json.
 """
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -17,17 +17,20 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_manualbp as mbp
+from results import add_options, header, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZES, ROWS = [17, 64, 64, 6], 16
 BATCHES = 10  # of an epoch of `fit`
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory_growth.png"
 POINTS = 100
 
 
@@ -128,36 +131,41 @@ def held(way: str, steps: int, sizes: Sequence[int], rows: int) -> list[int]:
     return points
 
 
-def plot(table: dict[str, list[int]], steps: int, path: Path) -> None:
-    """Plots MiB against steps."""
-    import matplotlib as mpl
+def draw(result: dict[str, Any]) -> "Figure":
+    """Draws the growth against the steps, beside a leak, and the growth of each way after the last step."""
+    from torch_manualbp.inspection._figure import BLUE, GRAY, slide_figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    steps, ways = result["steps"], result["bytes"]
     at = [steps // POINTS * (i + 1) for i in range(POINTS)]
-    for (way, values), style in zip(table.items(), itertools.cycle(("-", "-", "--", "-.", ":"))):
-        axes.plot(at, [(value - values[0]) / 2**20 for value in values], style, label=way)
-    axes.plot(at, [64 * step / 2**20 for step in at], color="gray", linewidth=1)
-    axes.annotate("a leak of 64 bytes a step", (at[-1] * 0.62, 64 * at[-1] * 0.66 / 2**20), ha="right", color="gray")
-    axes.set_xlabel("training steps")
-    axes.set_ylabel("growth of resident memory (MiB)")
-    axes.set_title("Memory over many steps")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with slide_figure(13.33, 5.6) as figure:
+        left, right = figure.subplots(1, 2)
+        leak = [64 * step / 2**20 for step in at]
+        left.plot(at, leak, "--", color=GRAY)
+        left.text(at[-1] * 0.6, leak[-1] * 0.68, "a leak of 64 bytes a step", ha="right", fontsize=16, color=GRAY)
+        for values in ways.values():
+            left.plot(at, [(value - values[0]) / 2**20 for value in values], color=BLUE, linewidth=2)
+        left.text(at[-1] * 0.5, leak[-1] * 0.06, f"{len(ways)} ways to train", ha="center", fontsize=16, color=BLUE)
+        left.set(xlabel="training steps", ylabel="growth of resident memory (MiB)", title="Memory over many steps")
+        left.set_xticks([0, steps // 2, steps])
+        left.xaxis.set_major_formatter("{x:,.0f}")
+        growths = [(values[-1] - values[0]) / 2**10 for values in ways.values()]
+        bars = right.barh(list(ways), growths, color=BLUE)
+        right.bar_label(bars, [f"{growth:.0f}" for growth in growths], padding=4)
+        right.invert_yaxis()
+        right.grid(visible=False, axis="y")
+        right.margins(x=0.12)
+        right.set(xlabel="KiB after the last step", title=f"Each way (the leak: {1024 * leak[-1]:,.0f} KiB)")
+    return figure
 
 
 def main() -> None:
-    """Prints the memory of each way and plots its growth."""
+    """Prints the memory of each way, and saves its growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of the network (default: 17 64 64 6)")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a batch (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="default: all")
-    parser.add_argument("--figure", type=Path, help="default: docs/figures/memory_growth.png, or none with --only")
+    add_options(parser)
     parser.add_argument("--one", metavar="WAY", help="measure one way in this process, and print it as JSON")
     options = parser.parse_args()
     if options.steps < POINTS:
@@ -166,6 +174,7 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(held(options.one, options.steps, options.sizes, options.rows)))
         return
+    load = os.getloadavg()[0]
     table: dict[str, list[int]] = {}
     print(
         f"| {options.steps:,} steps | MiB after 1 % | after 50 % | after 100 % | growth, KiB |\n|---|---|---|---|---|"
@@ -177,8 +186,8 @@ def main() -> None:
         table[way] = values
         marks = " | ".join(f"{values[at] / 2**20:.1f}" for at in (0, POINTS // 2 - 1, -1))
         print(f"| {way} | {marks} | {(values[-1] - values[0]) / 2**10:.0f} |", flush=True)
-    if figure := options.figure or (None if len(table) < len(WAYS) else FIGURE):
-        plot(table, options.steps, figure)
+    result = {"header": header(load), "steps": options.steps, "bytes": table}
+    save(result, options, draw)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far are outputs and gradients from float64, here and in eager, as depth, width and batch size grow?
 
-    python benchmarks/numerical_error.py --figure build/numerical_error.png        (two minutes)
+    python benchmarks/numerical_error.py --json build/numerical_error.json        (two minutes)
     python benchmarks/numerical_error.py --quick
 
 The error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` comes from float64
@@ -14,16 +14,20 @@ tests/helpers.py and tests/fuzz bound the errors of single elements.
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_manualbp as mbp
+from results import add_options, header, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Step = Callable[[nn.Sequential, Tensor, Tensor], tuple[Tensor | None, list[Tensor]]]
 
@@ -52,6 +56,7 @@ def one_pass(model: nn.Sequential, x: Tensor, target: Tensor) -> tuple[None, lis
 
 
 PEERS: dict[str, Step] = {"eager": eager, "MLP, store": ours("store"), "recompute": ours("recompute"), "loss": one_pass}
+QUANTITIES = ("output", "gradients")
 Found = dict[str, float | None]  # the error of each peer; None if it has no such result
 
 
@@ -141,53 +146,58 @@ def print_table(title: str, rows: Iterable[tuple[str, tuple[Found, Found]]]) -> 
     """Prints a row for the output and one for the gradients of each network; `rows` may compute them lazily."""
     print(f"\n**{title}**\n\n| network | error of | {' | '.join(PEERS)} |\n|---|---|{'---|' * len(PEERS)}")
     for label, found in rows:
-        for what, of_peer in zip(("output", "gradients"), found, strict=True):
+        for what, of_peer in zip(QUANTITIES, found, strict=True):
             cells = ["–" if (value := of_peer[peer]) is None else f"{value:.2e}" for peer in PEERS]
             print(f"| {label} | {what} | {' | '.join(cells)} |", flush=True)
 
 
-def draw(path: Path, quick: bool, measured: dict[tuple[str, int], tuple[Found, Found]]) -> None:
-    """Draws a panel for each sweep: output and gradients, eager and ours."""
-    import matplotlib
+def draw(result: dict[str, Any]) -> "Figure":
+    """Draws a panel for each sweep: output and gradients, eager and ours. Equal curves lie on each other."""
+    from matplotlib.ticker import NullFormatter
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from torch_manualbp.inspection._figure import BLUE, ORANGE, slide_figure
 
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
-    for panel, sweep in zip(panels, sweeps(quick), strict=True):
-        for peer, color in (("eager", "#777777"), ("MLP, store", "#3f51b5")):
-            for i, (what, style) in enumerate((("output", "--"), ("gradients", "-"))):
-                values = [measured[sweep.axis, n][i][peer] for n in sweep.values]
-                label = f"{peer.partition(',')[0]}, {what}"
-                panel.loglog(sweep.values, values, style, color=color, marker="o", markersize=3, label=label)
-        panel.axhline(2**-24, color="black", linewidth=0.8, linestyle=":", label="unit of rounding, 2⁻²⁴")
-        panel.set_xlabel({"layers": "layers", "wide": "units in a layer", "rows": "rows of the batch"}[sweep.axis])
-        panel.set_title(sweep.shared, fontsize="medium")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error in float32")
-    panels[0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with slide_figure(13.33, 6.0) as figure:
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, (axis, sweep) in zip(panels, result["float32"].items(), strict=True):
+            for what, color in (("output", BLUE), ("gradients", ORANGE)):
+                eager, mlp = sweep[what]["eager"], sweep[what]["MLP, store"]
+                axes.loglog(sweep["values"], eager, color=color, linewidth=9, alpha=0.3, label=f"{what}, eager")
+                axes.loglog(sweep["values"], mlp, "o-", color=color, linewidth=2, label=f"{what}, MLP")
+            axes.axhline(2**-24, color="black", linewidth=1.5, linestyle=":", label="unit of rounding, $2^{-24}$")
+            axes.set_xlabel({"layers": "layers", "wide": "units of a layer", "rows": "rows of the batch"}[axis])
+            axes.set_title(sweep["shared"])
+        panels[0].set_ylabel("relative error in float32")
+        ticks = {5e-8: r"$5\cdot 10^{-8}$", 1e-7: "$10^{-7}$", 2e-7: r"$2\cdot 10^{-7}$", 5e-7: r"$5\cdot 10^{-7}$"}
+        panels[0].set_yticks(list(ticks), list(ticks.values()))
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
+    return figure
 
 
 def main() -> None:
-    """Prints the tables and draws the first."""
+    """Prints the tables, and saves the errors in float32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="random networks per row; default: 5, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points, for a first impression")
-    parser.add_argument("--figure", type=Path, help="where to draw the errors in float32 (needs matplotlib)")
+    add_options(parser)
     options = parser.parse_args()
     draws = options.draws or (3 if options.quick else 5)
-    measured: dict[tuple[str, int], tuple[Found, Found]] = {}
+    load = os.getloadavg()[0]
+    in_float32: dict[str, dict[str, Any]] = {}
 
     def measure(dtype: torch.dtype) -> Iterable[tuple[str, tuple[Found, Found]]]:
         single = dtype is torch.float32
         for sweep in sweeps(options.quick):
+            curves: dict[str, dict[str, list[float | None]]] = {what: {p: [] for p in PEERS} for what in QUANTITIES}
             for n in sweep.values if single else sweep.values[-1:] if options.quick else sweep.values[1::3]:
                 found = errors(*sweep.network(n), dtype, draws)
-                if single:
-                    measured[sweep.axis, n] = found
+                for what, of_peer in zip(QUANTITIES, found, strict=True):
+                    for peer, error in of_peer.items():
+                        curves[what][peer].append(error)
                 yield f"{str(dtype).removeprefix('torch.')}, {n:,} {sweep.axis} ({sweep.shared})", found
+            if single:
+                in_float32[sweep.axis] = {"shared": sweep.shared, "values": sweep.values, **curves}
 
     print_table("float32: depth, width and batch", measure(torch.float32))
     print_table(
@@ -199,8 +209,7 @@ def main() -> None:
         "float64: sums of products, against exact integers",
         ((f"float64, sums of {n:,} terms", float64_errors(n, draws)) for n in terms),
     )
-    if options.figure:
-        draw(options.figure, options.quick, measured)
+    save({"header": header(load), "draws": draws, "float32": in_float32}, options, draw)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """How much memory does a training step need beyond its input, target and parameters, as the batch grows?
 
-    python benchmarks/peak_memory.py --figure build/peak_memory.png
+    python benchmarks/peak_memory.py --json build/peak_memory.json --figure build/peak_memory.png
 
 Each point is measured in a fresh process (Linux), as the increase of the peak resident size during one step of the
 tcnn64 network. A loss outside the network needs the output and its gradient, 128 bytes a row; `MLP.loss` needs neither.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_manualbp as mbp
+from results import add_options, header, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZES = [32, 64, 64, 64, 64, 16]
 BATCHES = [1_000, 10_000, 30_000, 100_000, 300_000, 1_000_000]
@@ -58,35 +64,36 @@ def measure(mode: str, batch: int) -> int:
     return highest_resident_bytes() - before
 
 
-def plot(table: dict[str, list[int]], batches: list[int], path: Path) -> None:
-    """Plots MiB against rows, both on logarithmic axes."""
-    import matplotlib as mpl
+def draw(result: dict[str, Any]) -> "Figure":
+    """Draws MiB against rows, both on logarithmic axes."""
+    from torch_manualbp.inspection._figure import slide_figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (mode, values), marker in zip(table.items(), "osv^", strict=True):
-        axes.loglog(batches, [max(value / 2**20, 0.1) for value in values], marker=marker, label=mode)
-    axes.set_xlabel("rows of the batch")
-    axes.set_ylabel("memory of a step (MiB)")
-    axes.set_title("Peak memory beside input, target and parameters")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with slide_figure(11, 6.2) as figure:
+        axes = figure.add_subplot()
+        for mode, marker, align in zip(result["bytes"], "osv^", ("bottom", "top", "center", "center"), strict=True):
+            values = result["bytes"][mode]
+            (line,) = axes.loglog(result["rows"], [max(v / 2**20, 0.1) for v in values], marker=marker, label=mode)
+            axes.annotate(
+                f"  {mode}", (result["rows"][-1], values[-1] / 2**20), color=line.get_color(), fontsize=16, va=align,
+                annotation_clip=False,
+            )  # fmt: skip
+        axes.set_xlabel("rows of the batch")
+        axes.set_ylabel("memory of a step (MiB)")
+        axes.set_title("Peak memory of a training step, beside input, target and parameters")
+    return figure
 
 
 def main() -> None:
-    """Prints a table in MiB and optionally plots it."""
+    """Prints a table in MiB, and saves the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--figure", type=Path, help="where to save the plot")
+    add_options(parser)
     parser.add_argument("--one", nargs=2, metavar=("MODE", "BATCH"), help="measure one point in this process")
     options = parser.parse_args()
     if options.one:
         print(measure(options.one[0], int(options.one[1])))
         return
+    load = os.getloadavg()[0]
     table: dict[str, list[int]] = {}
     print(f"| rows | {' | '.join(MODES)} |\n|---|{'---|' * len(MODES)}")
     for batch in options.batches:
@@ -97,8 +104,7 @@ def main() -> None:
             table.setdefault(mode, []).append(size)
             cells.append(f"{size / 2**20:.1f}")
         print(f"| {batch:,} | {' | '.join(cells)} |", flush=True)
-    if options.figure:
-        plot(table, options.batches, options.figure)
+    save({"header": header(load), "rows": options.batches, "bytes": table}, options, draw)
 
 
 if __name__ == "__main__":

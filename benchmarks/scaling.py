@@ -1,7 +1,7 @@
 """How does the time of a training step scale with threads, batch size and depth? Compares this library with eager.
 
     python benchmarks/scaling.py --json build/scaling.json
-    python benchmarks/scaling.py --quick --figure build/scaling.png
+    python benchmarks/scaling.py --quick --json build/scaling.json --figure build/scaling.png
 
 The peers, the rounds and the checks of the gradients are those of training_step.py: at each point, all peers and all
 thread counts alternate. Speeds are medians of the rounds' ratios. A time in the figure is eager's median time divided
@@ -14,17 +14,19 @@ import argparse
 import json
 import os
 import statistics
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from results import add_options, header, save
 from training_step import PEERS as BUILDERS
 from training_step import REFERENCE, Builder, Step, Workload, load_workloads, measure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PEERS = {"eager": "o", "mbp.MLP": "s", "MLP.loss": "^", "loss_backward": "v"}
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "scaling.png"
 Curves = dict[str, dict[str, list[float]]]  # peer: "seconds" of a step and "speedup" over eager, one value per point
 
 
@@ -70,48 +72,46 @@ def by_threads(workload: Workload, counts: list[int], rounds: int) -> dict[str, 
     return {peer: [speed(peer, n) for n in counts] for peer in PEERS}
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any]) -> "Figure":
     """Draws three panels: threads, batch size and depth."""
-    import matplotlib as mpl
+    from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
+    from torch_manualbp.inspection._figure import GRAY, slide_figure
 
-    plt.rcParams["font.size"] = 12
-    figure, (threads, batch, depth) = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     names, counts = list(result["threads"]["speedup"]), result["threads"]["counts"]
     width = 0.8 / len(PEERS)
-    for i, peer in enumerate(PEERS):
-        speeds = [peers[peer][-1] for peers in result["threads"]["speedup"].values()]
-        threads.bar([x + (i - (len(PEERS) - 1) / 2) * width for x in range(len(names))], speeds, width, label=peer)
-    threads.set_xticks(range(len(names)), names)
-    for level, style in ((1, "-"), (counts[-1], "--")):
-        threads.axhline(level, color="gray", linestyle=style, linewidth=1)
-    threads.set_ylabel(f"speed with {counts[-1]} threads / with {counts[0]}")
-    threads.set_title("Threads (dashed: the ideal)")
-    threads.set_ylim(0, 1.4 * counts[-1])  # room for the legend
-    threads.legend(loc="upper left", ncols=2)
-    for axes, key, label, title in (
-        (batch, "batch", "rows of the batch", "Batch: 32–64×4–16"),
-        (depth, "depth", "layers", f"Depth: 64 wide, {result['depth']['rows']} rows"),
-    ):
-        points, peers = result[key]["points"], result[key]["curves"]
-        for peer, marker in PEERS.items():
-            pairs = zip(peers[REFERENCE]["seconds"], peers[peer]["speedup"], strict=True)
-            axes.loglog(points, [1e3 * seconds / speedup for seconds, speedup in pairs], marker=marker, label=peer)
-        axes.set_xticks(points, [f"{point:,}" for point in points], rotation=35 if key == "batch" else 0)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_xlabel(label)
-        axes.set_ylabel("time of a step (ms)")
-        axes.set_title(title)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(loc="best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with slide_figure(13.33, 5.6) as figure:
+        threads, batch, depth = figure.subplots(1, 3)
+        for i, peer in enumerate(PEERS):
+            speeds = [peers[peer][-1] for peers in result["threads"]["speedup"].values()]
+            threads.bar([x + (i - (len(PEERS) - 1) / 2) * width for x in range(len(names))], speeds, width, label=peer)
+        threads.set_xticks(range(len(names)), names, rotation=25)
+        threads.yaxis.set_major_locator(MultipleLocator(0.5))
+        threads.grid(visible=False)
+        for level, style in ((1, "-"), (counts[-1], "--")):
+            threads.axhline(level, color=GRAY, linestyle=style, linewidth=1.5)
+        threads.set_ylabel(f"speed with {counts[-1]} threads / with {counts[0]}")
+        threads.set_title("Threads (dashed: ideal)")
+        for axes, key, label, title in (
+            (batch, "batch", "rows of the batch", "Batch: 32–64×4–16"),
+            (depth, "depth", "layers", f"Depth: 64 wide, {result['depth']['rows']} rows"),
+        ):
+            points, peers = result[key]["points"], result[key]["curves"]
+            for peer, marker in PEERS.items():
+                pairs = zip(peers[REFERENCE]["seconds"], peers[peer]["speedup"], strict=True)
+                axes.loglog(points, [1e3 * seconds / speedup for seconds, speedup in pairs], marker=marker, label=peer)
+            axes.set_xticks(points, [f"{point:,}" for point in points], rotation=45 if key == "batch" else 0)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(which="minor", labelsize=14)
+            axes.set_xlabel(label)
+            axes.set_ylabel("time of a step (ms)")
+            axes.set_title(title)
+            axes.grid(which="both")
+        figure.legend(*threads.get_legend_handles_labels(), loc="outside lower center", ncols=len(PEERS))
+    return figure
 
 
 def main() -> None:
@@ -119,11 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default: 9, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="few points and rounds, for a first impression")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--figure", type=Path, help="the plot; default: docs/figures/scaling.png, or none with --quick")
+    add_options(parser)
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 9)
-    figure = options.figure or (None if options.quick else FIGURE)
+    load = os.getloadavg()[0]
     cpus = len(os.sched_getaffinity(0))
     counts = sorted({1, cpus}) if options.quick else list(range(1, cpus + 1))
     rows = [1, 32, 1024] if options.quick else [4**k for k in range(9)]
@@ -132,6 +131,7 @@ def main() -> None:
     batches = [Workload(f"{n} rows", [32, 64, 64, 64, 64, 16], n) for n in rows]
     depths = [Workload(f"{n} layers", [64] * (n + 1), 256) for n in layers]
     result = {
+        "header": header(load),
         "threads": {
             "counts": counts,
             "speedup": {w.name: by_threads(w, counts, rounds) for w in load_workloads(names)},
@@ -139,14 +139,9 @@ def main() -> None:
         "batch": {"points": rows, "curves": curves(batches, rounds)},
         "depth": {"points": layers, "rows": 256, "curves": curves(depths, rounds)},
     }
-    text = json.dumps(result, indent=1) + "\n"
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text)
-    else:
-        print(text, end="")
-    if figure:
-        plot(result, figure)
+    if not options.json:
+        print(json.dumps(result, indent=1))
+    save(result, options, draw)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import torch_manualbp as mbp
+
+try:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
 SIZES = (4, 64, 64, 2)
 CARTS = 8  # that move at the same time
@@ -221,12 +226,13 @@ def report(loops: Sequence[Loop]) -> str:
     return "\n".join(lines)
 
 
+@style.context("torch_manualbp.inspection.slides")
 def draw(loops: Sequence[Loop]) -> Figure:
     """The lengths of the episodes in training, against the moves and against the time."""
-    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13.33, 6))
     left, right = figure.subplots(1, 2, sharey=True)
     lines: list[dict[str, Any]] = [
-        {"color": "tab:blue", "linewidth": 4, "alpha": 0.6},
+        {"color": "#0072B2", "linewidth": 5, "alpha": 0.6},
         {"color": "black", "linewidth": 1.6, "linestyle": (0, (4, 2))},
     ]
     for loop, line in zip(loops, lines, strict=False):
@@ -235,18 +241,16 @@ def draw(loops: Sequence[Loop]) -> Figure:
         for axes, at in ((left, ends), (right, ends * loop.seconds / loop.moves)):
             axes.plot(at, lengths, ".", color=line["color"], alpha=0.3, markersize=5)
             axes.plot(at, means, label=loop.name, **line)
-    left.set_title("What is learned (line: mean of 20 episodes)", fontsize=15)
-    left.set_xlabel(f"moves of the {CARTS} carts", fontsize=14)
-    left.set_ylabel("moves until the pole falls", fontsize=14)
-    right.set_title("How fast", fontsize=15)
-    right.set_xlabel("time (s)", fontsize=14)
+    left.set_title("What is learned (line: mean of 20 episodes)")
+    left.set_xlabel(f"moves of the {CARTS} carts")
+    left.set_ylabel("moves until the pole falls")
+    right.set_title("How fast")
+    right.set_xlabel("time (s)")
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.set_ylim(0, LONGEST * 1.05)
         axes.axhline(LONGEST, color="gray", linewidth=1, linestyle=":")
-        axes.tick_params(labelsize=12)
-        axes.grid(alpha=0.25)
-    left.legend(fontsize=12, frameon=False, loc="lower right")
+    left.legend(loc="lower right")
     return figure
 
 

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 
 import torch_manualbp as mbp
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
 SIZES, BATCH, STEPS, ALPHA = (64, 32, 24, 16, 10), 24, 1500, 0.1
 
@@ -57,8 +61,13 @@ def main() -> None:
         f"memory hungry: the backward pass needs every h_k, {stored / 1024:.1f} KiB for {BATCH} examples",
     ]
     sys.stdout.write("\n".join(out) + "\n")
+    try:
+        figure = trace.plot()
+    except ImportError:
+        sys.stdout.write("no figure: it needs matplotlib: pip install '.[demo]'\n")
+        return
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    trace.plot().savefig(args.output)
+    figure.savefig(args.output)
     sys.stdout.write(f"figure: {args.output}\n")
 
 

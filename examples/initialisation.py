@@ -10,7 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
 from torch_manualbp.lecture import INITIALISATIONS, Growth, gradient_growth, he_factor
 
@@ -18,26 +22,25 @@ WIDTH = 128
 DEPTHS = (2, 5, 10, 20, 30, 40, 50)
 
 
+@style.context("torch_manualbp.inspection.slides")
 def draw(growths: dict[str, list[Growth]]) -> Figure:
-    """The ratio of the first layer's gradient to the last one's, against depth."""
-    figure = Figure(figsize=(9.5, 6), layout="constrained", dpi=150)
+    """The ratio of the first layer's gradient to the last one's, against depth; each curve has its name at its end."""
+    figure = Figure(figsize=(13.33, 7))
     axes = figure.add_subplot()
-    for name, growth in reversed(growths.items()):
-        (line,) = axes.plot(DEPTHS, [g.predicted for g in growth], linewidth=1.6)
-        axes.plot(DEPTHS, [g.measured for g in growth], "o", color=line.get_color(), markersize=8, label=name)
+    for name, growth in growths.items():
+        (line,) = axes.plot(DEPTHS, [g.predicted for g in growth], linewidth=2)
+        axes.plot(DEPTHS, [g.measured for g in growth], "o", color=line.get_color(), markersize=10)
+        end = (DEPTHS[-1] + 1, growth[-1].predicted)
+        axes.text(*end, name, color=line.get_color(), fontsize=16, va="center")
     axes.set_yscale("log")
-    axes.set_xlabel("layers", fontsize=15)
-    axes.set_ylabel(
-        r"$|\partial\ell/\partial f_0|\;/\;|\partial\ell/\partial f_{K-1}|$  (root mean squares)", fontsize=15
-    )
+    axes.set_xticks(DEPTHS)
+    axes.set_xlim(0, DEPTHS[-1] + 1)
+    axes.set_xlabel("layers $K$")
+    axes.set_ylabel(r"$|\partial\ell/\partial f_0|\;/\;|\partial\ell/\partial f_{K-1}|$,  root mean squares")
     axes.set_title(
-        rf"Gradients explode or vanish: a factor $\sqrt{{D\,\mathrm{{Var}}[\Omega]/2}}$ per layer, D = {WIDTH}"
-        "\n(dots: measured, lines: predicted)",
-        fontsize=15,
+        rf"Gradients explode or vanish: a factor $\sqrt{{D\,\mathrm{{Var}}[\Omega]/2}}$ per layer, $D$ = {WIDTH}"
+        "\n(dots: measured, lines: predicted)"
     )
-    axes.legend(fontsize=12, frameon=False, title="weights", title_fontsize=13)
-    axes.tick_params(labelsize=13)
-    axes.grid(alpha=0.25)
     return figure
 
 

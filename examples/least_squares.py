@@ -6,12 +6,18 @@ python examples/least_squares.py --output least_squares.png
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from torch_manualbp.lecture import LeastSquares, gradient_descent, sgd
+
+try:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
 ALPHA, STEPS, BATCH = 0.005, 120, 5
 
@@ -22,27 +28,27 @@ def points() -> LeastSquares:
     return LeastSquares(x, 1 + 2 * x + 0.4 * torch.randn(30, dtype=torch.float64))
 
 
+@style.context("torch_manualbp.inspection.slides")
 def draw(line: LeastSquares, paths: dict[str, list[Tensor]]) -> Figure:
     """The points with the fitted lines, and how the loss falls."""
-    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13.33, 6))
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     left.plot(line.x, line.y, "o", color="gray", label="points $(x_i, y_i)$")
     least = line.loss(line.minimum()).item()
-    for (name, path), style in zip(paths.items(), ("-", "--"), strict=True):
-        left.plot(line.x, path[-1][0] + path[-1][1] * line.x, style, linewidth=2.4, label=name)
-        right.plot([line.loss(phi).item() - least for phi in path], style, linewidth=2.0, label=name)
-    left.set_xlabel("$x$", fontsize=14)
-    left.set_ylabel("$y$", fontsize=14)
-    left.set_title(r"The line $\phi_0 + \phi_1 x$ after training", fontsize=15)
-    right.set_xlabel(f"step (gradient descent sees 30 points in each, SGD {BATCH})", fontsize=14)
+    shapes: tuple[dict[str, Any], ...] = ({"linewidth": 5, "alpha": 0.5}, {"linestyle": "--"})
+    for (name, path), shape in zip(paths.items(), shapes, strict=True):
+        left.plot(line.x, path[-1][0] + path[-1][1] * line.x, label=name, **shape)
+        right.plot([line.loss(phi).item() - least for phi in path], label=name, **shape)
+    left.set_xlabel("$x$")
+    left.set_ylabel("$y$")
+    left.set_title(r"The line $\phi_0 + \phi_1 x$ after training")
+    right.set_xlabel(f"step (gradient descent: 30 points each, SGD: {BATCH})")
     right.set_ylim(bottom=1e-8)
-    right.set_ylabel(r"$L[\phi]$ above its minimum", fontsize=14)
+    right.set_ylabel(r"$L[\phi]$ above its minimum")
     right.set_yscale("log")
-    right.set_title(rf"$\phi \leftarrow \phi - \alpha\,\partial L/\partial\phi$,  $\alpha$ = {ALPHA}", fontsize=15)
+    right.set_title(rf"$\phi \leftarrow \phi - \alpha\,\partial L/\partial\phi$,  $\alpha$ = {ALPHA}")
     for axes in (left, right):
-        axes.legend(fontsize=12, frameon=False)
-        axes.tick_params(labelsize=12)
-        axes.grid(alpha=0.25)
+        axes.legend()
     return figure
 
 

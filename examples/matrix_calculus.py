@@ -9,31 +9,42 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import torch_manualbp.lecture as lec
 from torch_manualbp.lecture import jacobian, weight_gradient
 
+try:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
-def draw(panels: dict[str, Tensor]) -> Figure:
-    """Each matrix as a heat map with its numbers."""
-    figure = Figure(figsize=(3.6 * len(panels), 5.0), layout="constrained", dpi=150)
+
+@style.context("torch_manualbp.inspection.slides")
+def draw(panels: list[tuple[str, Tensor, str, str]]) -> Figure:
+    """Each matrix as a heat map with its numbers, and the names of its rows and columns."""
+    largest = max(matrix.abs().max().item() for _, matrix, *_ in panels)
+    figure = Figure(figsize=(13.33, 5.2))
     # Each panel's width is proportional to its columns, so that elements have the same size in all panels.
-    widths = [matrix.shape[1] for matrix in panels.values()]
-    for place, (axes, (title, matrix)) in enumerate(
-        zip(figure.subplots(1, len(panels), width_ratios=widths), panels.items(), strict=True), 1
+    widths = [matrix.shape[1] for _, matrix, *_ in panels]
+    for axes, (title, matrix, rows, columns) in zip(
+        figure.subplots(1, len(panels), width_ratios=widths), panels, strict=True
     ):
-        largest = matrix.abs().max().item()
-        axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
+        image = axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1.6 * largest, vmax=1.6 * largest)
         for row, column in itertools.product(*map(range, matrix.shape)):
-            value = matrix[row, column].item()
-            axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=16)
-        axes.set_title(title, fontsize=20)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_xlabel("element of the function" if place > 1 else "column", fontsize=15)
-        axes.set_ylabel("element of the variable" if place > 1 else "row", fontsize=15)
+            number = f"{matrix[row, column].item():.2g}".replace("-", "−")
+            axes.text(column, row, number, ha="center", va="center", fontsize=16)
+        axes.set_title(title, fontsize=20, pad=30)
+        axes.set_yticks(range(matrix.shape[0]), [f"${rows}_{{{i + 1}}}$" for i in range(matrix.shape[0])], fontsize=17)
+        axes.set_xticks(
+            range(matrix.shape[1]), [f"${columns}_{{{i + 1}}}$" for i in range(matrix.shape[1])], fontsize=17
+        )
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(True)
+    bar = figure.colorbar(image, ax=figure.axes, orientation="horizontal", aspect=45, pad=0.06)
+    bar.ax.set_xlim(-largest, largest)
     return figure
 
 
@@ -73,12 +84,12 @@ def main() -> None:
     ]
     sys.stdout.write("\n".join(out) + "\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    panels = {
-        r"$\Omega$": omega,
-        r"$\partial f/\partial h = \Omega^T$": df_dh,
-        r"$\partial f/\partial\beta = I$": df_dbeta,
-        r"$\partial a/\partial b$, a ReLU": da_db,
-    }
+    panels = [
+        (r"$\Omega$", omega, "f", "h"),
+        (r"$\partial f/\partial h = \Omega^T$", df_dh, "h", "f"),
+        (r"$\partial f/\partial\beta = I$", df_dbeta, r"\beta", "f"),
+        (r"$\partial a/\partial b$, ReLU", da_db, "b", "a"),
+    ]
     draw(panels).savefig(args.output)
     sys.stdout.write(f"figure: {args.output}\n")
 

@@ -73,8 +73,13 @@ def main() -> None:
         apart = max(abs(a - b) for a, b in zip(by_hand, other, strict=True))
         out.append(f"equal to {name}: largest difference {apart:.1e}")
     sys.stdout.write("\n".join(out) + "\n")
+    try:
+        figure = trace.plot()
+    except ImportError:
+        sys.stdout.write("no figure: it needs matplotlib: pip install '.[demo]'\n")
+        return
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    trace.plot().savefig(args.output)
+    figure.savefig(args.output)
     sys.stdout.write(f"figure: {args.output}\n")
 
 

@@ -13,6 +13,7 @@ still be on in one network and off in the other; from that step on, the curves m
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -22,14 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import torch_manualbp as mbp
+
+try:
+    from matplotlib import style
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
 SIZES = (64, 256, 128, 10)
 BATCH = 32
@@ -152,38 +158,37 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[i - i // 10 : i + i // 10 + 1]) for i in range(len(values))]
 
 
+@style.context("torch_manualbp.inspection.slides")
 def draw(ours: Run, plain: Run) -> Figure:
     """Loss curves of both networks, and the size of the gradient that each layer of ours learns from."""
     steps = range(1, len(ours.losses) + 1)
-    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(13.33, 6))
     left, right = figure.subplots(1, 2)
     assert isinstance(left, Axes)
     assert isinstance(right, Axes)
 
-    left.plot(steps, ours.losses, color="tab:blue", linewidth=4, alpha=0.5, label=ours.name)
-    left.plot(steps, plain.losses, color="black", linewidth=1.1, linestyle=(0, (4, 2)), label=plain.name)
-    left.axhline(LEAST_LOSS, color="gray", linewidth=1, linestyle=":", label="least possible (smoothed labels)")
-    left.set_ylabel(r"loss $\ell$, mean over the batch (nats)", fontsize=14)
+    left.plot(steps, ours.losses, linewidth=6, alpha=0.45, label=ours.name)
+    left.plot(steps, plain.losses, color="black", linewidth=1.4, linestyle=(0, (4, 2)), label=plain.name)
+    left.axhline(LEAST_LOSS, color="gray", linewidth=1.5, linestyle=":", label="least possible (smoothed labels)")
+    left.set_ylabel(r"loss $\ell$, mean over the batch (nats)")
     left.set_ylim(bottom=0)
-    left.set_title(f"Two loss curves, at most {max(differences(ours, plain)):.0e} apart", fontsize=15)
+    power = math.ceil(math.log10(max(*differences(ours, plain), 1e-15)))
+    left.set_title(rf"Two loss curves, less than $10^{{{power}}}$ apart")
 
     for k, norms in enumerate(zip(*ours.gradient_norms, strict=True)):
         label = rf"$\Omega_{k}$  ({SIZES[k + 1]} × {SIZES[k]})"
-        (line,) = right.plot(steps, smooth(norms), linewidth=2.4, label=label, zorder=3)
+        (line,) = right.plot(steps, smooth(norms), linewidth=3, label=label, zorder=3)
         right.plot(steps, norms, linewidth=0.6, alpha=0.18, color=line.get_color())
     right.set_yscale("log")
-    right.set_ylabel(r"gradient norm $\|\,\partial\ell\,/\,\partial\Omega_k\,\|$ (nats)", fontsize=14)
-    right.set_title("What each layer learns from", fontsize=15)
+    right.set_ylabel(r"gradient norm $\|\,\partial\ell\,/\,\partial\Omega_k\,\|$ (nats)")
+    right.set_title("What each layer learns from")
 
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlim(1, len(steps))
-        axes.set_xlabel(f"training step (batch of {BATCH} images)", fontsize=14)
-        axes.tick_params(labelsize=12)
-        axes.grid(alpha=0.25)
+        axes.set_xlabel(f"training step (batch of {BATCH} images)")
         axes.xaxis.set_major_formatter("{x:g}")
-    left.legend(fontsize=12, frameon=False, loc="lower left")
-    right.legend(fontsize=12, frameon=False, loc="lower left")
+        axes.legend(loc="lower left", frameon=False)
     return figure
 
 

@@ -12,15 +12,22 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import torch_manualbp as mbp
 from torch_manualbp.inspection.gradient_flow import GradientFlow
 
+try:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
+
 WIDTH, LAYERS, ROWS = 64, 20, 256
+LEARNING_RATE = 0.003  # in float64: with more, or in float32, rounding decides how the loss falls after 100 steps
 EXPECTED = {"too small": ["vanishing"], "too large": ["exploding"], "biases too low": ["dead"], "He": []}
 
 
@@ -34,7 +41,7 @@ class Case:
 
     def network(self) -> mbp.MLP:
         """The network before training."""
-        model = mbp.MLP([WIDTH] * LAYERS + [1])
+        model = mbp.MLP([WIDTH] * LAYERS + [1], dtype=torch.float64)
         layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         for layer in layers:
             nn.init.normal_(layer.weight, std=self.gain * math.sqrt(2 / WIDTH))
@@ -57,7 +64,7 @@ class Result:
 
 def task() -> tuple[Tensor, Tensor]:
     """Inputs, and a smooth function of them, standardised."""
-    x = torch.randn(ROWS, WIDTH)
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64)
     y = torch.sin(x[:, :1]) + x[:, 1:2] * x[:, 2:3]
     return x, (y - y.mean()) / y.std()
 
@@ -67,7 +74,7 @@ def train(case: Case, steps: int) -> Result:
     torch.manual_seed(0)
     x, y = task()
     model = case.network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses = []
     with mbp.GradientFlowMonitor(model, every=steps) as monitor:
         for _ in range(steps):
@@ -77,31 +84,39 @@ def train(case: Case, steps: int) -> Result:
     return Result(case, monitor.history[0], losses)
 
 
+@style.context("torch_manualbp.inspection.slides")
 def draw(results: list[Result]) -> Figure:
     """Left: the gradient on its way back through the layers. Right: what training makes of it."""
-    figure = Figure(figsize=(13, 6), layout="constrained", dpi=130)
+    figure = Figure(figsize=(13.33, 7))
     left, right = figure.subplots(1, 2)
-    for result, color in zip(results, ("#4c78a8", "#e45756", "#333333", "#54a24b"), strict=True):
+    colors = ("#0072B2", "#D55E00", "black", "#009E73")
+    for result, color in zip(results, colors, strict=True):
+        # Curves that lie on each other are told apart by their width.
+        shape: dict[str, Any] = {"linewidth": 3}
+        if result.flow.diagnosis == ["dead"]:
+            shape["linestyle"] = (0, (2, 1.5))
+        elif result.flow.diagnosis == ["vanishing"]:
+            shape |= {"linewidth": 8, "alpha": 0.4}
         label = f"{result.case.name}: {', '.join(result.flow.diagnosis) or 'nothing found'}"
-        label += f" ({zeros} layers get 0)" if (zeros := sum(layer.dl_df == 0 for layer in result.flow.layers)) else ""
-        sizes = [layer.dl_df or math.nan for layer in result.flow.layers]  # 0 has no place on a logarithmic scale
-        left.semilogy(range(LAYERS), sizes, "o-", markersize=4, color=color, label=label)
-        losses = [loss if math.isfinite(loss) else math.nan for loss in result.losses]
-        gone = "" if math.isfinite(result.losses[-1]) else f": {losses[0]:.0e}, NaN from step {losses.index(math.nan)}"
-        style = "--" if result.flow.diagnosis == ["dead"] else "-"  # it lies on top of another line
-        right.semilogy(losses, style, linewidth=2, color=color, label=result.case.name + gone)
-    left.set_title("Gradient before the first step", fontsize=17)
-    left.set_xlabel("layer $k$ (the backward pass goes from right to left)", fontsize=14)
-    left.set_ylabel(r"root mean square of $\partial L/\partial f_k$", fontsize=14)
-    left.set_xticks(range(0, LAYERS, 2))
-    right.set_title("Training", fontsize=17)
-    right.set_xlabel("step", fontsize=14)
-    right.set_ylim(top=30)  # a loss that explodes is named in the legend: its curve would leave the others no room
-    right.set_ylabel("mean squared error (1: the mean is all it knows)", fontsize=14)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=12)
-        axes.tick_params(labelsize=12)
+        left.plot(range(LAYERS), [layer.dl_df for layer in result.flow.layers], color=color, label=label, **shape)
+        right.plot([loss if math.isfinite(loss) else math.nan for loss in result.losses], color=color, **shape)
+        if result.flow.diagnosis == ["exploding"]:
+            power = round(math.log10(result.losses[0]))
+            gone = next(step for step, loss in enumerate(result.losses) if math.isnan(loss))
+            text = rf"↑ {result.case.name}: $10^{{{power}}}$, NaN from step {gone}"
+            right.text(0.02, 0.98, text, color=color, fontsize=15, va="top", transform=right.transAxes)
+    left.set_yscale("symlog", linthresh=1e-10)  # has a place for 0, the gradient below dead units
+    left.set_yticks([0, *(10.0**power for power in range(-9, 10, 3))])
+    left.set_title("Gradient before the first step")
+    left.set_xlabel("layer $k$ (the backward pass goes from right to left)")
+    left.set_ylabel(r"root mean square of $\partial L/\partial f_k$")
+    left.set_xticks(range(0, LAYERS, 3))
+    figure.legend(loc="outside lower center", ncols=2)
+    right.set_yscale("log")
+    right.set_title("Training")
+    right.set_xlabel("step")
+    right.set_ylim(top=10)  # the loss that explodes would leave the others no room
+    right.set_ylabel("mean squared error (1: the mean is all it knows)")
     return figure
 
 

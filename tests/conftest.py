@@ -5,6 +5,8 @@ The modules marked `cuda` apply to every device: tensors created without a devic
 with emulated kernels (emulation.py).
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
@@ -43,6 +45,14 @@ def pytest_collection_modifyitems(config, items):
 
 def _is_in_fast_module(item):
     return all(mark.name != "slow" for mark in item.getparent(pytest.Module).own_markers)
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    """As if matplotlib were not installed."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch_manualbp.inspection._figure", raising=False)
 
 
 @pytest.fixture

@@ -61,6 +61,31 @@ def row(result, start):
     return numbers(next(line for line in result.stdout.splitlines() if line.startswith(start)))
 
 
+def test_two_examples_run_without_matplotlib(run_example, no_matplotlib, tmp_path):
+    for name in ("toy_network.py", "deep_network.py"):
+        result = run_example(name)
+        assert result.returncode == 0
+        assert result.stderr == ""
+        assert "finite differences" in result.stdout
+        assert result.stdout.endswith("no figure: it needs matplotlib: pip install '.[demo]'\n")
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["least_squares", "matrix_calculus", "initialisation", "train_digits", "why_it_does_not_train", "cart_pole"],
+)
+def test_the_other_examples_say_what_they_need_before_they_start(run_example, no_matplotlib, name):
+    result = run_example(f"{name}.py")
+    assert "this example needs the extra `demo`: pip install '.[demo]'" in result.returncode  # sys.exit prints it
+    assert result.stdout == ""
+
+
+def test_deep_network_says_that_it_needs_the_data(run_example, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install '.[demo]'" in run_example("deep_network.py").returncode
+
+
 def test_train_digits_learns_what_the_plain_network_learns(run_example, tmp_path):
     result = run_example("train_digits.py", "--epochs", "5")
     assert result.returncode == 0

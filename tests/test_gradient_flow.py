@@ -378,10 +378,8 @@ def test_matplotlib_is_imported_only_to_plot():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_matplotlib_missing_is_a_clear_error(monkeypatch):
+def test_matplotlib_missing_is_a_clear_error(no_matplotlib):
     r = flow_of(mbp.MLP([3, 2]))
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="figures need matplotlib"):
         r.plot()
 

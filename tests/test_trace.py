@@ -362,6 +362,12 @@ def test_to_dict_is_json_with_every_number():
     json.dumps(mbp.trace(network(net), net.input, {"any": net.input}, lambda o, t: o.sum()).to_dict())
 
 
+def drawn_texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
 @pytest.mark.parametrize(
     "sizes", [[1, 1, 1], [3, 5, 2], [3, 1], pytest.param([4] * 40, marks=pytest.mark.slow)], ids=str
 )
@@ -371,9 +377,86 @@ def test_plot_draws_both_passes(sizes, batch, tmp_path):
     figure = t.plot()
     figure.savefig(tmp_path / "trace.png")
     assert (tmp_path / "trace.png").stat().st_size > 10_000
-    titles = " ".join(axes.get_title() + axes.get_ylabel() for axes in figure.axes)
-    assert "orward pass" in titles
-    assert "ackward pass" in titles
+    texts = " ".join(drawn_texts(figure))
+    assert "Forward pass" in texts
+    assert "Backward pass" in texts
+
+
+def test_plot_draws_the_toy_network_with_the_numbers_of_the_lecture():
+    texts = drawn_texts(toy().plot())
+    t = toy()
+    for name, value in (("f_{2}", t.f[2]), ("h_{3}", t.h[3]), (r"\partial \ell/\partial f_{0}", t.dl_df[0])):
+        assert f"${name}$" in texts
+        assert number_in_circle(value) in texts
+    assert number_in_circle(t.dl_domega[1]) in texts
+    assert number_in_circle(t.layers[1].weight) in texts
+    assert number_in_circle(t.losses[0]) in texts
+
+
+def number_in_circle(value):
+    return f"{value.item():.3g}".replace("-", "−")
+
+
+def test_network_plot_colours_weights_by_sign_and_shows_where_relu_is_off():
+    model = mbp.MLP([1, 2, 1])
+    for parameter, values in zip(model.parameters(), ([[2.0], [-3.0]], [0.0, 0.0], [[4.0, 5.0]], [1.0]), strict=True):
+        parameter.data = torch.tensor(values)
+    x, y = torch.tensor([[-7.0], [0.5]]), torch.zeros(2, 1)
+    figure = mbp.trace(model, x, y).plot("network", example=1)
+    assert any("example 1 of 2" in text for text in drawn_texts(figure))
+    from matplotlib.patches import Circle, FancyArrowPatch
+
+    (axes,) = figure.axes
+    circles = [patch for patch in axes.patches if isinstance(patch, Circle)]
+    assert len(circles) == 2 * (1 + 2 + 2 + 1 + 1)  # x, f_0, h_1, f_1, ℓ in both passes
+    arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
+    red, blue, dotted = "#b21", "#216", ":"
+    from matplotlib.colors import to_hex
+
+    colors = [to_hex(arrow.get_edgecolor())[:4] for arrow in arrows]
+    # Forward: Ω_0 has a positive and a negative weight, Ω_1 two positive ones. Backward: ∂ℓ/∂f_1 = 2 (5 − 0), h_1 is
+    # (1, 0), so that ∂ℓ/∂Ω_1 = (10, 0) and ∂ℓ/∂Ω_0 = (20, 0).
+    assert (colors.count(red), colors.count(blue)) == (1 + 2 + 2, 1)
+    assert [arrow.get_linestyle() for arrow in arrows].count(dotted) == 2  # the second ReLU, in both passes
+    texts = drawn_texts(figure)
+    for number in ("2", "−3", "4", "5", "10", "20", "40"):
+        assert number in texts
+
+
+def test_maps_have_numbers_where_there_is_room():
+    t = mbp.trace(mbp.MLP([3, 2, 2]), torch.randn(4, 3), torch.randn(4, 2))
+    assert f"{t.f[1][3, 1].item():.2g}".replace("-", "−") in drawn_texts(t.plot("maps"))
+    large = mbp.trace(mbp.MLP([3, 40, 2]), torch.randn(4, 3), torch.randn(4, 2))
+    assert f"{large.f[1][3, 1].item():.2g}".replace("-", "−") not in drawn_texts(large.plot("maps"))
+
+
+def test_maps_have_one_scale_for_each_pass_and_colours_for_numbers_far_below_the_largest():
+    t = mbp.trace(mbp.MLP([3, 20, 2]), torch.randn(8, 3), torch.randn(8, 2))
+    for gradients in (*t.dl_df, *t.dl_dh):
+        gradients[1:] *= 1e-3  # one example has nearly all of the gradient, as one that is misclassified
+    figure = t.plot("maps")
+    images = [image for axes in figure.axes for image in axes.images]
+    assert len({image.norm for image in images}) == 2
+    backward = images[-1]
+    assert abs(backward.norm(float(t.dl_df[1][0].abs().max())) - 0.5) <= 0.5
+    assert abs(backward.norm(float(t.dl_df[1][1].abs().max())) - 0.5) > 0.05
+    assert backward.norm(0.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "error", "message"),
+    [
+        ([2, 2, 1], {"kind": "diagram"}, ValueError, "network"),
+        ([2, 9, 1], {"kind": "network"}, ValueError, "9 units, and there is room for 8"),
+        ([2] * 9, {"kind": "network"}, ValueError, "8 layers need 17 columns"),
+        ([2] * 9, {"kind": "maps"}, ValueError, "15 panels"),
+        ([2, 2, 1], {"kind": "network", "example": 3}, IndexError, "no example 3 in a batch of 3"),
+    ],
+)
+def test_plot_says_why_it_cannot_draw(sizes, options, error, message):
+    t = mbp.trace(mbp.MLP(sizes), torch.randn(3, 2), torch.randn(3, sizes[-1]))
+    with pytest.raises(error, match=message):
+        t.plot(**options)
 
 
 @pytest.mark.slow
@@ -381,15 +464,15 @@ def test_plot_survives_zeros_nan_and_infinity(tmp_path):
     for value in (0.0, NAN, INF):
         for sizes in ([2, 3, 1], [2] * 20):
             t = mbp.trace(mbp.MLP(sizes), torch.full((2, 2), value), torch.zeros(2, sizes[-1]))
-            t.plot().savefig(tmp_path / "trace.png")
+            for kind in (None, "bars", *(["network"] if len(sizes) == 3 else [])):
+                t.plot(kind).savefig(tmp_path / "trace.png")
 
 
 @pytest.mark.slow
-def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_reported(monkeypatch):
+def test_matplotlib_is_imported_only_to_draw_and_its_absence_is_reported(no_matplotlib):
     code = "import sys, torch_manualbp; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     t = toy()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         t.plot()
 

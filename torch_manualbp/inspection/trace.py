@@ -109,13 +109,22 @@ class Trace:
         """
         return _verify.verify(self, tolerance)
 
-    def plot(self) -> "Figure":
-        """Both passes as a figure: heat maps if the network is small enough to show every unit, else bars.
+    def plot(self, kind: str | None = None, example: int = 0) -> "Figure":
+        """Both passes as a figure, which a notebook shows, and ``savefig`` saves at the size of a slide.
+
+        Args:
+            kind: "network", a diagram with the values, weights and gradients of one example, for layers of at most 8
+                units, with numbers up to 4; "maps", heat maps of every unit and example; "bars", the size of each
+                quantity. By default the first that is readable: "network" for one example with numbers, else "maps",
+                else "bars".
+            example: the row of the batch that "network" shows.
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: an unknown `kind`, or the network is too large for it.
+            IndexError: there is no such example.
         """
-        return trace_plot.draw_trace(self)
+        return trace_plot.draw_trace(self, kind, example)
 
     def to_dict(self) -> dict[str, Any]:
         """All quantities by name, as numbers in lists, for ``json.dumps``."""

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from torch_manualbp.inspection.trace_plot import BACKWARD, FORWARD, LABEL, TICK, new_figure
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -19,35 +17,35 @@ def plot_training(history: "History") -> "Figure":
 
     The loss of an epoch is drawn at its end, where the validation loss is measured.
     """
-    changes = len(set(history.learning_rate)) > 1 and None not in history.learning_rate
-    figure = new_figure(14 if changes else 9, 5.4)
-    from matplotlib.ticker import MaxNLocator
+    from torch_manualbp.inspection._figure import BLUE, GRAY, ORANGE, slide_figure
 
-    losses, *others = figure.subplots(1, 2 if changes else 1, squeeze=False)[0]
-    steps, width = history.step_losses, -(-len(history.step_losses) // MOST_POINTS)
-    means = [part.mean().item() for part in torch.split(steps, width)]
-    middles = [(k * width + min((k + 1) * width, len(steps))) / 2 / history.steps_per_epoch for k in range(len(means))]
-    losses.plot(middles, means, color=FORWARD, alpha=0.35, linewidth=1, label="training, steps")
-    ends = range(1, len(history.loss) + 1)
-    losses.plot(ends, history.loss, "o-", color=FORWARD, markersize=4, label="training")
-    if history.validation_loss:
-        losses.plot(ends, history.validation_loss, "o-", color=BACKWARD, markersize=4, label="validation")
-    if (best := history.best_epoch) is not None:
-        losses.axvline(best + 1, color="gray", linestyle="--", linewidth=1, label=f"best: epoch {best}")
-    drawn = [value for value in (*means, *history.loss, *history.validation_loss) if abs(value) < float("inf")]
-    if drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
-        losses.set_yscale("log")
-    losses.set_title("Loss")
-    losses.legend(fontsize=TICK)
-    for axes in others:
-        axes.step([0, *ends], [*history.learning_rate[:1], *history.learning_rate], color="black")
-        axes.set_title("Learning rate")
-    for axes in figure.axes:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epochs done")
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=TICK)
-        for text in (axes.title, axes.xaxis.label):
-            text.set_fontsize(LABEL)
-    figure.suptitle(history._summary(), fontsize=LABEL, wrap=True)
+    changes = len(set(history.learning_rate)) > 1 and None not in history.learning_rate
+    with slide_figure(13.33 if changes else 10, 5.6) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        losses, *others = figure.subplots(1, 2 if changes else 1, squeeze=False)[0]
+        steps, width = history.step_losses, -(-len(history.step_losses) // MOST_POINTS)
+        means = [part.mean().item() for part in torch.split(steps, width)]
+        middles = [
+            (k * width + min((k + 1) * width, len(steps))) / 2 / history.steps_per_epoch for k in range(len(means))
+        ]
+        losses.plot(middles, means, color=BLUE, alpha=0.35, linewidth=1, label="training, steps")
+        ends = range(1, len(history.loss) + 1)
+        losses.plot(ends, history.loss, "o-", color=BLUE, label="training")
+        if history.validation_loss:
+            losses.plot(ends, history.validation_loss, "s-", color=ORANGE, label="validation")
+        if (best := history.best_epoch) is not None:
+            losses.axvline(best + 1, color=GRAY, linestyle="--", linewidth=1.5, label=f"best: epoch {best}")
+        drawn = [value for value in (*means, *history.loss, *history.validation_loss) if abs(value) < float("inf")]
+        if drawn and min(drawn) > 0 and max(drawn) > 10 * min(drawn):
+            losses.set_yscale("log")
+        losses.set_title("Loss")
+        losses.legend()
+        for axes in others:
+            axes.step([0, *ends], [*history.learning_rate[:1], *history.learning_rate], color="black")
+            axes.set_title("Learning rate")
+        for axes in figure.axes:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("epochs done")
+        figure.suptitle(history._summary(), fontsize=15, wrap=True)
     return figure
