@@ -75,6 +75,7 @@ SOURCES: dict[str, Callable[[], dict[str, Figure]]] = {
             "least_squares",
             "toy_network",
             "matrix_calculus",
+            "relu",
             "deep_network",
             "initialisation",
             "train_digits",

@@ -6,6 +6,7 @@ import doctest
 import inspect
 import io
 import itertools
+import operator
 import re
 from pathlib import Path
 from types import FunctionType
@@ -49,6 +50,33 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
         got, want = run(block, page, namespace), block["output"] or ""
         same = doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS)  # "..." stands for anything
         assert same, f"{name(page)} says\n{want}but this prints\n{got}"
+
+
+def slide_map():
+    """The rows of the table from slides to pages, code and figures: five cells each."""
+    lines = (DOCS / "lecture" / "index.md").read_text().split("| slides |")[1].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"\s\|\s", line.strip("| "))] for line in lines if line.startswith("|")]
+
+
+def test_each_slide_has_a_page_code_and_a_figure():
+    slides = []
+    for row in slide_map():
+        assert len(row) == 5
+        assert all(row)
+        numbers, _, page, code, figure = row
+        for part in numbers.split(", "):
+            first, last = map(int, (part if "–" in part else f"{part}–{part}").split("–"))
+            slides += range(first, last + 1)
+        file, anchor = re.search(r"\]\(([^)#]*)#([^)]+)\)", page).groups()  # mkdocs --strict checks the anchor
+        assert (DOCS / "lecture" / (file or "index.md")).exists()
+        assert anchor
+        for path in re.findall(r"\]\((\S+)\)", figure) or [None]:
+            assert figure == "printed" or (DOCS / "lecture" / path).exists()
+        for name in re.findall(r"`([\w.]+)", code):
+            owner = {"Trace": mbp.inspection.trace, "ToyNetwork": lecture}.get(name.split(".")[0], mbp)
+            name = name.removeprefix("torch_manualbp.")
+            assert name == "activations" or operator.attrgetter(name)(owner) is not None
+    assert sorted(slides) == list(range(1, 63))
 
 
 def constants(module):

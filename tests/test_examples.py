@@ -73,7 +73,15 @@ def test_two_examples_run_without_matplotlib(run_example, no_matplotlib, tmp_pat
 
 @pytest.mark.parametrize(
     "name",
-    ["least_squares", "matrix_calculus", "initialisation", "train_digits", "why_it_does_not_train", "cart_pole"],
+    [
+        "least_squares",
+        "matrix_calculus",
+        "relu",
+        "initialisation",
+        "train_digits",
+        "why_it_does_not_train",
+        "cart_pole",
+    ],
 )
 def test_the_other_examples_say_what_they_need_before_they_start(run_example, no_matplotlib, name):
     result = run_example(f"{name}.py")
@@ -141,6 +149,15 @@ def test_deep_network_is_traced_and_verified(run_drawing):
     autograd, finite = row(result, "largest difference to autograd")
     assert autograd < 1e-12
     assert finite < 1e-5
+
+
+def test_relu_prints_the_values_and_the_slopes(run_drawing):
+    result = run_drawing("relu.py")
+    assert result.stdout.splitlines()[:3] == [
+        "z = -1.0   a[z] = 0.0   derivative 0",
+        "z =  0.0   a[z] = 0.0   derivative 0",
+        "z =  1.0   a[z] = 1.0   derivative 1",
+    ]
 
 
 def test_initialisation_measures_what_is_predicted(run_drawing):
