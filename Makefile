@@ -27,7 +27,7 @@ IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-quick test-cuda docs lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
+.PHONY: help demo test test-quick test-cuda docs notebooks lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
         aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
@@ -59,6 +59,10 @@ docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a w
 	@echo "==> building build/site"
 	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "    open build/site/index.html; the search needs a server: python3 -m http.server --directory build/site"
+
+notebooks: $(VENV)/.docs  ## the lecture's chapters as notebooks, run: build/notebooks; `make docs` puts them into the site
+	@echo "==> running the notebooks"
+	@$(RUN) python docs/notebooks.py
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy
 	@echo "==> linting"
