@@ -26,8 +26,8 @@ IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-quick test-cuda docs figures lint format bench bench-quick fuzz fuzz-night asan tsan coverage \
-        aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
+.PHONY: help demo test test-quick test-cuda docs notebooks figures lint format bench bench-quick fuzz fuzz-night asan tsan \
+        coverage aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -60,6 +60,10 @@ docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a w
 
 figures: $(VENV)/.ready  ## draw docs/figures/*.png, two minutes (ARGS=--check: only say which are stale)
 	@$(RUN) python docs/draw_figures.py $(ARGS)
+
+notebooks: $(VENV)/.docs  ## the lecture's chapters as notebooks, run: build/notebooks; `make docs` puts them into the site
+	@echo "==> running the notebooks"
+	@$(RUN) python docs/notebooks.py
 
 lint: $(VENV)/.lint  ## ruff, clang-format and mypy
 	@echo "==> linting"

@@ -343,7 +343,7 @@ def test_print_shows_shapes_and_norms_of_a_batch():
 def test_notebooks_get_a_table():
     for t in (toy(), mbp.trace(mbp.MLP([3, 5, 2]), torch.randn(4, 3), torch.randn(4, 2))):
         html = t._repr_html_()
-        assert html.startswith("<table>")
+        assert html.startswith("<div><table>")
         assert html.count("<tr>") == html.count("</tr>") == len(str(t).splitlines())
         assert "I[f<sub>0</sub> &gt; 0]" in html
 

@@ -24,6 +24,7 @@ from torch_manualbp._compute import run_layers
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import may_join_graph
 from torch_manualbp.functional import linear_relu
+from torch_manualbp.inspection._table import printable
 
 logger = logging.getLogger("torch_manualbp")
 
@@ -121,7 +122,7 @@ class Chain:
         op = "linear_relu" if len(self.layers) == 1 else "mlp, ReLU at its end" if last.relu else "mlp"
         lines = [line.strip() for line in (first.linear.stack_trace or "").splitlines() if line.strip()]
         place = next((line for line in reversed(lines) if line.startswith("File ")), "")
-        return f"  {'–'.join(widths)} {op}" + (f"  ({place})" if place else "")
+        return printable(f"  {'–'.join(widths)} {op}" + (f"  ({place})" if place else ""))
 
 
 def find_chains(graph: fx.Graph) -> list[Chain]:

@@ -18,6 +18,7 @@ from torch_manualbp._arithmetic import widest_dtype
 from torch_manualbp._checks import LossName, Reduction, check_choice, check_module, check_tensor
 from torch_manualbp._losses import IGNORE_INDEX, LOSSES, LossSpec, loss_spec
 from torch_manualbp._steps import LossFunction, Steps, batch_of
+from torch_manualbp.inspection._table import Table
 from torch_manualbp.modules import FusedForward, loss_of, whole_network
 
 if TYPE_CHECKING:
@@ -193,6 +194,12 @@ class History:
         return f"History(epochs={len(self.loss)}{''.join(last)}, {end})"
 
     def __str__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
         epochs = range(len(self.loss))
         columns = {
             "epoch": list(map(str, epochs)),
@@ -200,13 +207,11 @@ class History:
             "validation loss": [f"{loss:.4g}" for loss in self.validation_loss],
             "learning rate": ["" if rate is None else f"{rate:.4g}" for rate in self.learning_rate],
         }
-        lines = []
-        for title, values in columns.items():
-            cells = values if len(values) <= _ROWS else [*values[: _ROWS // 2], "…", *values[-_ROWS // 2 :]]
-            if cells:
-                width = max(map(len, (title, *cells)))
-                lines.append([cell.rjust(width) for cell in (title, *cells)])
-        return "\n".join([*map("  ".join, zip(*lines, strict=True)), self._summary()])
+        columns = {title: values for title, values in columns.items() if values}
+        rows = list(zip(*columns.values(), strict=True))
+        if len(rows) > _ROWS:
+            rows[_ROWS // 2 : -_ROWS // 2] = [("…",) * len(columns)]
+        return Table("", tuple(columns), rows, ">" * len(columns), [self._summary()])
 
     def _summary(self) -> str:
         epochs, steps = len(self.loss), len(self.step_losses)

@@ -1,14 +1,90 @@
-"""A trace as a table: both passes in the lecture's notation, line by line, in the order in which they are computed."""
+"""Reports as tables, in plain text for a terminal and in HTML for a notebook; and the rows of a trace's table.
 
-import html as _html
+A trace's table has both passes in the lecture's notation, line by line, in the order in which they are computed.
+
+Where the terminal cannot show a symbol, ASCII takes its place: dl_i/df_k for ∂ℓ_i/∂f_k. ``__str__`` does not know the
+stream that its result will be written to, so `printable` looks at ``sys.stdout``.
+"""
+
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch_manualbp.inspection.trace import Trace
+
+_ASCII = {  # in this order: a symbol is replaced if the terminal does not show it
+    "|·|": "|.|", "∂": "d", "ℓ": "l", "Ω": "Omega", "ω": "omega", "β": "beta", "Σ": "sum", "ᵀ": "^T", "²": "^2",
+    "⊙": "*", "·": "*", "×": "x", "−": "-", "–": "-", "→": "->", "…": "...",
+}  # fmt: skip
+
+
+def printable(text: str) -> str:
+    """The text with symbols that ``sys.stdout`` can show: the same, or with ASCII in place of what it cannot."""
+    encoding = getattr(sys.stdout, "encoding", None)  # None: a StringIO, for example, which takes everything
+    if not encoding or _can_show(encoding, text):
+        return text
+    for symbol, replacement in _ASCII.items():
+        if not _can_show(encoding, symbol):
+            text = text.replace(symbol, replacement)
+    return text.encode(encoding, "backslashreplace").decode(encoding)  # the user's names may have any letters
+
+
+def _can_show(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class Table(NamedTuple):
+    """A report: lines, a table, and more lines."""
+
+    before: str
+    header: tuple[str, ...]
+    """The titles of the columns, which may be formulas; empty for a table without."""
+    rows: Sequence[tuple[str, ...]]
+    align: str
+    """"<" (left) or ">" (right) for each column."""
+    after: Sequence[str] = ()
+
+    def text(self) -> str:
+        """The report for a terminal."""
+        rows = [[printable(cell) for cell in row] for row in (self.header, *self.rows) if row]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, self.align, widths, strict=True))
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([*filter(None, [printable(self.before)]), *lines, *map(printable, self.after)])
+
+    def html(self) -> str:
+        """The same for a notebook, in the colours and the font of its theme."""
+        header = [_html_cells([_subscripts(title) for title in self.header], self.align, "th")] if self.header else []
+        rows = [_html_cells([escape(cell) for cell in row], self.align) for row in self.rows]
+        return _html_report(self.before, header + rows, self.after)
+
+
+def _html_report(before: str, rows: Sequence[str], after: Sequence[str] = ()) -> str:
+    parts = [f"<p>{escape(before)}</p>"] if before else []
+    parts += [f"<table><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"] if rows else []
+    return f"<div>{''.join([*parts, *(f'<p>{escape(line)}</p>' for line in after)])}</div>"
+
+
+def _html_cells(cells: Sequence[str], align: str, tag: str = "td") -> str:
+    """The cells of a row, of texts that are HTML already. Notebooks align to the right unless told otherwise."""
+    sides = ("left" if side == "<" else "right" for side in align)
+    return "".join(f'<{tag} style="text-align:{side}">{cell}</{tag}>' for cell, side in zip(cells, sides, strict=True))
+
+
+def _subscripts(formula: str) -> str:
+    """A formula in HTML. Only an index is a subscript: neither ᵀ nor a part of a name, such as that of a function."""
+    return re.sub(r"((?<!\w)[^\W\d_]|\])_(\d+|[idky](?:\+1)?)(?![0-9A-Za-z_])", r"\1<sub>\2</sub>", escape(formula))
 
 
 class Row(NamedTuple):
@@ -65,12 +141,15 @@ def is_scalar(trace: "Trace") -> bool:
 
 def text(trace: "Trace") -> str:
     """The table for a terminal: values if every quantity is one number, else shapes, norms and shares of zeros."""
-    parts = [(heading, [_cells(row, is_scalar(trace)) for row in rows]) for heading, rows in sections(trace)]
+    parts = [
+        (heading, [tuple(map(printable, _cells(row, is_scalar(trace)))) for row in rows])
+        for heading, rows in sections(trace)
+    ]
     widths = [max(len(cells[column]) for _, rows in parts for cells in rows) for column in range(5)]
     lines = []
     for heading, rows in parts:
         columns = "" if is_scalar(trace) else f"{'shape':<{widths[2]}}  {'norm':>{widths[3]}}  {'zeros':>{widths[4]}}"
-        lines.append(f"{heading:<{widths[0] + widths[1] + 6}}  {columns}".rstrip())
+        lines.append(f"{printable(heading):<{widths[0] + widths[1] + 6}}  {columns}".rstrip())
         for name, formula, *values in rows:
             left = f"  {name:<{widths[0]}} = {formula:<{widths[1]}}"
             if is_scalar(trace):
@@ -82,20 +161,18 @@ def text(trace: "Trace") -> str:
 
 
 def html(trace: "Trace") -> str:
-    """The table for a notebook."""
+    """The same for a notebook."""
     scalar = is_scalar(trace)
-    body = []
-    for heading, rows in sections(trace):
-        columns = ("value",) if scalar else ("shape", "norm", "zeros")
-        titles = "".join(f"<th>{title}</th>" for title in columns)
-        body.append(f'<tr><th colspan="2" style="text-align:left">{_html.escape(heading)}</th>{titles}</tr>')
-        for row in rows:
-            name, formula, shape, norm, zeros = _cells(row, scalar)
-            values = (norm,) if scalar else (shape, norm, zeros)
-            cells = "".join(f"<td>{value}</td>" for value in values)
-            left = 'style="text-align:left"'
-            body.append(f"<tr><td {left}>{_subscripts(name)}</td><td {left}>= {_subscripts(formula)}</td>{cells}</tr>")
-    return f"<table>{''.join(body)}</table>"
+    rows = []
+    for heading, quantities in sections(trace):
+        title = f'<th colspan="{3 if scalar else 2}" style="text-align:left">{escape(heading)}</th>'
+        rows.append(title if scalar else title + _html_cells(["shape", "norm", "zeros"], "<>>", "th"))
+        for quantity in quantities:
+            name, formula, shape, norm, zeros = _cells(quantity, scalar)
+            values = [f"= {norm}"] if scalar else [shape, norm, zeros]
+            cells = [_subscripts(name), f"= {_subscripts(formula)}", *values]
+            rows.append(_html_cells(cells, "<<>" if scalar else "<<<>>"))
+    return _html_report("", rows)
 
 
 def _cells(row: Row, scalar: bool) -> tuple[str, str, str, str, str]:
@@ -125,7 +202,3 @@ def _loss_formulas(trace: "Trace", output: str) -> tuple[str, str]:
         return value, gradient
     gradient = gradient if gradient.startswith("2(") else f"({gradient})"  # a product needs no parentheses
     return f"{value} / {count}", f"{gradient} / {count}"
-
-
-def _subscripts(formula: str) -> str:
-    return re.sub(r"_(\w+)", r"<sub>\1</sub>", _html.escape(formula))

@@ -1,6 +1,5 @@
 """Which layers of a model run as one call, and why the others do not: `fusion_report`."""
 
-import html
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch_manualbp._checks import check_module
 from torch_manualbp._forwards import WrittenForward, needs_first_call
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import KERNELS, PLAIN, OwnFunctionMode, route, rows_of
+from torch_manualbp.inspection._table import Table, printable
 from torch_manualbp.modules import FusedForward, has_hooks
 
 
@@ -37,7 +37,7 @@ class FusedChain:
 
     def __str__(self) -> str:
         names = self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} … {self.layers[-1]}"
-        return f"{names}: {'–'.join(map(str, self.widths))}{', ReLU at its end' if self.relu else ''}"
+        return printable(f"{names}: {'–'.join(map(str, self.widths))}{', ReLU at its end' if self.relu else ''}")
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,16 @@ class FusionReport:
         return {"chains": [asdict(chain) for chain in self.chains], "plain": [asdict(layer) for layer in self.plain]}
 
     def __str__(self) -> str:
-        count = sum(len(chain.layers) for chain in self.chains)
-        lines = [f"{len(self.chains)} call(s) compute {count} linear layer(s); torch computes {len(self.plain)}"]
-        rows = self._rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
-        lines += [
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join(lines)
+        return self._table().text()
 
     def _repr_html_(self) -> str:
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows()]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+        return self._table().html()
 
-    def _rows(self) -> list[tuple[str, str, str]]:
+    def _table(self) -> Table:
+        count = sum(len(chain.layers) for chain in self.chains)
+        title = f"{len(self.chains)} call(s) compute {count} linear layer(s); torch computes {len(self.plain)}"
         chains = [("one call", str(chain), f"{chain.route}, {chain.rows:,} rows") for chain in self.chains]
-        return chains + [("torch", layer.name, layer.reason) for layer in self.plain]
+        return Table(title, (), [*chains, *(("torch", layer.name, layer.reason) for layer in self.plain)], "<<<")
 
 
 def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:

@@ -29,6 +29,7 @@ from torch_manualbp._checks import check_choice, check_tensor
 from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients
 from torch_manualbp._route import layers_are_torchs
+from torch_manualbp.inspection._table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,23 +178,29 @@ class GradientFlow:
         return plot_flow(self)
 
     def __str__(self) -> str:
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
         header = (
             "k", "layer", "D_k → D_k+1", "|f_k|", "|h_k|", "dead", "always on", "|∂ℓ/∂f_k|", "growth", "theory",
             "forward", "theory", "update/weight",
         )  # fmt: skip
-        rows = [header]
-        for k, layer in enumerate(self.layers):
-            rows.append((
+        rows = [
+            (
                 str(k), layer.name, f"{layer.d_in} → {layer.d_out}", _size(layer.f), _size(layer.h),
                 _share(layer.dead), _share(layer.always_on), _size(layer.dl_df), _factor(layer.growth),
                 _factor(layer.growth_theory), _factor(layer.forward_growth), _factor(layer.forward_theory),
                 _size(layer.update_ratio),
-            ))  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+            )
+            for k, layer in enumerate(self.layers)
+        ]  # fmt: skip
         title = "Gradient flow" + (f" at step {self.step}" if self.step is not None else "")
         findings = [f"{word}: {text}" for word, text in self.explanation.items()] or ["nothing found"]
-        return "\n".join([f"{title} (|·| is the root mean square over examples and units)", *lines, *findings])
+        title += " (|·| is the root mean square over examples and units)"
+        return Table(title, header, rows, ">" * len(header), findings)
 
 
 def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = "mse") -> GradientFlow:

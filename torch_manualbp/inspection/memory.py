@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_manualbp import _ops
 from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._route import torch_is_faster
+from torch_manualbp.inspection._table import Table
 
 MODES = ("eager", "store", "recompute", "loss")
 
@@ -50,16 +51,18 @@ class MemoryPlan:
     """Bytes that earlier steps had left for later ones when this was counted; `empty_cache` frees them."""
 
     def __str__(self) -> str:
-        rows = [("", "kept for backward", "peak of a step")]
-        for name in MODES:
-            mode: ModeMemory = getattr(self, name)
-            rows.append((name, _readable(mode.kept), _readable(mode.peak)))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
+        return self._table().text()
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
+        modes: list[tuple[str, ModeMemory]] = [(name, getattr(self, name)) for name in MODES]
+        rows = [(name, _readable(mode.kept), _readable(mode.peak)) for name, mode in modes]
         parameters = _readable(self.parameters)
         title = f"Memory of a training step with {self.batch:,} rows, beside {parameters} of parameters"
         cached = [f"kept from earlier steps: {_readable(self.cached)} (empty_cache)"] if self.cached else []
-        return "\n".join([title, *lines, *cached])
+        return Table(title, ("", "kept for backward", "peak of a step"), rows, "<>>", cached)
 
 
 def memory(model: nn.Module, batch: int) -> MemoryPlan:

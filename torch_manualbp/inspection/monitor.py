@@ -12,7 +12,7 @@ Not here: the passes and the diagnosis (gradient_flow.py), figures (flow_plot.py
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from torch_manualbp._arithmetic import plain_arithmetic
 from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import PLAIN, is_legacy_batched, is_tracing, layers_are_torchs, transforms_active
+from torch_manualbp.inspection._table import Table, printable
 from torch_manualbp.inspection.gradient_flow import (
     ForwardPass,
     GradientFlow,
@@ -156,14 +157,22 @@ class GradientFlowMonitor:
         return plot_history(self.history)
 
     def __str__(self) -> str:
-        lines = [f"GradientFlowMonitor: {self._steps} steps seen, {len(self._history)} measured"]
+        return printable("\n".join([self._summary(), *map(" ".join, self._changes())]))
+
+    def _repr_html_(self) -> str:
+        return Table(self._summary(), (), list(self._changes()), "<<").html()
+
+    def _summary(self) -> str:
+        return f"GradientFlowMonitor: {self._steps} steps seen, {len(self._history)} measured"
+
+    def _changes(self) -> Iterator[tuple[str, str]]:
+        """The steps at which the diagnosis changes, and the new one."""
         before: list[str] | None = None
-        for flow in self.history:  # a line where the diagnosis changes
+        for flow in self.history:
             if flow.diagnosis != before:
                 findings = "; ".join(f"{word}: {text}" for word, text in flow.explanation.items())
-                lines.append(f"from step {flow.step}: {findings or 'nothing found'}")
+                yield f"from step {flow.step}:", findings or "nothing found"
                 before = flow.diagnosis
-        return "\n".join(lines)
 
     # ------------------------------------------------------------------------------------- called by the watcher
 

@@ -153,7 +153,7 @@ class Trace:
     def __repr__(self) -> str:
         groups = [(d, len(list(same))) for d, same in groupby([self.h[0].shape[1], *(f.shape[1] for f in self.f)])]
         widths = "–".join(f"{d}×{count}" if count > 1 else str(d) for d, count in groups)
-        return (
+        return _table.printable(
             f"Trace({widths}, batch {len(self.output)}, {str(self.output.dtype).removeprefix('torch.')}, "
             f"{self.traced_loss.name} = {self.loss.item():.6g})"
         )
