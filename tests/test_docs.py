@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import torch_manualbp as mbp
-from torch_manualbp import autograd, compile_backend, info, lecture, reference
+from torch_manualbp import autograd, compile_backend, demo, info, lecture, reference
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -111,7 +111,7 @@ def test_the_reference_has_every_public_name():
 
 
 @pytest.mark.parametrize(
-    "module", [autograd, lecture, reference, info, compile_backend], ids=lambda module: module.__name__
+    "module", [autograd, lecture, reference, info, demo, compile_backend], ids=lambda module: module.__name__
 )
 def test_the_reference_has_every_public_name_of(module):
     names = {name: text for name, text in public_names(module).items() if name not in UNLISTED.get(module, set())}
