@@ -141,7 +141,7 @@ def draw(result: dict[str, Any]) -> "Figure":
         left, right = figure.subplots(1, 2)
         leak = [64 * step / 2**20 for step in at]
         left.plot(at, leak, "--", color=GRAY)
-        left.text(at[-1] * 0.6, leak[-1] * 0.68, "a leak of 64 bytes a step", ha="right", fontsize=16, color=GRAY)
+        left.text(at[-1], leak[-1] * 0.3, "a leak of 64 bytes a step", ha="right", fontsize=16, color=GRAY)
         for values in ways.values():
             left.plot(at, [(value - values[0]) / 2**20 for value in values], color=BLUE, linewidth=2)
         left.text(at[-1] * 0.5, leak[-1] * 0.06, f"{len(ways)} ways to train", ha="center", fontsize=16, color=BLUE)

@@ -118,7 +118,8 @@ def _axes(axes: Any) -> dict[str, Any]:
         xy = np.ma.filled(np.ma.asarray(xy, float), np.nan)
         chosen = xy[np.linspace(0, len(xy) - 1, min(len(xy), MOST_POINTS)).astype(int)] if len(xy) else xy
         with np.errstate(all="ignore"):
-            return [[_rounded(value) for value in point] for point in place.transform(chosen)]
+            # Outside of the axes it does not matter where a point is.
+            return [[_rounded(value) for value in point] for point in place.transform(chosen).clip(-0.1, 1.1)]
 
     texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
     if legend := axes.get_legend():

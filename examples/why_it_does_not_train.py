@@ -115,7 +115,8 @@ def draw(results: list[Result]) -> Figure:
     right.set_yscale("log")
     right.set_title("Training")
     right.set_xlabel("step")
-    right.set_ylim(top=10)  # the loss that explodes would leave the others no room
+    least = min(loss for result in results for loss in result.losses if math.isfinite(loss))
+    right.set_ylim(least / 1.5, 3)  # the loss that explodes would leave the others no room
     right.set_ylabel("mean squared error (1: the mean is all it knows)")
     return figure
 
