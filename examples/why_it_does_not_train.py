@@ -23,6 +23,7 @@ from torch_manualbp.inspection.gradient_flow import GradientFlow
 try:
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 except ImportError as error:
     sys.exit(f"{error}: this example needs the extra `demo`: pip install '.[demo]'")
 
@@ -113,10 +114,13 @@ def draw(results: list[Result]) -> Figure:
     left.set_xticks(range(0, LAYERS, 3))
     figure.legend(loc="outside lower center", ncols=2)
     right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_locator(NullLocator())
     right.set_title("Training")
     right.set_xlabel("step")
     least = min(loss for result in results for loss in result.losses if math.isfinite(loss))
-    right.set_ylim(least / 1.5, 3)  # the loss that explodes would leave the others no room
+    right.set_ylim(min(0.1, least / 1.5), 3)  # the loss that explodes would leave the others no room
     right.set_ylabel("mean squared error (1: the mean is all it knows)")
     return figure
 

@@ -66,7 +66,7 @@ def _maps(trace: "Trace") -> "Figure":
     cell = (WIDTH - 2.4) / len(columns) / max(widest, 1) - 0.2 / max(widest, 1), (HEIGHT / 2 - 1.2) / max(rows, 1)
     numbered = cell[0] >= CELL[0] and cell[1] >= CELL[1]
     with slide_figure(WIDTH, HEIGHT) as figure:
-        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.16)
+        figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.16)
         passes = figure.subfigures(2, 1, squeeze=False)[:, 0]
         for line, (part, title, color) in enumerate(
             zip(passes, ("Forward pass →", "← Backward pass"), (FORWARD, BACKWARD), strict=True)
@@ -86,7 +86,7 @@ def _maps(trace: "Trace") -> "Figure":
                     _write_numbers(axes, values, norm)
             panels[0].set_ylabel(r"example $i$")
             panels[0].set_xlabel("unit")
-            part.suptitle(title, x=0.02, y=0.95, ha="left", color=color)
+            part.suptitle(title, x=0.02, ha="left", color=color)
             bar = part.colorbar(image, ax=list(panels), aspect=12, pad=0.01)
             bar.set_ticks(list(ticks), labels=list(ticks.values()))
             bar.minorticks_off()
