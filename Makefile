@@ -53,7 +53,7 @@ test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a buil
 	@echo "==> testing on the GPU"
 	@$(RUN) python -m pytest --device=cuda -m cuda $(ARGS)
 
-docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a warning is an error
+docs: $(VENV)/.docs $(VENV)/.notebooks  ## build the documentation site, build/site/index.html; a warning is an error
 	@echo "==> building build/site"
 	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "    open build/site/index.html; the search needs a server: python3 -m http.server --directory build/site"
@@ -61,7 +61,7 @@ docs: $(VENV)/.docs  ## build the documentation site, build/site/index.html; a w
 figures: $(VENV)/.ready  ## draw docs/figures/*.png, two minutes (ARGS=--check: only say which are stale)
 	@$(RUN) python docs/draw_figures.py $(ARGS)
 
-notebooks: $(VENV)/.docs  ## the lecture's chapters as notebooks, run: build/notebooks; `make docs` puts them into the site
+notebooks: $(VENV)/.notebooks  ## the lecture's chapters as notebooks, run: build/notebooks; `make docs` puts them into the site
 	@echo "==> running the notebooks"
 	@$(RUN) python docs/notebooks.py
 
@@ -248,7 +248,7 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml setup.py torch_manualbp/__init__.p
 
 # Installs the packages of an extra: the pinned linters, the peers of the benchmarks, and the tools for the site,
 # coverage, wheels and releases.
-EXTRAS := lint bench docs coverage audit release
+EXTRAS := lint bench docs notebooks coverage audit release
 $(EXTRAS:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/.ready
 	@echo "==> installing the extra '$*'"
 	@$(PIP) $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \

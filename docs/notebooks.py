@@ -58,7 +58,7 @@ _LINK = re.compile(
 _ATTRIBUTES = re.compile(r"(?<=\))\{[^}\n]*\}|(?<=\S) *\{ ?[#.:][^}\n]*\}$", re.MULTILINE)
 # Subscripts, but not in code, formulas for TeX, headings (as on the site), addresses and tags.
 _SUBSCRIPT = re.compile(
-    r"```.*?```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|^#.*?$|\]\([^)]*\)|<[^>\n]+>"
+    r"```.*?```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|^#.*?$|\]\([^)]*\)|</?[A-Za-z][^>\n]*>"
     r"|(?<!\w)(?P<letter>[^\W\d_])_(?:\{(?P<braced>[^}]+)\}|(?P<word>[0-9A-Za-z]+))",
     re.MULTILINE | re.DOTALL,
 )
