@@ -1,13 +1,18 @@
-"""Hooks of mkdocs. Pages can include files of the repository, which avoids duplicates; formulas get subscripts.
+"""Hooks of mkdocs. Pages can include files of the repository, which avoids duplicates; formulas are typeset.
 
-`<!-- include: SECURITY.md -->` inserts the text of that file. Formulas are plain Unicode, in pages as in comments and
-docstrings, so no renderer is needed; only subscripts such as `h_{k+1}` are typeset.
+`<!-- include: SECURITY.md -->` inserts the text of that file. The lecture's pages have formulas in LaTeX, `$…$` in a line
+and `$$…$$` on lines of their own, which GitHub and Jupyter show too. Here they become MathML, which browsers display
+without JavaScript and without a network. Formulas of other pages and of docstrings are plain Unicode, as in the code;
+of these, only subscripts such as `h_{k+1}` are typeset.
 """
 
+import html
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
+
+from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
 PAGES = {  # maps links in those files to pages of the site
@@ -18,9 +23,22 @@ PAGES = {  # maps links in those files to pages of the site
     "csrc/README.md": "design/csrc.md",
 }
 
-# Matches code, headings (names of attributes) and tags, which stay unchanged, or a letter, "_" and its subscript.
+# A formula, as the extension pymdownx.arithmatex marks it.
+_FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+)
+# Where the converter differs from LaTeX: capital Greek letters and ∂ are upright symbols, not slanted ones or operators;
+# names such as max have no space around them, nor has a slash.
+_AS_IN_LATEX = [
+    (re.compile(r"<m[io]>(&#x0(?:03(?:9[1-9A-F]|A[0-9])|2202);)</m[io]>"), r'<mi mathvariant="normal">\1</mi>'),
+    (re.compile(r"<mo>([a-z]{2,})</mo>"), r"<mi>\1</mi>"),
+    (re.compile(r"<mo>&#x0002F;</mo>"), '<mo lspace="0" rspace="0">/</mo>'),
+]
+
+# Matches code, formulas, headings (names of attributes) and tags, which stay unchanged; or a letter, "_" and its
+# subscript.
 _SUBSCRIPT = re.compile(
-    r"<(?P<whole>code|pre|h\d)\b.*?</(?P=whole)>|<[^>]+>"
+    r"<(?P<whole>code|pre|math|h\d)\b.*?</(?P=whole)>|<[^>]+>"
     r"|(?<!\w)(?P<letter>[^\W\d_])_(?:\{(?P<braced>[^}]+)\}|(?P<word>[0-9A-Za-z]+))",
     re.DOTALL,
 )
@@ -39,9 +57,29 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return re.sub(r"<!-- include: (\S+) -->", include, markdown)
 
 
-def on_page_content(html: str, **_: Any) -> str:
+def on_page_content(content: str, **_: Any) -> str:
     """Called by mkdocs with the HTML of each page, without what surrounds it."""
-    return _SUBSCRIPT.sub(_subscript, html)
+    return _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content))
+
+
+def mathml(latex: str, display: str = "inline") -> str:
+    """A formula as an element <math>.
+
+    Raises:
+        ValueError: the formula has a command or an environment that the converter does not know.
+    """
+    formula = convert(latex, display=display)
+    for found, replacement in _AS_IN_LATEX:
+        formula = found.sub(replacement, formula)
+    if "\\" in formula or "<mi>&</mi>" in formula:  # it copies what it does not know
+        raise ValueError(f"this formula cannot be typeset: {latex}")
+    return formula
+
+
+def _typeset(match: re.Match[str]) -> str:
+    display = "block" if match["tag"] == "div" else "inline"
+    formula = mathml(html.unescape(match["latex"]).strip(), display)
+    return f'<{match["tag"]} class="math">{formula}</{match["tag"]}>'
 
 
 def _subscript(match: re.Match[str]) -> str:
