@@ -1,9 +1,10 @@
 """Hooks of mkdocs. Pages can include files of the repository, which avoids duplicates; formulas are typeset.
 
-`<!-- include: SECURITY.md -->` inserts the text of that file. The lecture's pages have formulas in LaTeX, `$…$` in a line
-and `$$…$$` on lines of their own, which GitHub and Jupyter show too. Here they become MathML, which browsers display
-without JavaScript and without a network. Formulas of other pages and of docstrings are plain Unicode, as in the code;
-of these, only subscripts such as `h_{k+1}` are typeset.
+`<!-- include: SECURITY.md -->` inserts the text of that file.
+
+The lecture's pages have formulas in LaTeX, `$…$` in a line and `$$…$$` on lines of their own, which GitHub and Jupyter
+show too. Here they become MathML, which browsers display without JavaScript and without a network. Formulas of other
+pages and of docstrings are plain Unicode, as in the code; of these, only subscripts such as `h_{k+1}` are typeset.
 """
 
 import html
@@ -23,12 +24,12 @@ PAGES = {  # maps links in those files to pages of the site
     "csrc/README.md": "design/csrc.md",
 }
 
-# A formula, as the extension pymdownx.arithmatex marks it.
+# A formula, as the extension pymdownx.arithmatex marks it. A mark of punctuation stays on its line.
 _FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>(?P<mark>[.,:;?)]*)', re.DOTALL
 )
-# Where the converter differs from LaTeX: capital Greek letters and ∂ are upright symbols, not slanted ones or operators;
-# names such as max have no space around them, nor has a slash.
+# Where the converter differs from LaTeX: capital Greek letters and ∂ are upright letters, and there is no space around a
+# slash or a name such as max.
 _AS_IN_LATEX = [
     (re.compile(r"<m[io]>(&#x0(?:03(?:9[1-9A-F]|A[0-9])|2202);)</m[io]>"), r'<mi mathvariant="normal">\1</mi>'),
     (re.compile(r"<mo>([a-z]{2,})</mo>"), r"<mi>\1</mi>"),
@@ -79,7 +80,7 @@ def mathml(latex: str, display: str = "inline") -> str:
 def _typeset(match: re.Match[str]) -> str:
     display = "block" if match["tag"] == "div" else "inline"
     formula = mathml(html.unescape(match["latex"]).strip(), display)
-    return f'<{match["tag"]} class="math">{formula}</{match["tag"]}>'
+    return f'<{match["tag"]} class="math">{formula}{match["mark"]}</{match["tag"]}>'
 
 
 def _subscript(match: re.Match[str]) -> str:

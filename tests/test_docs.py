@@ -1,8 +1,9 @@
-"""The code in README.md and in docs/ runs, page by page, and prints the output shown below it."""
+"""The code in README.md and in docs/ runs, page by page, and prints the output shown below it; the course is complete."""
 
 import ast
 import contextlib
 import doctest
+import importlib.util
 import inspect
 import io
 import itertools
@@ -10,6 +11,7 @@ import operator
 import re
 from pathlib import Path
 from types import FunctionType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -52,31 +54,158 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
         assert same, f"{name(page)} says\n{want}but this prints\n{got}"
 
 
-def slide_map():
-    """The rows of the table from slides to pages, code and figures: five cells each."""
-    lines = (DOCS / "lecture" / "index.md").read_text().split("| slides |")[1].splitlines()[2:]
-    return [[cell.strip() for cell in re.split(r"\s\|\s", line.strip("| "))] for line in lines if line.startswith("|")]
+# --- the course -------------------------------------------------------------------------------------------------------
+
+
+CHAPTERS = [page for page in sorted((DOCS / "lecture").glob("*.md")) if page.name != "index.md"]
+CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+FORMULA = re.compile(r"^ *\$\$\n(?P<block>.*?)^ *\$\$$|\$(?P<inline>[^$]+)\$", re.MULTILINE | re.DOTALL)
+
+
+def table(header):
+    """The cells of the table of docs/lecture/index.md whose first line starts with `header`, row by row."""
+    lines = (DOCS / "lecture" / "index.md").read_text().split(f"| {header} |")[1].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [
+        [cell.strip() for cell in re.split(r"(?<=\s)\|(?=\s)", line.removeprefix("|").removesuffix("|"))]
+        for line in rows
+    ]
+
+
+def anchors(page):
+    """The anchors of a page: its headings, as Markdown's extension `toc` makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 def test_each_slide_has_a_page_code_and_a_figure():
     slides = []
-    for row in slide_map():
+    for row in table("slides"):
         assert len(row) == 5
         assert all(row)
         numbers, _, page, code, figure = row
         for part in numbers.split(", "):
             first, last = map(int, (part if "–" in part else f"{part}–{part}").split("–"))
             slides += range(first, last + 1)
-        file, anchor = re.search(r"\]\(([^)#]*)#([^)]+)\)", page).groups()  # mkdocs --strict checks the anchor
-        assert (DOCS / "lecture" / (file or "index.md")).exists()
-        assert anchor
-        for path in re.findall(r"\]\((\S+)\)", figure) or [None]:
-            assert figure == "printed" or (DOCS / "lecture" / path).exists()
-        for name in re.findall(r"`([\w.]+)", code):
+        file, anchor = re.fullmatch(r"\[.+\]\(([^)#]*)#([^)]+)\)", page).groups()
+        page = DOCS / "lecture" / (file or "index.md")
+        assert anchor in anchors(page)
+        if figure == "printed":
+            assert "```text" in page.read_text()
+        else:
+            assert (DOCS / "lecture" / re.fullmatch(r"\[.+\]\((\S+\.png)\)", figure)[1]).exists()
+        names = re.findall(r"`([\w.]+)", code)
+        assert names
+        for name in names:
             owner = {"Trace": mbp.inspection.trace, "ToyNetwork": lecture}.get(name.split(".")[0], mbp)
             name = name.removeprefix("torch_manualbp.")
-            assert name == "activations" or operator.attrgetter(name)(owner) is not None
-    assert sorted(slides) == list(range(1, 63))
+            assert name == "activations" or operator.attrgetter(name)(owner) is not None  # an option of MLP
+    assert sorted(slides) == list(range(1, 63))  # the lecture has 62 slides
+
+
+def test_what_the_notation_names_exists_and_has_the_shape_that_it_says():
+    B, widths, k = 5, [3, 4, 6, 2], 1
+    model = mbp.MLP(widths)
+    t = mbp.trace(model, torch.randn(B, widths[0]), torch.randn(B, widths[-1]))
+    sizes = {"B": B, "D_0": widths[0], "D_k": widths[k], "D_{k+1}": widths[k + 1], "D_K": widths[-1]}
+    compared = 0
+    for row in table("symbol"):
+        assert len(row) == 4
+        assert all(row)
+        symbol, _, shape, code = row
+        assert re.fullmatch(r"\$[^$]+\$", symbol)
+        if code in {"`*`", "`lr`"}:
+            continue
+        value = eval(code.strip("`"), {"t": t, "k": k, "model": model, "torch": torch, "z": t.f[k]})
+        if shape == "a number" or shape.startswith("$"):
+            named = [] if shape == "a number" else shape.strip("$").split(r" \times ")
+            assert tuple(value.shape) == tuple(sizes[size] for size in named), row
+            compared += 1
+    assert compared == 14
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, DOCS / "lecture" / "index.md"], ids=name)
+def test_formulas_of_the_lecture_are_in_latex(page):
+    text = CODE.sub("", page.read_text())
+    for formula in FORMULA.finditer(text):
+        if formula["inline"]:
+            assert "\n" not in formula["inline"]  # GitHub and Jupyter want it on one line
+        assert "|" not in formula[0]  # it would end the cell of a table; LaTeX has \Vert
+    rest = FORMULA.sub("", text)
+    assert "$" not in rest
+    rest = re.sub(
+        r"\]\([^)]*\)|\]\[[^\]]*\]|^!\[.*", "]", rest, flags=re.MULTILINE
+    )  # targets of links, texts of figures
+    assert re.findall(r"[∂ℓΣΩωβφαψθ⊙ᵀ²‖√−←]|(?<!\w)[A-Za-z]_\w", rest) == []
+
+
+@pytest.mark.parametrize("page", CHAPTERS, ids=name)
+def test_each_chapter_has_exercises_whose_answers_are_computed(page):
+    exercises = page.read_text().split("\n## Exercises\n")[1]
+    questions, answers = re.fullmatch(
+        r"(.*)<details markdown=\"1\"><summary>Answers</summary>\n(.*)\n</details>\n*", exercises, re.DOTALL
+    ).groups()
+    _, *answers = re.split(r"^\*\*(\d)\.\*\* ", answers, flags=re.MULTILINE)
+    numbers = re.findall(r"^(\d)\. ", questions, re.MULTILINE)
+    assert len(numbers) >= 2
+    assert answers[::2] == numbers
+    for answer in answers[1::2]:
+        assert BLOCK.search(answer)["output"]  # what it says is compared with what it prints by the first test
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """docs/hooks.py. It needs the extra `docs`, without which the site cannot be built."""
+    pytest.importorskip("latex2mathml")
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, DOCS / "lecture" / "index.md"], ids=name)
+def test_formulas_become_mathml(page, hooks):
+    formulas = list(FORMULA.finditer(CODE.sub("", page.read_text())))
+    assert formulas
+    for formula in formulas:
+        math = ElementTree.fromstring(hooks.mathml(formula["block"] or formula["inline"]))
+        assert math.tag == "{http://www.w3.org/1998/Math/MathML}math"
+        assert len("".join(math.itertext())) > 0
+        tags = {element.tag.partition("}")[2] for element in math.iter()}
+        assert ("mfrac" in tags) == ("frac{" in formula[0])
+        assert ("mtable" in tags) == (r"\begin{" in formula[0])
+
+
+def test_a_formula_is_typeset_as_in_latex(hooks):
+    math = hooks.mathml(r"\partial\ell/\partial\Omega_k = \max(0, \omega_k)")
+    assert '<mi mathvariant="normal">&#x02202;</mi>' in math  # upright, and without the space around an operator
+    assert '<mi mathvariant="normal">&#x003A9;</mi>' in math
+    assert "<mi>&#x003C9;</mi>" in math
+    assert '<mo lspace="0" rspace="0">/</mo>' in math
+    assert "<mi>max</mi>" in math
+
+
+@pytest.mark.parametrize("latex", [r"\unknown{x}", r"\begin{aligned} a &= b \end{aligned}", r"\notacommand"])
+def test_a_formula_that_cannot_be_typeset_stops_the_site(latex, hooks):
+    with pytest.raises(ValueError, match="cannot be typeset"):
+        hooks.mathml(latex)
+
+
+def test_code_keeps_its_dollars_and_formulas_their_place(hooks):
+    markdown = pytest.importorskip("markdown")
+    text = "In `a $x$ b` and ($h_k$), but $K$.\n\n```\n$f_k$\n```\n\n$$\nk < K\n$$\n\nh_{k+1}\n"
+    extensions = {"pymdownx.superfences": {}, "pymdownx.arithmatex": {"generic": True}}
+    html = markdown.markdown(text, extensions=list(extensions), extension_configs=extensions)
+    html = hooks.on_page_content(html)
+    assert "<code>a $x$ b</code>" in html
+    assert "$f_k$" in html
+    assert re.search(r'<span class="math"><math [^>]*display="inline">.*?</math>\)', html)
+    assert re.search(r'<div class="math"><math [^>]*display="block">.*?</math></div>', html)
+    assert html.count("<math") == 3
+    assert "h<sub>k+1</sub>" in html
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
 
 
 def constants(module):
