@@ -28,8 +28,8 @@ PAGES = {  # maps links in those files to pages of the site
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>(?P<mark>[.,:;?)]*)', re.DOTALL
 )
-# Where the converter differs from LaTeX: capital Greek letters and ∂ are upright letters, and there is no space around a
-# slash or a name such as max.
+# Where the converter differs from LaTeX: capital Greek letters and ∂ are upright letters there, and there is no space
+# around a slash or a name such as max.
 _AS_IN_LATEX = [
     (re.compile(r"<m[io]>(&#x0(?:03(?:9[1-9A-F]|A[0-9])|2202);)</m[io]>"), r'<mi mathvariant="normal">\1</mi>'),
     (re.compile(r"<mo>([a-z]{2,})</mo>"), r"<mi>\1</mi>"),

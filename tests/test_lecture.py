@@ -1,5 +1,9 @@
 """The lecture's statements in `torch_manualbp.lecture` hold; checked against autograd and the library."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -280,3 +284,17 @@ def test_growth_is_reproducible_and_leaves_the_generator_alone():
 def test_bad_networks(bad):
     with pytest.raises(ValueError, match=f"`{next(iter(bad))}`"):
         gradient_growth(**{"depth": 3, "width": 4, "variance": 0.5} | bad)
+
+
+# --- the figure of three hidden layers --------------------------------------------------------------------------------
+
+
+def test_the_diagram_of_three_hidden_layers(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parent.parent / "examples" / "lecture_figures.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--output", str(tmp_path / "new" / "figure.png")])
+    names = runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"figure: {tmp_path / 'new' / 'figure.png'}\n")
+    trace = names["traced"]()
+    assert [int((h > 0).sum()) for h in trace.h[1:]] == [2, 2, 2]  # as the comment on its seed says
+    assert trace.verify() <= 1e-12
