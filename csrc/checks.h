@@ -26,8 +26,8 @@ inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor
 // `input` is at fault, rather than the parameters, if those agree.
 inline void check_input_dtype(const char* op, const Tensor& input, Name name, const Tensor& weight) {
   const char* const dtype = dtype_name(dtype_of(weight));
-  MBP_CHECK(dtype_of(input) == dtype_of(weight), op, ": `input` must have the dtype of `", name, "` (", dtype, "), got ",
-            dtype_name(dtype_of(input)), ": pass input.to(torch.", dtype, ")");
+  MBP_CHECK(dtype_of(input) == dtype_of(weight), op, ": `input` must have the dtype of `", name, "` (", dtype,
+            "), got ", dtype_name(dtype_of(input)), ": pass input.to(torch.", dtype, ")");
 }
 
 inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
