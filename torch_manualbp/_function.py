@@ -41,9 +41,8 @@ def asked_for(
         first: where the parameters begin in `arguments`.
     """
     rows = math.prod(shape[:-1])
-    if (
-        type(rows) is int and rows * sum([weight.numel() for weight in weights]) < SMALL
-    ):  # else, torch.compile: symbolic
+    is_number = type(rows) is int  # not if a graph is compiled for any number of rows
+    if is_number and rows * sum([weight.numel() for weight in weights]) < SMALL:
         return needs
     edges = ctx.next_functions
     nodes = [node for node, _ in edges if node]

@@ -44,7 +44,7 @@ def slide_figure(width: float, height: float) -> Iterator[SlideFigure]:
     """An empty figure, in inches, to be drawn on in our style inside of ``with``.
 
     pyplot learns of it only if the program has imported pyplot and has windows, so that ``plt.show()`` opens one for
-    it. Elsewhere it is an object like any other, which is freed when nobody uses it.
+    it. Elsewhere it is an object like any other, which is freed with its last reference.
     """
     from matplotlib import style
 
