@@ -268,6 +268,20 @@ def toy():
     return mbp.trace(model, torch.tensor([[0.5]], dtype=DOUBLE), torch.tensor([[3.0]], dtype=DOUBLE))
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "cross_entropy"])
+def test_called_alike_the_loss_is_one_number_everywhere(loss):
+    model, x = mbp.MLP([3, 5, 2], dtype=DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
+    y = torch.tensor([0, 1, 1, 0]) if loss == "cross_entropy" else torch.rand(4, 2, dtype=DOUBLE)
+    t = mbp.trace(model, x, y, loss)
+    torch.testing.assert_close(t.loss, model.loss(x, y, loss).detach())
+    of_examples = mbp.per_sample_gradients(model, x, y, loss)
+    ratios = [layer.update_ratio for layer in mbp.gradient_flow(model, x, y, loss).layers]
+    for k, dl_domega in enumerate(t.dl_domega):
+        torch.testing.assert_close(dl_domega, of_examples[f"{2 * k}.weight"].mean(0))
+        assert ratios[k] == pytest.approx((dl_domega.norm() / model[2 * k].weight.norm()).item())
+    torch.testing.assert_close(mbp.trace(model, x, y, loss, "sum").loss, model.loss(x, y, loss, "sum").detach())
+
+
 def test_toy_network_by_hand():
     t = toy()
     assert [f.item() for f in t.f] == [2, 5, 1.5, 8]
@@ -282,7 +296,7 @@ def test_toy_network_by_hand():
 def test_print_shows_the_passes_in_the_order_of_the_lecture():
     lines = [re.sub(r"\s+", " ", line).strip() for line in str(toy()).splitlines()]
     assert lines == [
-        "Forward pass (mse, sum)",
+        "Forward pass (mse)",
         "h_0 = x = 0.5",
         "f_0 = β_0 + ω_0 · h_0 = 2",
         "h_1 = a[f_0] = 2",
@@ -621,7 +635,7 @@ def test_models(make, batch):
     x, y = torch.randn(batch, 3, dtype=DOUBLE), torch.randn(batch, 4, dtype=DOUBLE)
     t = mbp.trace(model, x, y)
     torch.testing.assert_close(t.output, model(x).detach())
-    torch.testing.assert_close(t.loss, F.mse_loss(t.output, y, reduction="sum"))
+    torch.testing.assert_close(t.loss, F.mse_loss(t.output, y), equal_nan=True)  # 0/0 without rows
     assert t.verify() <= 1e-12
     assert len(t.f) == len(t.dl_df) == len(t.dl_domega) == len(t.dl_dbeta) == len(t.layers)
     assert [h.shape for h in t.h] == [d.shape for d in t.dl_dh]
@@ -700,7 +714,7 @@ def test_what_replaces_linear_or_relu_is_followed_as_by_a_plain_model(closed, na
         f = model[0](net.input)
         h = model[1](f)
         output = model[2:](h)
-        loss = F.mse_loss(output, target, reduction="sum")
+        loss = F.mse_loss(output, target)
     grads = torch.autograd.grad(loss, [f, h, model[0].weight, model[2].weight, model[2].bias])
     got = [t.dl_df[0], t.dl_dh[1], *t.dl_domega, t.dl_dbeta[1]]
     for one, other in zip([t.f[0], t.h[1], t.output, t.loss, *got], [f, h, output, loss, *grads], strict=True):

@@ -479,6 +479,6 @@ def gradient_growth(depth: int, width: int, variance: float, *, batch: int = 16,
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=math.sqrt(variance), generator=generator)
     x, y = (torch.randn(batch, width, dtype=torch.float64, generator=generator) for _ in range(2))
-    dl_df = trace(model, x, y, loss=lambda output, target: (output * target).sum(1)).dl_df
+    dl_df = trace(model, x, y, loss=lambda output, target: (output * target).sum()).dl_df
     first, last = (df.square().mean().sqrt().item() for df in (dl_df[0], dl_df[-1]))
     return Growth(first / last, predicted)

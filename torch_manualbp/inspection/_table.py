@@ -109,7 +109,8 @@ def sections(trace: "Trace") -> Iterator[tuple[str, list[Row]]]:
     forward.append(Row("ℓ" + i, value, trace.losses))
     if not scalar:
         forward.append(Row("L", "Σ_i ℓ_i" if trace.losses is not None else value, trace.loss))
-    yield f"Forward pass ({trace.traced_loss.name}, {trace.traced_loss.reduction})", forward
+    reduction = "" if scalar else f", {trace.traced_loss.reduction}"  # sum and mean of one number are the same
+    yield f"Forward pass ({trace.traced_loss.name}{reduction})", forward
 
     ell = "∂ℓ" + i if trace.losses is not None else "∂L"
     backward = []

@@ -160,7 +160,7 @@ class Trace:
 
 
 def trace(
-    model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "mse", reduction: Reduction = "sum"
+    model: nn.Module, input: Tensor, target: Any, loss: LossFunction = "mse", reduction: Reduction = "mean"
 ) -> Trace:
     """All intermediate quantities of one forward and one backward pass, computed by the kernels that train the model.
 
@@ -171,9 +171,10 @@ def trace(
     If the kernels do not train this network, for example because torch's functions have been replaced or under a
     `TorchFunctionMode`, the forward pass calls the functions as they are now, and autograd computes the gradients.
 
-    L = Σ_i ℓ_i is the loss of the whole batch. With reduction "sum", ℓ_i = Σ_d (f_id − y_id)² for "mse"; with "mean"
-    each ℓ_i is divided by what ``torch.nn.functional`` divides by (B·D_K for "mse" and "bce_with_logits", the number of
-    examples for "cross_entropy"), so that L equals torch's loss with this reduction and Σ_i ℓ_i = L still holds.
+    L = Σ_i ℓ_i is the loss of the whole batch. With reduction "sum", which the lecture uses, ℓ_i = Σ_d (f_id − y_id)²
+    for "mse"; with "mean", as elsewhere the default, each ℓ_i is divided by what ``torch.nn.functional`` divides by
+    (B·D_K for "mse" and "bce_with_logits", the number of examples for "cross_entropy"). So L is torch's loss with this
+    reduction, and Σ_i ℓ_i = L.
 
     Args:
         model: an `MLP`, a `LinearReLU`, an ``nn.Linear``, or an ``nn.Sequential`` (fused or not, nested or not) of
@@ -186,7 +187,7 @@ def trace(
             example, shape (B,), or a scalar. A scalar is L, whatever `reduction` is; ``losses`` are then its values on
             each example alone if they add up to L, those values divided by B if L is their mean, and None otherwise.
             Gradients are always those of the callable on the whole batch.
-        reduction: "sum" or "mean".
+        reduction: "mean" or "sum".
 
     Returns:
         A `Trace`, which describes its attributes, `verify` and `plot`. ``print`` shows it as a table.
