@@ -26,7 +26,7 @@ IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | cut -d' ' -f1)
 
 MAKEFLAGS += --no-print-directory
-.PHONY: help demo test test-quick test-cuda docs notebooks figures lint format bench bench-quick fuzz fuzz-night asan tsan \
+.PHONY: help demo test test-quick test-sanitizers test-cuda docs notebooks figures lint format bench bench-quick fuzz fuzz-night asan tsan \
         coverage aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
@@ -41,13 +41,17 @@ demo: $(VENV)/.ready  ## set up, build, and train the example
 	@echo "==> training: examples/train_digits.py"
 	@$(RUN) python examples/train_digits.py --output build/train_digits.png $(ARGS)
 
-test: $(VENV)/.ready  ## set up, build, and run the whole test suite
+test: $(VENV)/.ready  ## set up, build, and run the test suite
 	@echo "==> testing"
-	@$(RUN) python -m pytest $(IN_TWO) $(ARGS)
+	@$(RUN) python -m pytest $(IN_TWO) -m 'not sanitizers' $(ARGS)
+
+test-sanitizers: $(VENV)/.ready  ## kernels and passes, and emulated CUDA kernels, under sanitizers (some minutes)
+	@echo "==> testing with sanitizers"
+	@$(RUN) python -m pytest $(IN_TWO) -m sanitizers $(ARGS)
 
 test-quick: $(VENV)/.ready  ## the tests that are not marked slow, for the edit loop (a minute)
 	@echo "==> testing, quickly"
-	@$(RUN) python -m pytest $(IN_TWO) -m 'not slow' $(ARGS)
+	@$(RUN) python -m pytest $(IN_TWO) -m 'not slow and not sanitizers' $(ARGS)
 
 test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a build with CUDA; a toolkit that fits it)
 	@echo "==> testing on the GPU"
@@ -114,10 +118,11 @@ tsan: $(DRIVERS:%=build/tsan/%) build/tsan/pool  ## the same on several threads 
 	@build/tsan/pool 500
 
 aarch64: $(DRIVERS:%=build/aarch64/%)  ## kernels and passes on an emulated Arm processor (g++-aarch64-linux-gnu, qemu-user)
-	@$(call on_the_baseline,qemu-aarch64)
+	@$(call emulated,qemu-aarch64,neon)
+	@$(call emulated,MANUALBP_ISA=default qemu-aarch64,default)
 
 nehalem: $(DRIVERS:%=build/nehalem/%)  ## the same on an x86-64 without AVX: the baseline must be chosen (qemu-user)
-	@$(call on_the_baseline,qemu-x86_64 -cpu Nehalem)
+	@$(call emulated,qemu-x86_64 -cpu Nehalem,default)
 
 # Kernels are counted in separate programs, at each level and unoptimised, so that lines remain distinct. The suite runs
 # with counted entries and uncounted kernels, in a separate package, so that the checkout's binary is unchanged.
@@ -181,9 +186,9 @@ clean:  ## remove everything that make created
 # The kernels do not depend on torch, and network.h needs little of it (tests/csrc/torch_stub), so sanitizers run them
 # in separate programs. Exit status 77: this machine does not support the level.
 on_every_level = for level in $(LEVELS); do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
-# Here the level must be chosen automatically, not forced.
-on_the_baseline = for run in "kernels 40" "network 1"; do \
-  said=$$(MANUALBP_ISA= $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "default: $${run\#* } passed" ] || exit 1; done
+# The drivers by an emulator, and the level that they must choose there unless one is forced.
+emulated = for run in "kernels 40" "network 1"; do \
+  said=$$(unset MANUALBP_ISA; $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "$(2): $${run\#* } passed" ] || exit 1; done
 KERNELS := csrc/cpu/isa.cpp $(wildcard csrc/cpu/kernels/*.cpp)
 COUNTED := -O0 -w --coverage -fprofile-update=atomic
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

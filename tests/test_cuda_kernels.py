@@ -17,7 +17,7 @@ import pytest
 
 from emulation import CXX, ROOT, compiled
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sanitizers]
 
 PROGRAMS = ("test_bias_relu", "test_relu_backward", "test_loss", "test_accumulate", "test_narrow", "test_launch")
 SANITIZERS = {

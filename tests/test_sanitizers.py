@@ -13,7 +13,7 @@ import pytest
 
 from helpers import LEVELS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sanitizers]
 
 ROOT = Path(__file__).parents[1]
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}

@@ -29,9 +29,10 @@ from weakref import ReferenceType, ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_manualbp import _compute
-from torch_manualbp._compute import Masks
+from torch_manualbp._compute import SEGMENT_BYTES, Masks, segments
 from torch_manualbp._gradients import use_count
 from torch_manualbp._ops import masks_of
 from torch_manualbp._relus import relu_in_place
@@ -295,12 +296,13 @@ class Chain:
         if count < len(weights):
             weights, biases = weights[:count], biases[:count]
         masks = self._masks(step, count) if self.kept else None
-        way, store = KERNELS, self.plan.store
+        way, store, segment_bytes = KERNELS, self.plan.store, self.plan.segment_bytes
+        cuts = segments(weights, biases, segment_bytes) if segment_bytes and count > 1 else ()
         if count == 1 or input.dtype is torch.bfloat16:
             way = route_run(way, input, weights, relu, store)
         if way is KERNELS and not transforms_active():
             try:
-                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, masks)
+                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, masks, cuts)
                 return output
             except RuntimeError as error:  # torch computes more than we do, or raises its own error
                 if _compute.memory_is_short(error):
@@ -419,7 +421,7 @@ class Kind:
 class Plan:
     """The chains of a model, by their first layer, as its calls have shown."""
 
-    __slots__ = ("has_places", "hooked", "kinds", "observer", "places", "stamp", "store", "useful")
+    __slots__ = ("has_places", "hooked", "kinds", "observer", "places", "segment_bytes", "stamp", "store", "useful")
 
     def __init__(self, model: nn.Module) -> None:
         self.kinds: dict[Layer, Kind] = {}
@@ -428,6 +430,9 @@ class Plan:
         self.has_places = False  # whether a chain begins with one
         self.useful: set[Any] = set()  # modules that must be called by their sites
         self.store = model.__dict__.get("_manualbp_activations") != "recompute"
+        segment_bytes = model.__dict__.get("_manualbp_segment_bytes", SEGMENT_BYTES)
+        size = sum(parameter.nbytes for parameter in model.parameters() if not is_lazy(parameter))
+        self.segment_bytes = segment_bytes if size > 2 * segment_bytes else None  # None: no chain is large enough
         self.hooked = _hooked(model)
         # Removing a hook leaves no trace: then every call looks.
         self.stamp: float = float("nan") if self.hooked else hook_counter.next_id

@@ -38,10 +38,12 @@ def layers(
     final_relu: bool,
     store: bool,
     masks: "Masks | None" = None,
+    cuts: Sequence[int] = (),
 ) -> Tensor:
     """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass.
 
     masks: for `KERNELS` on the CPU, of the dropout after the layers, if there is any.
+    cuts: of `segments`; for `KERNELS` with `store`.
     """
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
@@ -51,8 +53,15 @@ def layers(
                 below = masks.arguments(0, first) if masks else ()
                 op = _ops.mlp_dropout if below else _ops.mlp
                 input, _ = op(input, weights[:first], biases[:first], True, False, *below)
-                weights, biases = weights[first:], biases[first:]
+            for cut in cuts if store else ():
+                if first < cut:
+                    drawn = masks.arguments(first, cut) if masks else ()
+                    parameters = *weights[first:cut], *biases[first:cut]
+                    input = MLPFunction.record(input, True, True, cut - first, *parameters, *drawn)[0]
+                    first = cut
             drawn = masks.arguments(first, None) if masks else ()
+            if first > 0:
+                weights, biases = weights[first:], biases[first:]
             recorded: Tensor = MLPFunction.record(input, final_relu, store, len(weights), *weights, *biases, *drawn)[0]
             return recorded
         drawn = masks.arguments(0, None) if masks else ()
@@ -65,6 +74,36 @@ def layers(
     if way is FUNC:
         return _transforms.layers(input, weights, biases, final_relu, store)
     return reference.mlp_forward(input, weights, biases, final_relu)[0]
+
+
+SEGMENT_BYTES = 25 << 20  # as much as DistributedDataParallel sends at once
+_UNCUT = 1 << 20  # a network of more numbers is computed layer by layer (plan.h), so that a cut does not change a bit
+
+
+def segments(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], segment_bytes: int = SEGMENT_BYTES
+) -> tuple[int, ...]:
+    """Where a large network is cut into several nodes of autograd: before which layers a segment begins.
+
+    A node hands over the gradients of all its parameters at once. With a node per segment, those of the upper layers
+    are sent to other processes, or used and freed, while those of the lower ones are being computed.
+
+    Args:
+        weights: Ω_k.
+        biases: β_k.
+        segment_bytes: the least size of the parameters of a segment.
+    """
+    cuts: list[int] = []
+    numbers = size = 0
+    for k in reversed(range(len(weights))):  # the backward pass begins at the last layer
+        for parameter in (weights[k], biases[k]):
+            if parameter is not None:
+                numbers += parameter.numel()
+                size += parameter.numel() * parameter.element_size()
+        if size >= segment_bytes and numbers > _UNCUT:
+            cuts.append(k)
+            numbers = size = 0
+    return tuple(reversed(cuts[:-1]))  # what is left below the lowest cut, perhaps nothing, belongs to its segment
 
 
 def linear_relu(way: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

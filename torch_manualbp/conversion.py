@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.optim import Optimizer
 
 from torch_manualbp._checks import Activations, check_activations
+from torch_manualbp._compute import SEGMENT_BYTES
 from torch_manualbp._forwards import WrittenForward, mentions_relu, written_forward
 from torch_manualbp._forwards import remove as remove_site
 from torch_manualbp.modules import MLP, FusedForward, LinearReLU, no_plan
@@ -30,10 +31,10 @@ _O = TypeVar("_O", bound=Optimizer)
 
 
 @overload
-def fuse(module: _M, *, activations: Activations = "store") -> _M: ...
+def fuse(module: _M, *, activations: Activations = "store", segment_bytes: int = ...) -> _M: ...
 @overload
 def fuse(module: _O) -> _O: ...
-def fuse(module: Any, *, activations: Activations = "store") -> Any:
+def fuse(module: Any, *, activations: Activations = "store", segment_bytes: int = SEGMENT_BYTES) -> Any:
     """Computes a model's runs of Linear / ReLU, or an optimizer's step, fused from now on; in place.
 
     In **a model**, the class of every Sequential and of every module with a forward of its own changes, to a subclass.
@@ -68,13 +69,17 @@ def fuse(module: Any, *, activations: Activations = "store") -> Any:
         module: any model, or an optimizer.
         activations: of a model. "store" keeps every h_k for the backward pass; "recompute" keeps the input of each run
             only. An `MLP` in the model is fused already, and keeps its own setting.
+        segment_bytes: of a model. A run whose parameters take at least twice as many bytes is several nodes of
+            autograd instead of one, each of whole layers with at least this size, so that DistributedDataParallel
+            sends the gradients of the upper layers while those of the lower ones are being computed. The results have
+            the same bits. Smaller segments hand over gradients sooner; those of fewer than 2²⁰ numbers are not made.
 
     Returns:
         `module` itself. Its type may change to a subclass of its type.
 
     Raises:
         TypeError: `module` is neither an ``nn.Module`` nor an ``Optimizer``.
-        ValueError: unknown `activations`.
+        ValueError: unknown `activations`; a `segment_bytes` that is not positive.
 
     Warns:
         UserWarning: there is no linear layer with a ReLU after it in the model; once for each model.
@@ -88,6 +93,8 @@ def fuse(module: Any, *, activations: Activations = "store") -> Any:
         (True, True)
     """
     check_activations("fuse", activations)
+    if type(segment_bytes) is not int or segment_bytes < 1:
+        raise ValueError(f"fuse: `segment_bytes` must be a positive int, got {segment_bytes!r}")
     if isinstance(module, Optimizer):
         return fuse_optimizer(module)
     _check_module("fuse", module)
@@ -98,6 +105,9 @@ def fuse(module: Any, *, activations: Activations = "store") -> Any:
         if isinstance(child, _Fused):
             child.__dict__["_manualbp_activations"] = activations
             remove_site(child)
+        if isinstance(child, (_Fused, FusedForward)):  # an MLP too
+            child.__dict__["_manualbp_segment_bytes"] = segment_bytes
+            child.__dict__.pop("_manualbp_plan", None)
     _warn_if_nothing_can_fuse(module)
     return module
 
@@ -330,6 +340,7 @@ class _FusedSequential(_Fused, FusedForward):
         item = super().__getitem__(idx)
         if isinstance(idx, slice):
             item.__dict__["_manualbp_activations"] = self._manualbp_activations
+            item.__dict__["_manualbp_segment_bytes"] = self._manualbp_segment_bytes
         return item
 
 

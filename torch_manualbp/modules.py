@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_manualbp import _compute, _distributed
 from torch_manualbp._checks import Activations, LossName, Reduction, check_activations, name_call
+from torch_manualbp._compute import SEGMENT_BYTES, segments
 from torch_manualbp._gradients import ADDING, accumulate, unwatched
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp._route import (
@@ -90,11 +91,12 @@ class _Run:
     Dropout may follow a ReLU: p and whether it is active are read at each call. An Identity may be anywhere in the run.
     """
 
-    __slots__ = ("dropouts", "first", "last", "modules", "refused", "relu", "size", "transparent")
+    __slots__ = ("cuts", "dropouts", "first", "last", "modules", "refused", "relu", "size", "transparent")
 
     def __init__(self, first: int) -> None:
         self.first = self.last = first  # linear layers [first, last) of the network belong to this run
         self.size = 0
+        self.cuts: tuple[int, ...] = ()  # of `segments`
         self.modules: list[nn.Module] = []
         self.refused: list[Tensor | None] = []  # parameters that torch broadcasts and our op does not take
         self.relu = False
@@ -164,7 +166,7 @@ class _Run:
             output = F.linear(input, weights[0], biases[0])
             return torch.relu(output) if self.relu else output
         try:
-            return _compute.layers(way, input, weights, biases, self.relu, store, masks)
+            return _compute.layers(way, input, weights, biases, self.relu, store, masks, self.cuts)
         except RuntimeError as error:
             name_call(error, type(network).__name__)
             output = _instead(error, self._one_by_one, input)
@@ -250,11 +252,14 @@ class _Plan:
 
     __slots__ = ("children", "left_to_torch", "nested", "stamp", "steps")
 
-    def __init__(self, modules: dict[str, Any], activations: str) -> None:
+    def __init__(self, modules: dict[str, Any], activations: str, segment_bytes: int) -> None:
         self.nested = any(_may_be_open(type(child)) for child in modules.values())
         children = [child for _, child in _flattened(modules, activations)]
         kinds = [_fusable_kind(child) for child in children]
-        self.steps, _, _ = _steps_of(children, kinds)
+        self.steps, weights, biases = _steps_of(children, kinds)
+        for step in self.steps:
+            if isinstance(step, _Run):
+                step.cuts = segments(weights[step.first : step.last], biases[step.first : step.last], segment_bytes)
         self.left_to_torch = min(map(_numbers_left_to_torch, self.steps), default=0.0)
         self.stamp = hook_counter.next_id
         if any(type(child) in _FUSABLE and not kind for child, kind in zip(children, kinds, strict=True)):
@@ -413,6 +418,7 @@ class FusedForward(nn.Sequential):
 
     # Attributes have this prefix because any subclass of nn.Sequential may be fused, with attributes of its own.
     _manualbp_activations = "store"
+    _manualbp_segment_bytes = SEGMENT_BYTES
 
     def forward(self, input: Tensor) -> Tensor:
         """What ``nn.Sequential.forward`` returns, computed run by run."""
@@ -437,7 +443,8 @@ class FusedForward(nn.Sequential):
     def extra_repr(self) -> str:
         """Which children one call computes at present: a hook or a parametrization keeps a layer out."""
         arguments = cast(dict[str, Any], self._modules), self._manualbp_activations
-        names, steps = [name for name, _ in _flattened(*arguments)], _Plan(*arguments).steps
+        names = [name for name, _ in _flattened(*arguments)]
+        steps = _Plan(*arguments, self._manualbp_segment_bytes).steps
         calls, position = [], 0
         for step in steps:
             first, position = position, position + (len(step.modules) if isinstance(step, _Run) else 1)
@@ -479,7 +486,7 @@ class FusedForward(nn.Sequential):
                 return None
             if way is TORCH and (way := route(input)) is TORCH:  # the plan that left it to torch is outdated
                 return None
-            own["_manualbp_plan"] = plan = _Plan(modules, mode)
+            own["_manualbp_plan"] = plan = _Plan(modules, mode, self._manualbp_segment_bytes)
             if (parameters := plan.parameters(modules, mode)) is None:  # another thread is changing them
                 return None
         weights, biases = parameters

@@ -16,6 +16,10 @@ extern const KernelTable kTable;
 namespace avx512 {
 extern const KernelTable kTable;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const KernelTable kTable;
+}
 #endif
 
 namespace {
@@ -35,6 +39,8 @@ const Level kLevels[] = {
               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
     {&avx2::kTable, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#elif defined(__aarch64__)
+    {&neon::kTable, [] { return true; }},
 #endif
     {&baseline::kTable, [] { return true; }},
 };

@@ -10,9 +10,11 @@
 // Tile, thread and batch do not change it. Over rows of a batch (Gemm::unit_rows) the parts are shorter, and the parts
 // of a unit of rows are added together before they are added to C.
 
-// Register tile. 32 vector registers (AVX-512): 12 x 2 accumulators + 2 of B + a broadcast memory operand.
-// 16 registers: 6 x 2 + 2 + 1.
-constexpr int kTileRows = MBP_VECTOR_REGISTERS == 32 ? 12 : 6;
+// Register tile. 16 vector registers: 6 x 2 accumulators + 2 of B + a broadcast number of A. 32 registers: with AVX-512,
+// which reads that number from memory, 12 x 2 + 2 + 1; with NEON 8 x 2 + 2 + 8, each of which holds kLanes numbers of A,
+// because there an instruction multiplies a vector by one lane of another.
+constexpr int kTileRows = MBP_VECTOR_REGISTERS == 16 ? 6 : MBP_VECTOR_BYTES == 64 ? 12 : 8;
+constexpr bool kByLane = MBP_VECTOR_REGISTERS == 32 && MBP_VECTOR_BYTES == 16;
 template <typename A>
 constexpr int kTileCols = 2 * kLanes<A>;
 
@@ -20,17 +22,17 @@ constexpr int kTileCols = 2 * kLanes<A>;
 // (12 rows x 384 x 4 bytes) stays in the first-level cache. Twice the bytes with AVX2, whose strips are half as high:
 // each block copies all of A, so that the weight gradient of 2048 x 1024 x 1024 ran 1.1 times as fast.
 constexpr int64_t kBlockDepth = 384;
-constexpr int64_t kBlockBytes = (MBP_VECTOR_REGISTERS == 32 ? 384 : 768) * 1024;
+constexpr int64_t kBlockBytes = (MBP_VECTOR_BYTES == 64 ? 384 : 768) * 1024;
 // Rows of B that lie further apart than this are packed: in place they would share few cache sets and touch many pages.
 // With AVX2, 2048 x 256 x 256 in place ran at 0.7 to 0.9 of the speed, 32 x 256 x 256 packed at 0.95.
-constexpr int64_t direct_stride(int64_t m) { return MBP_VECTOR_REGISTERS == 32 ? 512 : m > 64 ? 128 : 448; }
-constexpr int64_t kDirectColumns = MBP_VECTOR_REGISTERS == 32 ? 256 : 0;  // the same for columns of A
+constexpr int64_t direct_stride(int64_t m) { return MBP_VECTOR_BYTES == 64 ? 512 : m > 64 ? 128 : 448; }
+constexpr int64_t kDirectColumns = MBP_VECTOR_BYTES == 64 ? 256 : 0;  // the same for columns of A
 // The block of a weight's gradient that a thread computes at once. With AVX-512 it has so few columns that the strip of
 // df is read in place; with blocks of 192 x 256, for which it is copied, backward of apex and dlrm_top took 7 % longer.
 // With AVX2, whose strips are half as high, blocks of 96 x 128 took 1.1 to 1.8 times as long as the whole.
 constexpr int64_t kWhole = int64_t(1) << 40;
-constexpr int64_t kGradientRows = MBP_VECTOR_REGISTERS == 32 ? 96 : kWhole;
-constexpr int64_t kGradientCols = MBP_VECTOR_REGISTERS == 32 ? 128 : kWhole;
+constexpr int64_t kGradientRows = MBP_VECTOR_BYTES == 64 ? 96 : kWhole;
+constexpr int64_t kGradientCols = MBP_VECTOR_BYTES == 64 ? 128 : kWhole;
 // With this many rows of A or fewer, B is read once or twice: it is packed in small pieces that fit the first-level
 // cache.
 constexpr int64_t kFewRows = 2 * kTileRows;
@@ -109,7 +111,26 @@ static void tile(const Tile<A>& t) {
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) acc[i][j] = vec<A>{};
     }
-    for (int64_t kk = depth; kk > 0; --kk) {
+    int64_t kk = depth;
+    if constexpr (kByLane && kRowsOfA) {
+      for (; kk >= L; kk -= L) {
+        vec<A> av[MR];
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) av[i] = load<A>(p[i / 3 % kGroups] + (i % 3) * s);
+#pragma GCC unroll 4
+        for (int lane = 0; lane < L; ++lane, b += t.b_stride) {
+#pragma GCC unroll 2
+          for (int j = 0; j < NV; ++j) {
+            const vec<A> bv = load<A>(b + j * L);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; ++i) acc[i][j] += av[i][lane] * bv;
+          }
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) p[g] += L;
+      }
+    }
+    for (; kk > 0; --kk) {
       vec<A> bv[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) bv[j] = load<A>(b + j * L);
