@@ -36,6 +36,14 @@ _AS_IN_LATEX = [
     (re.compile(r"<mo>&#x0002F;</mo>"), '<mo lspace="0" rspace="0">/</mo>'),
 ]
 
+# Matches code, formulas and tags, which stay unchanged; or where a line must not break: at the space before a unit, and
+# within widths such as 784–512×2–10.
+_TOGETHER = re.compile(
+    r"<(?P<whole>code|pre|math)\b.*?</(?P=whole)>|<[^>]+>"
+    r"|(?<=\d)(?P<space> )(?=(?:%|ms|µs|s|[KMG]iB|GFLOP/s)(?!\w))|(?P<widths>\d[\d×,]*(?:–\d[\d×,]*)+)",
+    re.DOTALL,
+)
+
 # Matches code, formulas, headings (names of attributes) and tags, which stay unchanged; or a letter, "_" and its
 # subscript.
 _SUBSCRIPT = re.compile(
@@ -60,7 +68,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Called by mkdocs with the HTML of each page, without what surrounds it."""
-    return _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content))
+    return _TOGETHER.sub(_together, _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content)))
 
 
 def mathml(latex: str, display: str = "inline") -> str:
@@ -81,6 +89,12 @@ def _typeset(match: re.Match[str]) -> str:
     display = "block" if match["tag"] == "div" else "inline"
     formula = mathml(html.unescape(match["latex"]).strip(), display)
     return f'<{match["tag"]} class="math">{formula}{match["mark"]}</{match["tag"]}>'
+
+
+def _together(match: re.Match[str]) -> str:
+    if match["space"]:
+        return "&nbsp;"
+    return f'<span class="widths">{match["widths"]}</span>' if match["widths"] else match[0]
 
 
 def _subscript(match: re.Match[str]) -> str:

@@ -99,7 +99,8 @@ def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.a, self.b, self.c = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        ...         self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 64)
+        ...         self.c = nn.Linear(64, 1)
         ...     def forward(self, x):
         ...         return self.c(torch.tanh(self.b(torch.relu(self.a(x)))))
         >>> print(fusion_report(fuse(Net()), torch.randn(256, 8)))
