@@ -235,6 +235,20 @@ def test_a_formula_is_typeset_as_in_latex(hooks):
     assert "<mi>max</mi>" in math
 
 
+def test_what_belongs_together_stays_on_a_line(hooks):
+    html = hooks.on_page_content("<p>12 % of 784–512×2–10, 3 rows on 2026-11-26, 38 / 40</p><pre>1 ms</pre>")
+    assert html == (
+        '<p>12&nbsp;% of <span class="together">784–512×2–10</span>, 3 rows on '
+        '<span class="together">2026-11-26</span>, 38&nbsp;/&nbsp;40</p><pre>1 ms</pre>'
+    )
+
+
+def test_a_long_cell_of_a_table_is_marked(hooks):
+    short, long = "<td>1.04×</td>", '<td style="text-align: left;">the layers of the policy, and the optimizer</td>'
+    assert hooks.on_page_content(short) == short
+    assert hooks.on_page_content(long) == long.replace("<td", "<td data-long")
+
+
 @pytest.mark.parametrize("latex", [r"\unknown{x}", r"\begin{aligned} a &= b \end{aligned}", r"\notacommand"])
 def test_a_formula_that_cannot_be_typeset_stops_the_site(latex, hooks):
     with pytest.raises(ValueError, match="cannot be typeset"):

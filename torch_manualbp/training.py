@@ -295,7 +295,7 @@ def fit(
         callback: is called with the `History` after each epoch; training ends if it returns True.
 
     Returns:
-        A `History`, to be printed: ``.loss``, ``.step_losses``, ``.validation_loss``, ``.plot()``, ``.to_dict()``.
+        A `History`, to be printed; ``.loss``, ``.step_losses``, ``.validation_loss``, ``.plot()``, ``.to_dict()``.
 
     Raises:
         TypeError: an argument is of another type.

@@ -89,7 +89,7 @@ def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport
         kwargs: likewise.
 
     Returns:
-        A `FusionReport`; ``print`` it, or take it apart: ``report.chains``, ``report.plain``, ``report.to_dict()``.
+        A `FusionReport`, to be printed; ``.chains``, ``.plain``, ``.to_dict()``.
 
     Raises:
         TypeError: `model` is no module.
