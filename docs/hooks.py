@@ -41,12 +41,12 @@ _AS_IN_LATEX = [
 _TOGETHER = re.compile(
     r"<(?P<whole>code|pre|math)\b.*?</(?P=whole)>|<[^>]+>"
     r"|(?<=\d)(?P<space> (?=(?:%|ms|µs|s|[KMG]iB|GFLOP/s)(?!\w))| / (?=\d))"
-    r"|(?P<word>\d[\d×,]*(?:–\d[\d×,]*)+|\d{4}-\d\d-\d\d)",
+    r"|(?P<word>\d(?:[\d×,]*\d)?(?:–\d(?:[\d×,]*\d)?)+|\d{4}-\d\d-\d\d)",
     re.DOTALL,
 )
 
 # A cell of a table.
-_CELL = re.compile(r"<td(?P<attributes>[^>]*)>(?P<content>.*?)</td>", re.DOTALL)
+_CELL = re.compile(r"<td[^>]*>(?P<content>.*?)</td>", re.DOTALL)
 _LONG = 30  # characters; a cell with more should not become a column of single words on a phone
 
 # Matches code, formulas, headings (names of attributes) and tags, which stay unchanged; or a letter, "_" and its

@@ -83,7 +83,7 @@ def gradient_descent(phi: Tensor, gradient: Callable[[Tensor], Tensor], alpha: f
         steps: the number of steps.
 
     Returns:
-        φ before the first step and after each step: `steps` + 1 tensors.
+        φ before the first step and after each step, `steps` + 1 tensors.
 
     Raises:
         ValueError: `alpha` is not positive.
@@ -112,7 +112,7 @@ def sgd(
         alpha: α > 0, the learning rate.
 
     Returns:
-        φ_0, φ_1, …: one tensor more than there are batches.
+        φ_0, φ_1, …, one tensor more than there are batches.
 
     Raises:
         ValueError: `alpha` is not positive.
