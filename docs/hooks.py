@@ -36,6 +36,19 @@ _AS_IN_LATEX = [
     (re.compile(r"<mo>&#x0002F;</mo>"), '<mo lspace="0" rspace="0">/</mo>'),
 ]
 
+# Matches code, formulas and tags, which stay unchanged; or where a line must not break: at the space before a unit, at
+# a slash between numbers, and within a date or widths such as 784–512×2–10.
+_TOGETHER = re.compile(
+    r"<(?P<whole>code|pre|math)\b.*?</(?P=whole)>|<[^>]+>"
+    r"|(?<=\d)(?P<space> (?=(?:%|ms|µs|s|[KMG]iB|GFLOP/s)(?!\w))| / (?=\d))"
+    r"|(?P<word>\d(?:[\d×,]*\d)?(?:–\d(?:[\d×,]*\d)?)+|\d{4}-\d\d-\d\d)",
+    re.DOTALL,
+)
+
+# A cell of a table.
+_CELL = re.compile(r"<td[^>]*>(?P<content>.*?)</td>", re.DOTALL)
+_LONG = 30  # characters; a cell with more should not become a column of single words on a phone
+
 # Matches code, formulas, headings (names of attributes) and tags, which stay unchanged; or a letter, "_" and its
 # subscript.
 _SUBSCRIPT = re.compile(
@@ -60,7 +73,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Called by mkdocs with the HTML of each page, without what surrounds it."""
-    return _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content))
+    content = _TOGETHER.sub(_together, _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content)))
+    return _CELL.sub(_cell, content)
 
 
 def mathml(latex: str, display: str = "inline") -> str:
@@ -81,6 +95,17 @@ def _typeset(match: re.Match[str]) -> str:
     display = "block" if match["tag"] == "div" else "inline"
     formula = mathml(html.unescape(match["latex"]).strip(), display)
     return f'<{match["tag"]} class="math">{formula}{match["mark"]}</{match["tag"]}>'
+
+
+def _together(match: re.Match[str]) -> str:
+    if match["space"]:
+        return match["space"].replace(" ", "&nbsp;")
+    return f'<span class="together">{match["word"]}</span>' if match["word"] else match[0]
+
+
+def _cell(match: re.Match[str]) -> str:
+    text = html.unescape(re.sub(r"<[^>]+>", "", match["content"])).strip()
+    return match[0].replace("<td", "<td data-long", 1) if len(text) > _LONG else match[0]
 
 
 def _subscript(match: re.Match[str]) -> str:

@@ -8,7 +8,9 @@ import inspect
 import io
 import itertools
 import operator
+import pydoc
 import re
+import warnings
 from pathlib import Path
 from types import FunctionType
 from xml.etree import ElementTree
@@ -25,8 +27,14 @@ DOCS = ROOT / "docs"
 UNLISTED = {compile_backend: {"Chain", "Layer", "OPTIONS", "find_chains"}, info: {"main"}}
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
-# A block of Python, and the block of text right after it with its output, if it prints.
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+# A block of Python, and the block of text right after it with its output, if it prints. Before it, a comment can name
+# the libraries that it needs besides those of the extra `test`: <!-- needs: skorch -->
+BLOCK = re.compile(
+    r"(?:^<!-- needs: (?P<needs>[^\n]+?) -->\n\n)?"
+    r"^```python\n(?P<code>.*?)^```\n(?:\n*^```text\n(?P<output>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+WIDTH = 88  # what fits beside the two lists in a window of 1280 pixels
 
 
 def name(page):
@@ -42,16 +50,58 @@ def run(block, page, namespace):
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name)
-def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
+def blocks(page):
+    """The blocks of Python of a page, by the libraries that they need (None: no others)."""
+    found = {}
+    for block in BLOCK.finditer(page.read_text()):
+        found.setdefault(block["needs"], []).append(block)
+    assert sum(map(len, found.values())) == page.read_text().count("```python")
+    return found
+
+
+BLOCKS = [(page, needs) for page in PAGES for needs in blocks(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "needs"), BLOCKS, ids=[name(page) + (f"-{needs}" if needs else "") for page, needs in BLOCKS]
+)
+def test_code_runs_and_prints_what_the_page_says(page, needs, tmp_path, monkeypatch):
+    if needs:
+        warnings.simplefilter("ignore")  # those of other libraries; pytest restores the filters
+        for library in needs.split(", "):
+            pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)  # some save a figure
     torch.manual_seed(0)
-    blocks, namespace = list(BLOCK.finditer(page.read_text())), {"__name__": "__main__"}
-    assert len(blocks) == page.read_text().count("```python")
-    for block in blocks:
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page)[needs]:
         got, want = run(block, page, namespace), block["output"] or ""
         same = doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS)  # "..." stands for anything
         assert same, f"{name(page)} says\n{want}but this prints\n{got}"
+
+
+def quoted(page):
+    """The blocks of a page, whatever their language, and of the files that it includes."""
+    text = page.read_text()
+    for file in re.findall(r"<!-- include: (\S+) -->", text):
+        text += (ROOT / file).read_text()
+    return re.findall(r"^ *```.*?\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if quoted(page)], ids=name)
+def test_no_block_of_a_page_is_cut_in_a_window_of_1280_pixels(page):
+    lines = [line for block in quoted(page) for line in block.splitlines()]
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+def test_every_example_is_in_the_gallery():
+    gallery = (DOCS / "examples.md").read_text()
+    commands = re.findall(r"examples/(\w+\.py)", "".join(quoted(DOCS / "examples.md")))
+    assert sorted(commands) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    entries = gallery.split("\n## ")[1:]
+    assert len(entries) == len(commands)
+    for entry in entries:
+        assert "](lecture/" in entry or "](howto/" in entry  # where it is explained
+        assert "extra `demo`" in entry or "nothing else" in entry
 
 
 # --- the course -------------------------------------------------------------------------------------------------------
@@ -185,6 +235,20 @@ def test_a_formula_is_typeset_as_in_latex(hooks):
     assert "<mi>max</mi>" in math
 
 
+def test_what_belongs_together_stays_on_a_line(hooks):
+    html = hooks.on_page_content("<p>12 % of 784–512×2–10, 3 rows on 2026-11-26, 38 / 40</p><pre>1 ms</pre>")
+    assert html == (
+        '<p>12&nbsp;% of <span class="together">784–512×2–10</span>, 3 rows on '
+        '<span class="together">2026-11-26</span>, 38&nbsp;/&nbsp;40</p><pre>1 ms</pre>'
+    )
+
+
+def test_a_long_cell_of_a_table_is_marked(hooks):
+    short, long = "<td>1.04×</td>", '<td style="text-align: left;">the layers of the policy, and the optimizer</td>'
+    assert hooks.on_page_content(short) == short
+    assert hooks.on_page_content(long) == long.replace("<td", "<td data-long")
+
+
 @pytest.mark.parametrize("latex", [r"\unknown{x}", r"\begin{aligned} a &= b \end{aligned}", r"\notacommand"])
 def test_a_formula_that_cannot_be_typeset_stops_the_site(latex, hooks):
     with pytest.raises(ValueError, match="cannot be typeset"):
@@ -257,6 +321,20 @@ def test_what_the_inspections_return_is_in_the_reference():
     flow, plan = mbp.gradient_flow(model, x, y), mbp.memory(model, 4)
     for result in (mbp.trace(model, x, y), flow, flow.layers[0], plan, plan.store):
         assert f"{type(result).__module__}.{type(result).__name__}" in described()
+
+
+@pytest.mark.parametrize("path", sorted(described()))
+def test_no_example_of_the_reference_is_cut_in_a_window_of_1280_pixels(path):
+    shown = [pydoc.locate(path)]
+    if inspect.ismodule(shown[0]) or inspect.isclass(shown[0]):
+        names = public_names(shown[0]) if inspect.ismodule(shown[0]) else vars(shown[0])
+        shown += [getattr(shown[0], name) for name in names if not name.startswith("_")]
+    for thing in shown:
+        for paragraph in re.split(r"\n *\n", inspect.getdoc(thing) or ""):
+            title, *rest = paragraph.split("\n")
+            code = rest if title == "Example:" else [title, *rest]
+            if all(line.startswith("    ") for line in code):
+                assert [line for line in code if len(line) > 4 + WIDTH] == []
 
 
 def test_every_figure_is_shown_and_exists():

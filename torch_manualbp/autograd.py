@@ -23,8 +23,11 @@ from torch_manualbp._route import backward_adds, backward_is_a_node, backward_is
 class LinearReLUFunction(ManualFunction):
     """relu(input weightᵀ + bias), as `apply(input, weight, bias)`.
 
-    forward   h' = a[β + Ω h]
-    backward  ∂ℓ/∂f = I[h' > 0] ⊙ ∂ℓ/∂h';   ∂ℓ/∂h = Ωᵀ ∂ℓ/∂f;   ∂ℓ/∂Ω = ∂ℓ/∂f hᵀ;   ∂ℓ/∂β = ∂ℓ/∂f
+        forward   h' = a[β + Ω h]
+        backward  ∂ℓ/∂f = I[h' > 0] ⊙ ∂ℓ/∂h';   ∂ℓ/∂h = Ωᵀ ∂ℓ/∂f;   ∂ℓ/∂Ω = ∂ℓ/∂f hᵀ
+                  ∂ℓ/∂β = ∂ℓ/∂f
+
+    Backward computes those gradients that are needed.
     """
 
     @staticmethod
@@ -74,8 +77,10 @@ class MLPFunction(ManualFunction):
 
     Two more arguments, `kept` and `scales`, are the dropout after the ReLUs, as for the op `mlp_dropout`:
 
-    forward   h_{k+1} = m_k ⊙ a[f_k], each element of m_k being 0 or c_k
-    backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}, so that only recomputation needs the masks (`reference`)
+        forward   h_{k+1} = m_k ⊙ a[f_k], each element of m_k being 0 or c_k
+        backward  ∂ℓ/∂f_k = c_k I[h_{k+1} > 0] ⊙ ∂ℓ/∂h_{k+1}
+
+    So only recomputation needs the masks (`reference`).
     """
 
     @staticmethod
@@ -185,9 +190,11 @@ class MLPBackwardFunction(ManualFunction):
     ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k, its own backward pass computes c_k, that by ∂ℓ/∂h_k, and a_k, that by
     ∂ℓ/∂f_k. It looks like a forward pass, which starts at c_0 = v:
 
-    forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ;   ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
-    backward  a_k = Ω_k c_k + V_k h_k + u_k;   c_{k+1} = I[h_{k+1} > 0] ⊙ a_k;
-              ∂M/∂Ω_k = ∂ℓ/∂f_k c_kᵀ;   ∂M/∂h_k = V_kᵀ ∂ℓ/∂f_k;   ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
+        forward   ∂ℓ/∂β_k = ∂ℓ/∂f_k;   ∂ℓ/∂Ω_k = ∂ℓ/∂f_k h_kᵀ
+                  ∂ℓ/∂f_{k−1} = I[h_k > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
+        backward  a_k = Ω_k c_k + V_k h_k + u_k;   c_{k+1} = I[h_{k+1} > 0] ⊙ a_k
+                  ∂M/∂Ω_k = ∂ℓ/∂f_k c_kᵀ;   ∂M/∂h_k = V_kᵀ ∂ℓ/∂f_k
+                  ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
     """
 
     @classmethod

@@ -61,8 +61,9 @@ def manualbp(
         ValueError: an unknown value of "activations".
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-        >>> compiled = torch.compile(model, backend=manualbp)  # or "manualbp", if the package is installed
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> compiled = torch.compile(model, backend=manualbp)  # or "manualbp", once installed
         >>> compiled(torch.ones(3, 4)).shape
         torch.Size([3, 1])
     """

@@ -83,13 +83,14 @@ def gradient_descent(phi: Tensor, gradient: Callable[[Tensor], Tensor], alpha: f
         steps: the number of steps.
 
     Returns:
-        φ before the first step and after each step: `steps` + 1 tensors.
+        φ before the first step and after each step, `steps` + 1 tensors.
 
     Raises:
         ValueError: `alpha` is not positive.
 
     Example:
-        >>> gradient_descent(torch.tensor(4.0), lambda phi: 2 * phi, alpha=0.25, steps=2)  # L = φ²
+        >>> partial = lambda phi: 2 * phi  # of L = φ²
+        >>> gradient_descent(torch.tensor(4.0), partial, alpha=0.25, steps=2)
         [tensor(4.), tensor(2.), tensor(1.)]
     """
     _check_alpha("gradient_descent", alpha)
@@ -111,7 +112,7 @@ def sgd(
         alpha: α > 0, the learning rate.
 
     Returns:
-        φ_0, φ_1, …: one tensor more than there are batches.
+        φ_0, φ_1, …, one tensor more than there are batches.
 
     Raises:
         ValueError: `alpha` is not positive.
@@ -298,7 +299,8 @@ def chain_rule(outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tens
         The product of the two derivatives, summed over the elements of f; shape (*x.shape, *h(f(x)).shape).
 
     Example:
-        >>> chain_rule(torch.sin, torch.square, torch.tensor(3.0)) == torch.cos(torch.tensor(9.0)) * 6
+        >>> by_hand = torch.cos(torch.tensor(9.0)) * 6
+        >>> chain_rule(torch.sin, torch.square, torch.tensor(3.0)) == by_hand
         tensor(True)
     """
     f = inner(x).detach()

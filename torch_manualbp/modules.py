@@ -575,7 +575,8 @@ class MLP(FusedForward):
 
         Example:
             >>> model = MLP([4, 8, 3])
-            >>> model.loss(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), "cross_entropy").backward()
+            >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+            >>> model.loss(x, y, "cross_entropy").backward()
             >>> model[0].weight.grad.shape
             torch.Size([8, 4])
         """

@@ -69,8 +69,8 @@ def per_sample_gradients(model: nn.Module, input: Tensor, target: Tensor, loss: 
 
     Example:
         >>> from torch_manualbp import MLP
-        >>> classes = torch.tensor([0, 1, 2, 0, 1])
-        >>> grads = per_sample_gradients(MLP([4, 8, 3]), torch.randn(5, 4), classes, "cross_entropy")
+        >>> x, classes = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> grads = per_sample_gradients(MLP([4, 8, 3]), x, classes, "cross_entropy")
         >>> {name: tuple(grad.shape) for name, grad in grads.items()}
         {'0.weight': (5, 8, 4), '0.bias': (5, 8), '2.weight': (5, 3, 8), '2.bias': (5, 3)}
     """
@@ -113,7 +113,8 @@ def per_sample_gradient_norms(model: nn.Module, input: Tensor, target: Tensor, l
 
     Example:
         >>> from torch_manualbp import MLP
-        >>> norms = per_sample_gradient_norms(MLP([4, 8, 1]), torch.randn(5, 4), torch.randn(5, 1))
+        >>> model, x, y = MLP([4, 8, 1]), torch.randn(5, 4), torch.randn(5, 1)
+        >>> norms = per_sample_gradient_norms(model, x, y)
         >>> norms.shape, bool((norms > 0).all())
         (torch.Size([5]), True)
     """
@@ -162,7 +163,8 @@ def clipped_gradients(
         >>> from torch_manualbp import MLP
         >>> model, x, y = MLP([4, 8, 1]), torch.randn(5, 4), torch.randn(5, 1)
         >>> total = clipped_gradients(model, x, y, max_norm=0.1)
-        >>> bool(torch.cat([grad.flatten() for grad in total.values()]).norm() <= 5 * 0.1 + 1e-6)
+        >>> norm = torch.cat([grad.flatten() for grad in total.values()]).norm()
+        >>> bool(norm <= 5 * 0.1 + 1e-6)
         True
     """
     if not max_norm >= 0:

@@ -3,11 +3,11 @@
 Notation. Layer k = 0 … K−1 has the weight Ω_k (D_{k+1}, D_k) and the bias β_k (D_{k+1}) or None. A batch is a matrix
 whose rows are the examples, so that the lecture's β + Ω h reads h Ωᵀ + β here:
 
-    forward                                 backward, in reverse order
-    h_0     = input                         ∂ℓ/∂f_{K−1} = grad_output
-    f_k     = β_k + Ω_k h_k                 ∂ℓ/∂β_k     = ∂ℓ/∂f_k                          (summed over the batch)
-    h_{k+1} = a[f_k] = max(0, f_k)          ∂ℓ/∂Ω_k     = ∂ℓ/∂f_k h_kᵀ                     (summed over the batch)
-    output  = f_{K−1}                       ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
+    forward                           backward, in reverse order
+    h_0     = input                   ∂ℓ/∂f_{K−1} = grad_output
+    f_k     = β_k + Ω_k h_k           ∂ℓ/∂β_k     = ∂ℓ/∂f_k         (summed over the batch)
+    h_{k+1} = a[f_k] = max(0, f_k)    ∂ℓ/∂Ω_k     = ∂ℓ/∂f_k h_kᵀ    (summed over the batch)
+    output  = f_{K−1}                 ∂ℓ/∂f_{k−1} = I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k)
 
 With dropout after a ReLU, h_{k+1} = m_k ⊙ a[f_k], where each element of m_k is 0 with probability p, else c = 1/(1−p).
 Then ∂ℓ/∂f_{k−1} = m_{k−1} ⊙ I[f_{k−1} > 0] ⊙ (Ω_kᵀ ∂ℓ/∂f_k). No mask is needed for it: h_k = m_{k−1} ⊙ a[f_{k−1}] is
@@ -17,10 +17,10 @@ The backward pass of the backward pass (`mlp_double_backward`) starts from the g
 of the backward pass, v by ∂ℓ/∂h_0, V_k by ∂ℓ/∂Ω_k and u_k by ∂ℓ/∂β_k. With c_k for the gradient of M by ∂ℓ/∂h_k and a_k
 for that by ∂ℓ/∂f_k, it is a forward pass in which a mask takes the place of the activation:
 
-    k = 0 … K−1                              c_0            = v
-    a_k     = c_k Ω_kᵀ + h_k V_kᵀ + u_k      ∂M/∂Ω_k        = (∂ℓ/∂f_k)ᵀ c_k               (summed over the batch)
-    c_{k+1} = I[h_{k+1} > 0] ⊙ a_k           ∂M/∂h_k        = ∂ℓ/∂f_k V_k
-                                             ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
+    k = 0 … K−1                            c_0     = v
+    a_k     = c_k Ω_kᵀ + h_k V_kᵀ + u_k    ∂M/∂Ω_k = (∂ℓ/∂f_k)ᵀ c_k  (summed over the batch)
+    c_{k+1} = I[h_{k+1} > 0] ⊙ a_k         ∂M/∂h_k = ∂ℓ/∂f_k V_k
+                                           ∂M/∂(∂ℓ/∂f_{K−1}) = a_{K−1}
 
 All of it is differentiable, so that autograd derives higher orders. It has three uses: it is the tests' oracle, it runs
 on devices without kernels, and derivatives beyond those that have kernels are composed of it.
@@ -153,8 +153,9 @@ def mlp_double_backward(
     Example:
         >>> x, omega = torch.ones(1, 1), [torch.tensor([[2.0]]), torch.tensor([[3.0]])]
         >>> _, h = mlp_forward(x, omega, [None, None])
-        >>> of_slope = Gradients(torch.ones(1, 1), [None, None], [None, None])  # M = ∂ℓ/∂h_0 = ω_1 ω_0
-        >>> mlp_double_backward(torch.ones(1, 1), h, omega, None, of_slope).dweights  # ∂M/∂ω_0 = ω_1, ∂M/∂ω_1 = ω_0
+        >>> # M = ∂ℓ/∂h_0 = ω_1 ω_0, so that ∂M/∂ω_0 = ω_1 and ∂M/∂ω_1 = ω_0
+        >>> of_slope = Gradients(torch.ones(1, 1), [None, None], [None, None])
+        >>> mlp_double_backward(torch.ones(1, 1), h, omega, None, of_slope).dweights
         [tensor([[3.]]), tensor([[2.]])]
     """
     layers = len(weights)

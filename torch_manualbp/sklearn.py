@@ -385,7 +385,7 @@ class MLPClassifier(_ByKernels, neural_network.MLPClassifier):
     Example:
         >>> from sklearn.datasets import load_iris
         >>> X, y = load_iris(return_X_y=True)
-        >>> model = MLPClassifier(hidden_layer_sizes=20, learning_rate_init=0.01, random_state=0).fit(X, y)
+        >>> model = MLPClassifier(20, learning_rate_init=0.01, random_state=0).fit(X, y)
         >>> model.predict(X[:2]), [coef.shape for coef in model.coefs_]
         (array([0, 0]), [(4, 20), (20, 3)])
     """
@@ -409,7 +409,7 @@ class MLPRegressor(_ByKernels, neural_network.MLPRegressor):
     Example:
         >>> from sklearn.datasets import make_regression
         >>> X, y = make_regression(100, 5, random_state=0)
-        >>> model = MLPRegressor(solver="sgd", learning_rate_init=1e-3, max_iter=500, random_state=0).fit(X, y)
+        >>> model = MLPRegressor(solver="sgd", max_iter=500, random_state=0).fit(X, y)
         >>> bool(model.score(X, y) > 0.99)
         True
     """

@@ -78,7 +78,8 @@ def train_step(
         >>> model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         >>> x = torch.randn(50, 4)
-        >>> losses = [train_step(model, x, x.sum(1, keepdim=True), optimizer).item() for _ in range(200)]
+        >>> y = x.sum(1, keepdim=True)
+        >>> losses = [train_step(model, x, y, optimizer).item() for _ in range(200)]
         >>> losses[0] > 2, losses[-1] < 0.1
         (True, True)
     """
@@ -261,7 +262,8 @@ def fit(
 
         for epoch in range(epochs):
             for rows in torch.randperm(len(input), generator=generator).split(batch_size):
-                train_step(model, input[rows], target[rows], optimizer, loss, max_grad_norm=max_grad_norm)
+                x, y = input[rows], target[rows]
+                train_step(model, x, y, optimizer, loss, max_grad_norm=max_grad_norm)
             scheduler.step()
 
     The model is in train mode in the steps and in eval mode for the validation; afterwards each of its modules has the
@@ -293,7 +295,7 @@ def fit(
         callback: is called with the `History` after each epoch; training ends if it returns True.
 
     Returns:
-        A `History`, to be printed: ``.loss``, ``.step_losses``, ``.validation_loss``, ``.plot()``, ``.to_dict()``.
+        A `History`, to be printed; ``.loss``, ``.step_losses``, ``.validation_loss``, ``.plot()``, ``.to_dict()``.
 
     Raises:
         TypeError: an argument is of another type.

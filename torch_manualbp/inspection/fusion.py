@@ -89,7 +89,7 @@ def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport
         kwargs: likewise.
 
     Returns:
-        A `FusionReport`; ``print`` it, or take it apart: ``report.chains``, ``report.plain``, ``report.to_dict()``.
+        A `FusionReport`, to be printed; ``.chains``, ``.plain``, ``.to_dict()``.
 
     Raises:
         TypeError: `model` is no module.
@@ -99,7 +99,8 @@ def fusion_report(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.a, self.b, self.c = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        ...         self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 64)
+        ...         self.c = nn.Linear(64, 1)
         ...     def forward(self, x):
         ...         return self.c(torch.tanh(self.b(torch.relu(self.a(x)))))
         >>> print(fusion_report(fuse(Net()), torch.randn(256, 8)))

@@ -103,7 +103,8 @@ class Trace:
         Example:
             >>> from torch_manualbp import MLP
             >>> model = MLP([2, 3, 1], dtype=torch.float64)
-            >>> x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+            >>> x = torch.randn(4, 2, dtype=torch.float64)
+            >>> y = torch.randn(4, 1, dtype=torch.float64)
             >>> trace(model, x, y).verify() <= 1e-12
             True
         """
@@ -207,8 +208,10 @@ def trace(
         >>> t = trace(model, torch.tensor([[0.5]]), torch.tensor([[4.0]]))
         >>> [t.f[0].item(), t.h[1].item(), t.f[1].item(), t.loss.item()]
         [2.0, 2.0, 5.0, 1.0]
-        >>> [t.dl_df[1].item(), t.dl_dh[1].item(), t.dl_df[0].item(), t.dl_domega[0].item()]  # 2(f_1 − y), …
-        [2.0, 6.0, 6.0, 3.0]
+        >>> [t.dl_df[1].item(), t.dl_dh[1].item()]  # 2(f_1 − y), …
+        [2.0, 6.0]
+        >>> [t.dl_df[0].item(), t.dl_domega[0].item()]
+        [6.0, 3.0]
     """
     check_tensor("trace", "input", input)
     traced_loss = TracedLoss(loss, reduction)
