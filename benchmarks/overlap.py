@@ -16,6 +16,7 @@ Rounds of all three are interleaved; the tables show medians.
 """
 
 import argparse
+import json
 import os
 import queue
 import subprocess
@@ -63,7 +64,7 @@ class Link:
         self.buckets: queue.SimpleQueue[tuple[Any, Tensor, torch.futures.Future[Tensor]]] = queue.SimpleQueue()
         threading.Thread(target=self._transfer, daemon=True).start()
 
-    def hook(self, _: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Starts the all-reduce; the future is complete when the link has transferred the bucket."""
         buffer, future = bucket.buffer(), torch.futures.Future[Tensor]()
         self.buckets.put((dist.all_reduce(buffer, async_op=True), buffer, future))
@@ -85,7 +86,7 @@ class Starts:
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def hook(self, _: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """The bucket as it is."""
         self.times.append(time.perf_counter())
         future = torch.futures.Future[Tensor]()
@@ -100,8 +101,8 @@ def data_parallel(model: nn.Module, hook: Hook, bucket_mib: float) -> Distribute
     return wrapper
 
 
-def train(rank: int, folder: str, options: argparse.Namespace, results: Any) -> None:
-    """One of the processes. The first one puts the starts of buckets and the times of steps into `results`."""
+def train(rank: int, folder: str, options: argparse.Namespace) -> None:
+    """One of the processes. The first one writes the starts of buckets and the times of steps to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     x, y = torch.randn(options.rows, options.sizes[0]), torch.randn(options.rows, options.sizes[-1])
@@ -130,7 +131,7 @@ def train(rank: int, folder: str, options: argparse.Namespace, results: Any) -> 
             if number >= 0:
                 steps.setdefault(name, []).append(time.perf_counter() - begin)
     if rank == 0:
-        results.put((starts, steps))
+        Path(folder, "results.json").write_text(json.dumps([starts, steps]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -189,12 +190,9 @@ def main() -> None:
         print(released(options.one, options.sizes, options.segment_bytes))
         return
     load = os.getloadavg()[0]
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        context = spawn(train, (folder, options, results), nprocs=WORLD, join=False)  # type: ignore[no-untyped-call]
-        starts, steps = results.get()
-        while not context.join():
-            pass
+        spawn(train, (folder, options), nprocs=WORLD)  # type: ignore[no-untyped-call]
+        starts, steps = json.loads(Path(folder, "results.json").read_text())
     peaks = {}
     for name in starts:
         command = [sys.executable, __file__, "--one", name, "--segment-bytes", str(options.segment_bytes), "--sizes"]

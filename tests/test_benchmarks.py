@@ -215,6 +215,18 @@ def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     assert figure.stat().st_size > 0
 
 
+def test_overlap_sends_buckets_over_a_link_and_measures_what_is_kept(tmp_path):
+    files = ["--json", tmp_path / "overlap.json", "--figure", tmp_path / "overlap.png"]
+    options = ["--rows", "4", "--rounds", "1", "--segment-bytes", "1", "--bucket-mib", "4"]
+    command = [sys.executable, BENCHMARKS / "overlap.py", "--sizes", "9", *["1100"] * 5, "3", *options, *files]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:]] == ["plain", "one node", "segments"]
+    saved = json.loads((tmp_path / "overlap.json").read_text())
+    assert all(len(shares) > 2 for rounds in saved["starts"].values() for shares in rounds)
+    assert saved["released"]["one node"] > 4 * 1100**2 * 4 > saved["released"]["segments"]  # 4 layers of this width
+    assert (tmp_path / "overlap.png").stat().st_size > 0
+
+
 def test_memory_growth_prints_each_way_and_draws_them(training_step, monkeypatch, capsys, tmp_path):
     import memory_growth
 

@@ -1,4 +1,4 @@
-"""The fuzzers find nothing in the library within a few seconds, and they find deliberate bugs.
+"""The fuzzers find nothing in the library in a few hundred cases, and they find deliberate bugs.
 
 `make fuzz` runs them longer, from other seeds.
 """
@@ -18,41 +18,41 @@ from torch_manualbp._losses import LossSpec
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 8.0  # per fuzzer in these tests
+NO_LIMIT = float("inf")  # of seconds: how many cases are checked must not depend on the machine
 CI_SECONDS = 72.0  # of the differential fuzzer in `make fuzz`
 
 
 def test_random_calls_equal_autograd():
-    report = runner.run(differential, iter(range(2000)), SECONDS)
+    report = runner.run(differential, iter(range(400)), NO_LIMIT)
     assert report.failures == []
-    assert report.cases > 50
+    assert report.cases == 400
     assert report.undecidable < report.cases / 10
 
 
 def test_random_training_runs_have_the_bits_of_their_steps():
-    report = runner.run(training, iter(range(2000)), SECONDS)
+    report = runner.run(training, iter(range(200)), NO_LIMIT)
     assert report.failures == []
-    assert report.cases > 20
-    assert report.undecidable < report.cases / 10
+    assert report.cases == 200
+    assert report.undecidable < report.cases / 6
 
 
 def test_random_forwards_compute_what_the_plain_model_does():
-    report = runner.run(forwards, iter(range(2000)), SECONDS)
+    report = runner.run(forwards, iter(range(200)), NO_LIMIT)
     assert report.failures == []
-    assert report.cases > 20
+    assert report.cases == 200
 
 
 def test_random_nestings_of_transforms_compute_what_those_of_plain_torch_do():
-    report = runner.run(transforms, iter(range(2000)), SECONDS)
+    report = runner.run(transforms, iter(range(200)), NO_LIMIT)
     assert report.failures == []
-    assert report.cases > 20
+    assert report.cases == 200
     assert report.undecidable < report.cases / 10
 
 
 def test_random_arguments_never_crash(tmp_path):
-    report = runner.run_apart("fuzz.arguments", 0, 2000, SECONDS, tmp_path / "seed")
+    report = runner.run_apart("fuzz.arguments", 0, 400, 600.0, tmp_path / "seed")
     assert report.failures + report.crashes == []
-    assert report.cases > 50
+    assert report.cases == 400
 
 
 # --- deliberate bugs --------------------------------------------------------------------------------------------------
