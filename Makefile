@@ -27,7 +27,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(TORCH_FLAGS)' | cksum | c
 
 MAKEFLAGS += --no-print-directory
 .PHONY: help demo test test-quick test-sanitizers test-cuda docs notebooks figures lint format bench bench-quick fuzz fuzz-night asan tsan \
-        coverage aarch64 nehalem wheel wheel-check sdist-check matrix release-check clean FORCE
+        coverage aarch64 nehalem wheel wheel-aarch64 wheel-check sdist-check matrix release-check clean FORCE
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -171,6 +171,9 @@ wheel-check: wheel $(VENV)/.audit  ## the wheel against CPython's stable ABI; di
 	  --wheel-dir dist/audited dist/*.whl
 	@ls -l dist/audited
 	@test $$(stat -c %s dist/audited/*.whl) -lt 2000000 || { echo "the wheel has 2 MB or more" >&2; exit 1; }
+
+wheel-aarch64: $(VENV)/.ready  ## the wheel for aarch64, cross-compiled, tested with an emulated torch (.ci/wheel-aarch64; 2 GB)
+	@VENV=$(VENV) .ci/wheel-aarch64 $(ARGS)
 
 matrix: wheel  ## the wheel under CPython 3.10 to 3.13 and several torch: build/matrix.md (an hour or more, gigabytes)
 	@$(RUN) python .ci/matrix.py dist/*.whl --torch-flags='$(TORCH_FLAGS)' $(ARGS)

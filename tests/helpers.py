@@ -15,6 +15,7 @@ import contextlib
 import copy
 import itertools
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,8 +49,13 @@ LARGE = {
     "few rows": (3, [1100, 700, 2]),
 }
 
-# The instruction-set levels, one per file; a machine may support only some of them.
-LEVELS = sorted(path.stem for path in (Path(__file__).parents[1] / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+# The instruction-set levels of this architecture, one per file; a machine may support only some of them.
+_ARCHITECTURE = platform.machine().replace("arm64", "aarch64")
+LEVELS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "csrc" / "cpu" / "kernels").glob("*.cpp")
+    if path.stem == "default" or f"defined(__{_ARCHITECTURE}__)" in path.read_text()
+)
 
 # The largest allowed error, as a fraction of the largest sum of absolute values in the tensor.
 TOLERANCE = {

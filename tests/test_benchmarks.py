@@ -223,7 +223,8 @@ def test_overlap_sends_buckets_over_a_link_and_measures_what_is_kept(tmp_path):
     assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:]] == ["plain", "one node", "segments"]
     saved = json.loads((tmp_path / "overlap.json").read_text())
     assert all(len(shares) > 2 for rounds in saved["starts"].values() for shares in rounds)
-    assert saved["released"]["one node"] > 4 * 1100**2 * 4 > saved["released"]["segments"]  # 4 layers of this width
+    layer = 1100**2 * 4  # bytes of the gradient of each of the four large weights
+    assert saved["released"]["one node"] > saved["released"]["segments"] + 1.5 * layer
     assert (tmp_path / "overlap.png").stat().st_size > 0
 
 

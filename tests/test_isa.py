@@ -114,9 +114,9 @@ def test_levels_agree_within_rounding(forced):
 
 
 def test_an_unknown_level_is_an_error_that_names_every_file_of_kernels():
-    machine = {"x86_64": {"avx2", "avx512"}, "aarch64": {"neon"}, "arm64": {"neon"}}[platform.machine()]
-    assert set(LEVELS) == {"default", "avx2", "avx512", "neon"}
-    assert set(levels_of_the_build()) == {"default"} | machine
+    assert sorted(levels_of_the_build()) == LEVELS
+    if platform.machine() == "x86_64":
+        assert LEVELS == ["avx2", "avx512", "default"]
 
 
 def test_a_refused_level_is_refused_again():
