@@ -87,7 +87,7 @@ def test_binary_does_not_know_python(binary: Path) -> None:
 
 
 def test_binary_is_small() -> None:
-    assert _ops.BINARY.stat().st_size < 2.5e6  # uncompressed; the wheel compresses it
+    assert _ops.BINARY.stat().st_size < 2.6e6  # uncompressed; the wheel compresses it
 
 
 @pytest.mark.slow

@@ -597,6 +597,70 @@ MBP_INLINE void copy_edge(const A* from, int64_t from_stride, A* to, int64_t to_
   }
 }
 
+// C += A B of MR rows and `cols` columns, for contiguous rows of A and of B, over one part of kSumDepth terms. B is read
+// row by row, kStreams rows at a time, as the hardware prefetches it; `part` (MR, cols) is in the first-level cache.
+template <typename A, int MR>
+MBP_INLINE void add_part_by_rows(const A* a, int64_t a_m, const A* b, int64_t b_k, A* c, int64_t c_m, int64_t cols,
+                                 bool started, A* part) {
+  constexpr int L = kLanes<A>, kStreams = 8;
+  static_assert(kSumDepth % kStreams == 0, "a part is whole groups of rows");
+  const int64_t whole = cols / L * L;
+  for (int64_t kk = 0; kk < kSumDepth; kk += kStreams) {
+    for (int64_t j = 0; j < whole; j += L) {
+      vec<A> acc[MR];
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) acc[i] = kk ? load<A>(part + i * cols + j) : vec<A>{};
+#pragma GCC unroll 8
+      for (int s = 0; s < kStreams; ++s) {
+        const vec<A> row = load<A>(b + (kk + s) * b_k + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; ++i) acc[i] += a[i * a_m + kk + s] * row;
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < MR; ++i) store<A>(part + i * cols + j, acc[i]);
+    }
+    for (int64_t j = whole; j < cols; ++j) {
+      for (int i = 0; i < MR; ++i) {
+        A sum = kk ? part[i * cols + j] : A(0);
+        for (int s = 0; s < kStreams; ++s) sum = multiply_add(a[i * a_m + kk + s], b[(kk + s) * b_k + j], sum);
+        part[i * cols + j] = sum;
+      }
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    for (int64_t j = 0; j < cols; ++j)
+      c[i * c_m + j] = started ? part[i * cols + j] + c[i * c_m + j] : part[i * cols + j];
+  }
+}
+
+// All parts of C but the last, for few rows of A and rows of B that lie far apart. A tile, which reads a few columns of
+// all rows of B, would wait for memory at each of them.
+template <typename A>
+static void gemm_by_rows(const Gemm<A, A>& p, int64_t depth, A* part) {
+  for (int64_t n0 = 0; n0 < p.n; n0 += Workspace<A>::kBlockCols) {
+    const int64_t cols = min_i64(Workspace<A>::kBlockCols, p.n - n0);
+    for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth) {
+      const A* b = p.b + k0 * p.b_k + n0;
+      const bool started = p.accumulate || k0 > 0;
+      for (int64_t m0 = 0; m0 < p.m;) {
+        const A* a = p.a + m0 * p.a_m + k0;
+        A* c = p.c + m0 * p.c_m + n0;
+        const int64_t rows = p.m - m0;
+        if (rows >= 4) {
+          add_part_by_rows<A, 4>(a, p.a_m, b, p.b_k, c, p.c_m, cols, started, part);
+          m0 += 4;
+        } else if (rows >= 2) {
+          add_part_by_rows<A, 2>(a, p.a_m, b, p.b_k, c, p.c_m, cols, started, part);
+          m0 += 2;
+        } else {
+          add_part_by_rows<A, 1>(a, p.a_m, b, p.b_k, c, p.c_m, cols, started, part);
+          m0 += 1;
+        }
+      }
+    }
+  }
+}
+
 // C in the accumulator type.
 template <typename T>
 static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace) {
@@ -612,6 +676,18 @@ static void gemm_accumulated(const Gemm<T, accumulator_t<T>>& p, void* workspace
     }
   }
   const bool few_rows = p.m <= kFewRows && !p.packed_b;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (few_rows && p.b_n == 1 && p.a_k == 1 && !p.unit_rows && p.k > kSumDepth && p.n >= kTileCols<A>) {
+      const int64_t depth = (p.k - 1) / kSumDepth * kSumDepth;
+      gemm_by_rows<A>(p, depth, static_cast<A*>(workspace));
+      Gemm<A, A> last = p;
+      last.k -= depth;
+      last.a += depth;
+      last.b += depth * p.b_k;
+      last.accumulate = true;
+      return gemm_accumulated<T>(last, workspace);
+    }
+  }
   const int64_t block_cols = few_rows ? NR : Workspace<T>::kBlockCols;
   const int64_t block_depth = few_rows && !p.unit_rows ? kFewRowsDepth : kBlockDepth;
   const Workspace<T> work(workspace, min_i64(p.n, block_cols), min_i64(p.k, block_depth));
