@@ -134,13 +134,17 @@ void check_product(void (*multiply)(const Gemm<T, Out>&, void*), bool accumulate
   }
 }
 
-// With real numbers, whose sums depend on their order: a row of h Omega^T has the same bits for all other rows, and
-// whether or not Omega is packed. Some products are so small that they round to -0, which adding 0 would lose. (One
-// number is excluded: its multiply-adds are fused explicitly, those of vectors by the compiler, at -O2 and above.)
+// With real numbers, whose sums depend on their order: a row of h Omega^T (forward) or df Omega (`backward`) has the
+// same bits for all other rows, and whether or not Omega is packed. Some products are so small that they round to -0,
+// which adding 0 would lose. (One number, and the rest of a row of df Omega after whole vectors, are excluded: their
+// multiply-adds are fused explicitly, those of vectors by the compiler, at -O2 and above.)
 template <typename T>
 void check_rows() {
   const auto& kernel = kernels<T>();
-  const int64_t rows = 30, n = chance(20) ? 1 : below(40) + 1, k = chance(30) ? 1 + below(20) : draw_size();
+  const bool backward = chance(50);
+  const int64_t rows = 30, k = chance(30) ? 1 + below(20) : chance(30) ? 65 + below(200) : draw_size();
+  const int64_t n = backward ? kernel_table().tile_cols * (1 + below(2)) : chance(20) ? 1 : below(40) + 1;
+  const int64_t b_k = backward ? n : 1, b_n = backward ? 1 : k;
   Exact<T> h(rows * k), omega(n * k), beta(n), whole(rows * n);
   Exact<accumulator_t<T>> packed(kernel.packed_size(k, n));
   const WorkspaceFor<T> workspace(n, k);
@@ -150,9 +154,9 @@ void check_rows() {
   for (int64_t i = 0; i < n; ++i) beta.data[i] = rounded<T>(size * double(below(2001) - 1000));
   const T* const bias = chance(50) ? beta.data : nullptr;
   const bool relu = chance(30);
-  kernel.pack(omega.data, 1, k, k, n, packed.data);
+  kernel.pack(omega.data, b_k, b_n, k, n, packed.data);
   const auto rows_from = [&](int64_t first, int64_t m, T* out) {
-    auto p = product(m, n, k, h.data + first * k, k, 1, omega.data, 1, k, out, n);
+    auto p = product(m, n, k, h.data + first * k, k, 1, omega.data, b_k, b_n, out, n);
     p.bias = bias, p.bias_stride = 1, p.relu = relu;
     return p;
   };
