@@ -6,6 +6,7 @@
 //   strip     MR rows of A, copied (and widened) into the workspace if that pays
 //   block     KC x NC of B, packed into panels of NR columns: any strides become contiguous and aligned,
 //             half precision becomes float, columns past N become zeros
+// For few rows of A there are gemm_transposed, if the columns of B are contiguous, and gemm_by_rows, if its rows are.
 // The sum of an element of C runs over k in ascending order, in parts of kSumDepth terms that are added in that order.
 // Tile, thread and batch do not change it. Over rows of a batch (Gemm::unit_rows) the parts are shorter, and the parts
 // of a unit of rows are added together before they are added to C.
@@ -634,7 +635,8 @@ MBP_INLINE void add_part_by_rows(const A* a, int64_t a_m, const A* b, int64_t b_
 }
 
 // All parts of C but the last, for few rows of A and rows of B that lie far apart. A tile, which reads a few columns of
-// all rows of B, would wait for memory at each of them.
+// all rows of B, would wait for memory at each of them: one row and 1024 x 1024 took 1.7 ms instead of 0.55, 12 rows 2.9
+// instead of 1.2 (AVX2, weights not in a cache).
 template <typename A>
 static void gemm_by_rows(const Gemm<A, A>& p, int64_t depth, A* part) {
   for (int64_t n0 = 0; n0 < p.n; n0 += Workspace<A>::kBlockCols) {
