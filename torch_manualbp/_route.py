@@ -25,7 +25,7 @@ from torch.utils._device import DeviceContext
 from torch_manualbp import _ops
 from torch_manualbp._losses import LossSpec
 
-KERNELS: Final = "kernels"  # one call of our ops, and one node of autograd's graph
+KERNELS: Final = "kernels"  # one call of our ops, and one node of autograd's graph (several if it is large)
 GRAPH: Final = "graph"  # one op of the graph that torch.compile captures (`_graph`)
 FUNC: Final = "func"  # our ops under torch.func, level by level (`_transforms`)
 TORCH: Final = "torch"  # torch's own functions, one after another, which always works
