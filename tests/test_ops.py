@@ -730,3 +730,18 @@ def test_a_truncated_binary_is_an_import_error_not_a_crash(tmp_path, share):
 def test_the_binary_in_use_lies_in_the_package():
     assert _ops.BINARY.exists()
     assert _ops.BINARY.parent.name == "torch_manualbp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_input_gradient_of_few_rows_has_the_bits_of_many(dtype):
+    # A weight of more than 1 MiB is read row by row for few rows, and by tiles for many.
+    weight, grad = torch.randn(530, 603, dtype=dtype), torch.randn(30, 530, dtype=dtype)
+    x, needs = torch.randn(30, 603, dtype=dtype), [True, False, False]
+
+    def gradient(rows):
+        return _ops.mlp_backward(grad[:rows], x[:rows], [weight], [None], torch.empty(0, dtype=dtype), None, needs)[0]
+
+    whole = gradient(30)
+    for rows in (1, 2, 3, 4, 5, 7, 12):
+        assert_equal(gradient(rows), whole[:rows])
+    assert (whole.double() - grad.double() @ weight.double()).abs().max() < 1e-4
