@@ -51,7 +51,7 @@ test-sanitizers: $(VENV)/.ready  ## kernels and passes, and emulated CUDA kernel
 
 test-quick: $(VENV)/.ready  ## the tests that are not marked slow, for the edit loop (a minute)
 	@echo "==> testing, quickly"
-	@$(RUN) python -m pytest $(IN_TWO) -m 'not slow and not sanitizers' $(ARGS)
+	@$(RUN) python -m pytest $(IN_TWO) -m 'not slow' $(ARGS)
 
 test-cuda: $(VENV)/.ready  ## run the numerical tests on a GPU (TORCH=... a build with CUDA; a toolkit that fits it)
 	@echo "==> testing on the GPU"

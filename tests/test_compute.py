@@ -1,4 +1,4 @@
-"""A large network is several nodes of autograd, and nobody can tell but by the order in which gradients arrive."""
+"""A large network is several nodes of autograd: only the order in which gradients arrive differs."""
 
 import copy
 
