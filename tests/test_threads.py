@@ -51,6 +51,16 @@ def test_the_number_of_threads_changes_no_bit(function, shape, dtype):
         assert_equal(forward_and_backward(shape, dtype, function), alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", LARGE)
+def test_more_threads_than_slices_change_no_bit(shape):
+    torch.set_num_threads(1)
+    alone = forward_and_backward(shape, torch.float32)
+    for threads in (7, 64, 192):
+        torch.set_num_threads(threads)
+        assert_equal(forward_and_backward(shape, torch.float32), alone)
+
+
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy", "bce_with_logits"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),

@@ -2,6 +2,10 @@
 //
 //   k = K-1 ... 0:   d(beta_k) = sum of df_k,   d(Omega_k) = df_k^T h_k,   df_{k-1} = c I[h_k > 0] . (df_k Omega_k)
 //
+// A tall batch goes block by block, each slice on one thread; a wide one block by block, layer by layer, on all threads.
+// Rows that go in waves (all of a short batch, or parts of the slices of a tall one) go through two parallel regions: all
+// df_k are computed in the first, the gradients of the parameters in the second.
+//
 // c: 1, or the scale of the dropout that made h_k = m . a[f_{k-1}], m in {0, c}, c > 0. Its mask is not needed: the
 // derivative of h_k is m I[f_{k-1} > 0], which is c where h_k > 0, and 0 elsewhere.
 //
@@ -20,9 +24,9 @@ namespace manualbp {
 // Where the backward pass writes its results; nullptr: this gradient is not needed.
 template <typename T>
 struct Gradients {
-  T* input = nullptr;     // (B, D_0)
+  T* input = nullptr;  // (B, D_0)
   std::vector<T*> omega;  // (D_{k+1}, D_k) each
-  std::vector<T*> beta;   // (D_{k+1}) each
+  std::vector<T*> beta;  // (D_{k+1}) each
 };
 
 // Where each slice of the batch sums its gradients. d(beta): a row of a buffer, in double. d(Omega): a row of a
@@ -53,22 +57,37 @@ class Sums {
   // nothing for a slice of one chunk. row: the slice's row of `totals`.
   void add_chunk(int64_t slice, bool first, bool last, int64_t row, const Workers& workers) const {
     for (size_t k = 0; k < plan_.layers.size() && !(first && last); ++k) {
-      AddUp<A> chunk{};
-      chunk.sum = omega(slice, k);
-      if (!chunk.sum) continue;
-      chunk.total = totals_->data + row * pass_.weight_sums + plan_.layers[k].weight_sums;
-      chunk.first = first;
-      chunk.last = last;
-      run_shares(size_of(k), 1, workers, [&](int64_t begin, int64_t end) { kernels<A>().add_up(chunk, begin, end); });
+      if (!omega(slice, k)) continue;
+      run_shares(size_of(k), 1, workers,
+                 [&](int64_t begin, int64_t end) { add_chunk_of_layer(slice, k, first, last, row, begin, end); });
     }
+  }
+
+  // The same for the elements [begin, end) of one layer.
+  void add_chunk_of_layer(int64_t slice, size_t k, bool first, bool last, int64_t row, int64_t begin,
+                          int64_t end) const {
+    if (first && last) return;
+    AddUp<A> chunk{};
+    chunk.sum = omega(slice, k);
+    chunk.total = totals_->data + row * pass_.weight_sums + plan_.layers[k].weight_sums;
+    chunk.first = first;
+    chunk.last = last;
+    kernels<A>().add_up(chunk, begin, end);
   }
 
   // Adds up the slices in order and rounds to the storage type.
   void finish(const Workers& workers) const {
+    // The layers are one long row of sums, because each alone would be too little for several threads.
+    run_shares(pass_.in_place ? 0 : pass_.weight_sums, double(kFetchRows * pass_.slices), workers,
+               [&](int64_t begin, int64_t end) {
+                 for (size_t k = 0; k < plan_.layers.size(); ++k) {
+                   const int64_t start = plan_.layers[k].weight_sums;
+                   const int64_t first = std::max(begin - start, int64_t(0)), last = std::min(end - start, size_of(k));
+                   if (!grads_.omega[k] || first >= last) continue;
+                   kernels<T>().reduce({pass_.slices, pass_.weight_sums, omega(0, k), grads_.omega[k]}, first, last);
+                 }
+               });
     for (size_t k = 0; k < plan_.layers.size(); ++k) {
-      if (T* out = grads_.omega[k]; out && !pass_.in_place) {
-        reduce<T>(omega(0, k), pass_.slices, pass_.weight_sums, size_of(k), out, workers);
-      }
       if (T* out = grads_.beta[k]) {
         reduce<T>(beta(0, k), pass_.slices, pass_.bias_sums, plan_.layers[k].d_out, out, workers);
       }
@@ -136,7 +155,7 @@ class BackwardPass {
 
   // What a gradient of a gradient reads and adds, each one layer after another as activations are, or nullptr.
   struct Second {
-    T* df = nullptr;             // where df_0 ... df_{K-2} are stored
+    T* df = nullptr;  // where df_0 ... df_{K-2} are stored
     const T* further = nullptr;  // added to the gradients of h_1 ... h_{K-1}; not in half precision
   };
 
@@ -151,9 +170,7 @@ class BackwardPass {
         packed_(net, &Layer<T>::packed, size_t(plan_.first_packed), net.layers.size()),
         packed_transposed_(net, &Layer<T>::packed_transposed, 0, size_t(plan_.recomputed)),
         sums_(net.plan, plan_, grads),
-        memory_(plan_.elements) {
-    if (net.plan.way == Way::kShort) place_all_rows();
-  }
+        memory_(plan_.elements) {}
   BackwardPass(const BackwardPass&) = delete;
 
   bool has_results() const { return plan_.lowest < net_.plan.count(); }
@@ -167,11 +184,13 @@ class BackwardPass {
     packed_.pack(workers_);
     packed_transposed_.pack(workers_);
     sums_.clear();
-    if (net_.plan.way == Way::kShort) {
-      all_.input = input;
-      if (!plan_.recomputed) all_.hidden = const_cast<T*>(hidden);
-      backward_of_rows(top);
-      gradients_of_layers();
+    if (plan_.wave_rows) {
+      for (int64_t offset = 0; offset < plan_.slice_rows; offset += plan_.wave_rows) {
+        const Wave wave{*this, offset, input, hidden};
+        tops_.assign(size_t(plan_.slices), {});
+        backward_of_rows(wave, top);
+        gradients_of_layers(wave);
+      }
     } else {
       for_each_block(
           net_.plan, plan_, sums_, memory_.data, workers_,
@@ -188,7 +207,9 @@ class BackwardPass {
       net.plan.layers[k].weight_gradient = grads.omega[k];
       net.plan.layers[k].bias_gradient = grads.beta[k];
     }
-    return net.plan.backward(int64_t(recomputed), grads.input);
+    BackwardPlan pass = net.plan.backward(int64_t(recomputed), grads.input);
+    net.plan.divide_into_waves(pass);
+    return pass;
   }
 
   // Rows [first, first + count) through all layers. memory: two buffers that alternate between df_k and df_{k-1}, then
@@ -213,14 +234,14 @@ class BackwardPass {
     for (size_t k = net_.layers.size(); k-- > size_t(plan_.lowest);) {
       const auto& layer = net_.layers[k];
       const auto h = k == 0 ? h0 : Matrix<const T>::contiguous(activations.at(net_, k), count, layer.d_in());
-      if (A* domega = sums_.omega(slice, k)) {
-        weight_gradient<T>(df, h, domega, accumulate, plan_.unit_rows, workers);
-      }
+      const WeightGradient<T> weight{df, h, sums_.omega(slice, k), accumulate, plan_.unit_rows};
+      const bool together = weight.domega && !workers.is_alone() && k > size_t(plan_.lowest);
+      if (weight.domega && !together) weight_gradient<T>(weight, workers);
       if (k > size_t(plan_.lowest)) {
         T* const other = df.data == buffers[0] ? buffers[1] : buffers[0];
         T* const below = second_.df ? Activations{second_.df, net_.plan.batch, first}.at(net_, k) : other;
         hidden_gradient<T>(df, layer, h.data, net_.layers[k - 1].scale, below, sums_.beta(slice, k - 1), workers,
-                           further(k, first));
+                           further(k, first), together ? &weight : nullptr);
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
         input_gradient<T>(df, layer, grads_.input + first * layer.d_in(), workers);
@@ -228,39 +249,90 @@ class BackwardPass {
     }
   }
 
-  // Short, parallel region 1: each thread takes its rows forward, if the pass computes the activations, and back to
-  // df_0. Without a final ReLU, df_{K-1} is the gradient of the output itself, so it is not copied: the thread that
-  // owns row 0 stores a view of the whole matrix, which replaces df_{K-1} after the barrier.
+  // Rows that go through two parallel regions, the rows [offset, offset + rows) of each slice: region 1 writes what
+  // region 2 reads. That lies in the memory of the pass, slice by slice, unless the caller stores it.
+  struct Wave {
+    const BackwardPass& pass;
+    int64_t offset;
+    Matrix<const T> input;
+    const T* hidden;
+
+    int64_t slices() const { return pass.plan_.slices; }
+    int64_t batch() const { return pass.net_.plan.batch; }
+    int64_t capacity() const { return slices() * pass.plan_.wave_rows; }
+    // The row of the batch with which a slice begins in this wave, and how many follow: 0 if the last slice is short.
+    int64_t first(int64_t slice) const { return slice * pass.plan_.slice_rows + offset; }
+    int64_t rows(int64_t slice) const {
+      const int64_t end = std::min((slice + 1) * pass.plan_.slice_rows, batch());
+      return std::clamp(end - first(slice), int64_t(0), pass.plan_.wave_rows);
+    }
+    // Where df_k and h_k of the rows of a slice lie, from `row` of the wave on.
+    T* df(size_t k, int64_t slice, int64_t row) const {
+      const auto& net = pass.net_;
+      if (pass.second_.df && k + 1 < net.layers.size()) {
+        return Activations{pass.second_.df, batch(), first(slice) + row}.at(net, k + 1);
+      }
+      const int64_t at = slice * pass.plan_.wave_rows + row;
+      return pass.memory_.data + capacity() * net.plan.layers[k].start + at * net.layers[k].d_out();
+    }
+    T* h(size_t k, int64_t slice, int64_t row) const {
+      const auto& net = pass.net_;
+      if (!pass.plan_.recomputed) {
+        return Activations{const_cast<T*>(hidden), batch(), first(slice) + row}.at(net, k);
+      }
+      T* const memory = pass.memory_.data + capacity() * (net.plan.hidden + net.plan.top);
+      return Activations{memory, capacity(), slice * pass.plan_.wave_rows + row}.at(net, k);
+    }
+    // The same as matrices of the rows [row, row + count).
+    Matrix<const T> df_matrix(size_t k, int64_t slice, int64_t row, int64_t count) const {
+      if (k + 1 == pass.net_.layers.size() && pass.tops_[size_t(slice)].data) {
+        return rows_of(pass.tops_[size_t(slice)], row, count);
+      }
+      return Matrix<const T>::contiguous(df(k, slice, row), count, pass.net_.layers[k].d_out());
+    }
+    Matrix<const T> h_matrix(size_t k, int64_t slice, int64_t row, int64_t count) const {
+      if (k == 0) return rows_of(input, first(slice) + row, count);
+      return Matrix<const T>::contiguous(h(k, slice, row), count, pass.net_.layers[k].d_in());
+    }
+  };
+
+  // Parallel region 1: each thread takes its rows forward, if the pass computes the activations, and back to df_0.
   template <typename TopOf>
-  void backward_of_rows(const TopOf& top) {
-    const size_t layers = net_.layers.size(), lowest = size_t(plan_.lowest);
-    const int64_t batch = net_.plan.batch, rows = net_.plan.thread_rows();
-    Matrix<const T> whole{};
-    workers_.run(ceil_div(batch, rows), 2 * net_.plan.multiply_adds(), [&](int64_t begin, int64_t end) {
-      const Workers alone = workers_.alone();
-      const int64_t first = begin * rows, count = std::min(end * rows, batch) - first;
-      const auto df_rows = [&](size_t k) { return const_cast<T*>(all_.df[k].data) + first * net_.layers[k].d_out(); };
-      const Activations activations{all_.hidden, batch, first};
-      const auto place = [&](size_t k) { return k + 1 == layers ? df_rows(k) : activations.at(net_, k + 1); };
-      net_.forward_block(rows_of(all_.input, first, count), first, size_t(plan_.recomputed), place, alone);
-      auto [gradient, output] = top(first, count, df_rows(layers - 1));
-      if (output) {
-        T* const df = df_rows(layers - 1);
-        relu_backward<T>(gradient, output, df, nullptr, alone, net_.layers.back().scale);
-        gradient = Matrix<const T>::contiguous(df, count, net_.plan.top);
-      } else if (first == 0) {
-        whole = rows_of(gradient, 0, batch);
-      }
-      for (size_t k = layers - 1; k > lowest; --k) {
-        hidden_gradient<T>(gradient, net_.layers[k], activations.at(net_, k), net_.layers[k - 1].scale, df_rows(k - 1),
-                           nullptr, alone, further(k, first));
-        gradient = Matrix<const T>::contiguous(df_rows(k - 1), count, net_.layers[k].d_in());
-      }
-      if (T* const out = grads_.input) {
-        input_gradient<T>(gradient, net_.layers[0], out + first * net_.layers[0].d_in(), alone);
+  void backward_of_rows(const Wave& wave, const TopOf& top) {
+    const int64_t rows = wave.rows(0), all = rows * (plan_.slices - 1) + wave.rows(plan_.slices - 1);
+    const int64_t share = net_.plan.thread_rows(all);
+    workers_.run(ceil_div(all, share), 2 * net_.plan.multiply_adds(all), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * share, stop = std::min(end * share, all), count; row < stop; row += count) {
+        const int64_t slice = row / rows;
+        count = std::min(stop - row, wave.rows(slice) - row % rows);
+        backward_of_rows(wave, slice, row % rows, count, top);
       }
     });
-    if (whole.data) all_.df[layers - 1] = whole;
+  }
+  template <typename TopOf>
+  void backward_of_rows(const Wave& wave, int64_t slice, int64_t row, int64_t count, const TopOf& top) {
+    const size_t layers = net_.layers.size(), lowest = size_t(plan_.lowest);
+    const Workers alone = workers_.alone();
+    const int64_t first = wave.first(slice) + row;
+    const auto place = [&](size_t k) { return k + 1 == layers ? wave.df(k, slice, row) : wave.h(k + 1, slice, row); };
+    net_.forward_block(rows_of(wave.input, first, count), first, size_t(plan_.recomputed), place, alone);
+    auto [gradient, output] = top(first, count, wave.df(layers - 1, slice, row));
+    if (output) {
+      T* const df = wave.df(layers - 1, slice, row);
+      relu_backward<T>(gradient, output, df, nullptr, alone, net_.layers.back().scale);
+      gradient = Matrix<const T>::contiguous(df, count, net_.plan.top);
+    } else if (row == 0) {
+      tops_[size_t(slice)] = rows_of(gradient, 0, wave.rows(slice));
+    }
+    for (size_t k = layers - 1; k > lowest; --k) {
+      T* const below = wave.df(k - 1, slice, row);
+      hidden_gradient<T>(gradient, net_.layers[k], wave.h(k, slice, row), net_.layers[k - 1].scale, below, nullptr,
+                         alone, further(k, first));
+      gradient = Matrix<const T>::contiguous(below, count, net_.layers[k].d_in());
+    }
+    if (T* const out = grads_.input) {
+      input_gradient<T>(gradient, net_.layers[0], out + first * net_.layers[0].d_in(), alone);
+    }
   }
 
   const T* further(size_t k, int64_t first) const {
@@ -268,44 +340,111 @@ class BackwardPass {
     return Activations{const_cast<T*>(second_.further), net_.plan.batch, first}.at(net_, k);
   }
 
-  // Short, parallel region 2: each thread computes its part of every d(Omega_k), and some of the d(beta_k).
-  void gradients_of_layers() const {
-    const int64_t parts = parts_of(net_.plan.multiply_adds(), workers_);
-    workers_.run(parts, net_.plan.multiply_adds(), [&](int64_t begin, int64_t end) {
+  // Parallel region 2: the gradients of all slices and layers form one sequence, of which each thread computes an equal
+  // part. It is measured in numbers of d(Omega_k); a number of d(beta_k), for a pass over memory, takes as long as 16.
+  void gradients_of_layers(const Wave& wave) const {
+    constexpr int64_t kBias = 16;
+    const double work = net_.plan.multiply_adds(plan_.slices * wave.rows(0));
+    const int64_t parts = parts_of(work, workers_), slice_length = plan_.weight_sums + kBias * plan_.bias_sums;
+    workers_.run(parts, work, [&](int64_t begin, int64_t end) {
       const Workers alone = workers_.alone();
-      for (int64_t part = begin; part < end; ++part) {
+      const auto bound = [&](int64_t part) {
+        return int64_t(double(plan_.slices) * double(slice_length) * double(part) / double(parts));
+      };
+      int64_t from = bound(begin), to = bound(end);  // seen from the next gradient on
+      for (int64_t slice = 0; slice < plan_.slices && to > 0; ++slice) {
         for (size_t k = size_t(plan_.lowest); k < net_.layers.size(); ++k) {
-          if (A* domega = sums_.omega(0, k)) {
-            weight_gradient_part<T>(all_.df[k], h_of(k), domega, /*accumulate=*/false, plan_.unit_rows, part, parts,
-                                    alone.workspace());
+          if (sums_.beta(slice, k)) {
+            const int64_t length = kBias * net_.layers[k].d_out(), middle = length / 2;
+            if (from <= middle && middle < to) bias_gradient_of(wave, slice, k, alone);
+            from -= length, to -= length;
           }
-          double* const dbeta = sums_.beta(0, k);
-          if (dbeta && int64_t(k) % parts == part) bias_gradient<T>(all_.df[k], dbeta, alone);
+          if (sums_.omega(slice, k)) {
+            weight_gradient_of(wave, slice, k, from, to, alone);
+            const int64_t length = net_.layers[k].d_out() * net_.layers[k].d_in();
+            from -= length, to -= length;
+          }
         }
       }
     });
   }
 
-  // Short: df_0 ... df_{K-1} and the input of each layer, of all rows: parallel region 1 writes what parallel region 2
-  // reads. They lie in the memory of the pass; so do the activations, if the pass computes them.
-  struct AllRows {
-    Matrix<const T> input;
-    T* hidden;  // h_1 ... h_{K-1}
-    std::vector<Matrix<const T>> df;
-  };
-  void place_all_rows() {
-    const int64_t batch = net_.plan.batch;
-    for (size_t k = 0; k < net_.layers.size(); ++k) {
-      T* const df =
-          (second_.df && k + 1 < net_.layers.size() ? second_.df : memory_.data) + batch * net_.plan.layers[k].start;
-      all_.df.push_back(Matrix<const T>::contiguous(df, batch, net_.layers[k].d_out()));
+  // Calls f(row, count, begins, ends) for the chunks of a slice, as far as they lie in the wave; whether one begins or
+  // ends there.
+  template <typename F>
+  void for_each_chunk(const Wave& wave, int64_t slice, const F& f) const {
+    for (int64_t row = 0, rows = wave.rows(slice), count; row < rows; row += count) {
+      const int64_t start = (wave.offset + row) % plan_.chunk_rows;
+      count = std::min(plan_.chunk_rows - start, rows - row);
+      const int64_t end = wave.offset + row + count;
+      f(row, count, start == 0, end % plan_.chunk_rows == 0 || end == slice_rows(slice));
     }
-    if (plan_.recomputed) all_.hidden = memory_.data + batch * (net_.plan.hidden + net_.plan.top);
   }
-  Matrix<const T> h_of(size_t k) const {
-    if (k == 0) return all_.input;
-    return Matrix<const T>::contiguous(Activations{all_.hidden, net_.plan.batch, 0}.at(net_, k), net_.plan.batch,
-                                       net_.layers[k].d_in());
+
+  // The numbers [from, to) of d(Omega_k) of a slice, rounded to whole units, so that few threads take whole layers and
+  // many take pieces that are about square: the shorter side is cut into bands of about kBand, each of these into strips,
+  // a register tile wide, and these units are numbered band by band.
+  void weight_gradient_of(const Wave& wave, int64_t slice, size_t k, int64_t from, int64_t to,
+                          const Workers& alone) const {
+    constexpr int64_t kBand = 128;
+    const int64_t d_out = net_.layers[k].d_out(), d_in = net_.layers[k].d_in();
+    if (from >= d_out * d_in || to <= 0) return;
+    const bool by_rows = d_out >= d_in;
+    const int64_t longer = by_rows ? d_out : d_in, shorter = by_rows ? d_in : d_out;
+    // No piece may be one number: see grid_of.
+    const int64_t tile = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
+    const int64_t width = shorter == 1 && longer % tile == 1 ? longer : tile;
+    const int64_t bands = std::max<int64_t>(shorter / kBand, 1), strips = ceil_div(longer, width);
+    const auto unit_at = [&](int64_t number) {
+      return std::clamp<int64_t>(int64_t(double(number) / double(d_out * d_in) * double(bands * strips) + 0.5), 0,
+                                 bands * strips);
+    };
+    const int64_t last = unit_at(to);
+    for (int64_t unit = unit_at(from), next; unit < last; unit = next) {
+      const int64_t band = unit / strips, strip = unit % strips;
+      // Whole bands, or strips of one.
+      const int64_t last_band = strip == 0 ? std::max(last / strips, band + 1) : band + 1;
+      next = std::min(last_band * strips, last);
+      const int64_t last_strip = next - (last_band - 1) * strips;
+      const int64_t first_long = strip * width, last_long = std::min(last_strip * width, longer);
+      const int64_t first_short = band * kBand, last_short = last_band == bands ? shorter : last_band * kBand;
+      compute_piece(wave, slice, k,
+                    by_rows ? Piece{first_long, last_long, first_short, last_short}
+                            : Piece{first_short, last_short, first_long, last_long},
+                    alone);
+    }
+  }
+  void compute_piece(const Wave& wave, int64_t slice, size_t k, const Piece& piece, const Workers& alone) const {
+    const int64_t d_in = net_.layers[k].d_in();
+    for_each_chunk(wave, slice, [&](int64_t row, int64_t count, bool begins, bool ends) {
+      const WeightGradient<T> gradient{wave.df_matrix(k, slice, row, count), wave.h_matrix(k, slice, row, count),
+                                       sums_.omega(slice, k), /*accumulate=*/!begins, plan_.unit_rows};
+      gradient.compute(piece, alone.workspace());
+      if (!ends) return;
+      const int64_t chunk = (wave.offset + row) / plan_.chunk_rows;
+      const bool is_last = wave.offset + row + count >= slice_rows(slice);
+      if (piece.first_col == 0 && piece.last_col == d_in) {
+        return sums_.add_chunk_of_layer(slice, k, chunk == 0, is_last, slice, piece.first_row * d_in,
+                                        piece.last_row * d_in);
+      }
+      for (int64_t i = piece.first_row; i < piece.last_row; ++i) {
+        sums_.add_chunk_of_layer(slice, k, chunk == 0, is_last, slice, i * d_in + piece.first_col,
+                                 i * d_in + piece.last_col);
+      }
+    });
+  }
+
+  // d(beta_k) of a slice, added as hidden_gradient and bias_gradient add it in the blocks of a tall batch.
+  void bias_gradient_of(const Wave& wave, int64_t slice, size_t k, const Workers& alone) const {
+    const bool by_tiles = net_.plan.way == Way::kTall && k + 1 < net_.layers.size() &&
+                          is_masked_in_tile<T>(net_.layers[k].d_out(), net_.layers[k].scale);
+    for_each_chunk(wave, slice, [&](int64_t row, int64_t count, bool, bool) {
+      bias_gradient<T>(wave.df_matrix(k, slice, row, count), sums_.beta(slice, k), alone, by_tiles);
+    });
+  }
+
+  int64_t slice_rows(int64_t slice) const {
+    return std::min(plan_.slice_rows, net_.plan.batch - slice * plan_.slice_rows);
   }
 
   Network<T>& net_;
@@ -317,7 +456,8 @@ class BackwardPass {
   Packed packed_, packed_transposed_;
   Sums<T> sums_;
   Buffer<T> memory_;
-  AllRows all_{};
+  // In waves, df_{K-1} of each slice if no ReLU ends the network: a view of the gradient of the output, not a copy.
+  std::vector<Matrix<const T>> tops_;
 };
 
 // The backward pass from the gradient of the output. hidden: h_1 ... h_{K-1} as forward stored them, or nullptr: they

@@ -147,7 +147,7 @@ class DoubleBackwardPass {
     for (size_t k = 0; k <= top(); ++k) {
       const auto& layer = net_.layers[k];
       if (A* domega = sums_.omega(block.slice, k)) {
-        weight_gradient<T>(df_of(k), *c, domega, block.accumulate, plan_.unit_rows, workers);
+        weight_gradient<T>({df_of(k), *c, domega, block.accumulate, plan_.unit_rows}, workers);
       }
       if (T* const dh = grads_.h[k]) {
         gemm<T>(product<T>(df_of(k), *from_.omega[k], dh + block.first * layer.d_in(), layer.d_in()), workers);
@@ -190,7 +190,7 @@ class DoubleBackwardPass {
       add_u(p);
       if constexpr (sizeof(T) == sizeof(A)) {
         // As in hidden_gradient (layer.h), the mask is applied while the product is in registers.
-        if (mask && block.workers.is_alone() && d_out % kernel_table().tile_cols == 0 && layer.scale == 1) {
+        if (mask && block.workers.is_alone() && is_masked_in_tile<T>(d_out, layer.scale)) {
           p.mask = mask;
           p.mask_m = d_out;
           return gemm<T>(p, block.workers);

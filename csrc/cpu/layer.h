@@ -31,9 +31,9 @@
 
 namespace manualbp {
 
-// What a product of m rows costs, in multiply-adds.
+// What the product of (m, k) and (k, n) costs, in multiply-adds.
 inline double product_work(int64_t m, int64_t n, int64_t k) {
-  return double(m + kFetchRows) * double(n) * double(std::max<int64_t>(k, 1));
+  return (double(m) * double(n) + double(kFetchRows) * double(m + n)) * double(std::max<int64_t>(k, 1));
 }
 
 // Uninitialised memory, aligned to a cache line. Small blocks come from malloc, since a tensor costs 1 us and a small
@@ -120,38 +120,101 @@ inline int64_t parts_of(double work, const Workers& workers) {
   return std::clamp<int64_t>(int64_t(work / kGrain), 1, workers.threads());
 }
 
-// C = A B, divided among threads by rows of C or by columns. Out: the storage type, or the accumulator type.
-template <typename T, typename Out>
-void gemm(const Gemm<T, Out>& p, const Workers& workers) {
-  if (p.m == 0 || p.n == 0) return;
-  const double work = product_work(p.m, p.n, p.k);
+// A piece of a matrix: rows [first_row, last_row) and columns [first_col, last_col).
+struct Piece {
+  int64_t first_row, last_row, first_col, last_col;
+};
+
+// A matrix cut into a grid of pieces of `rows` x `cols`; those at its end are smaller.
+struct Grid {
+  int64_t m, n;  // of the matrix
+  int64_t rows, cols;
+
+  int64_t across() const { return ceil_div(n, cols); }
+  int64_t pieces() const { return ceil_div(m, rows) * across(); }
+  Piece operator[](int64_t i) const {
+    const int64_t row = i / across() * rows, col = i % across() * cols;
+    return {row, std::min(row + rows, m), col, std::min(col + cols, n)};
+  }
+};
+
+// Cuts C (m, n) = A B into at most `parts` pieces of whole register tiles, so that the largest costs least: it computes
+// its numbers, and fetches its rows of A and its columns of B, unless these are packed.
+inline Grid grid_of(int64_t m, int64_t n, int64_t parts, bool packed_b) {
+  const KernelTable& table = kernel_table();
+  Grid best{m, n, m, n};
+  double least = 0;
+  for (int64_t across = 1; across <= parts; ++across) {
+    Grid grid{m, n, round_up(ceil_div(m, parts / across), table.tile_rows),
+              round_up(ceil_div(n, across), table.tile_cols)};
+    // A sum over a batch that is a product of one number is made in another order than in a larger product (gemm_number),
+    // so that no piece may be one.
+    if (m % grid.rows == 1 && n % grid.cols == 1) continue;
+    const double rows = double(std::min(grid.rows, m)), cols = double(std::min(grid.cols, n));
+    const double cost = rows * cols + double(kFetchRows) * (rows + (packed_b ? 0 : cols));
+    if (least == 0 || cost < least) best = grid, least = cost;
+    if (grid.cols <= table.tile_cols) break;
+  }
+  return best;
+}
+
+// Computes products, divided among threads. Each is a struct with work(), grid(parts) and compute(piece, workspace).
+template <typename Product>
+void run_product(const Product& product, const Workers& workers) {
+  const double work = product.work();
+  const Grid grid = product.grid(parts_of(work, workers));
+  workers.run(grid.pieces(), work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) product.compute(grid[i], workers.workspace());
+  });
+}
+
+// Two products in one parallel region, if there are many threads: each is then cut into half as many pieces, which fetch
+// less, and there is one barrier. Few threads compute one after another, since all of them finish each at the same time.
+template <typename One, typename Other>
+void run_products(const One& one, const Other& other, const Workers& workers) {
+  constexpr int64_t kMany = 8;
+  const double work = one.work() + other.work();
   const int64_t parts = parts_of(work, workers);
-  // When splitting by rows, every thread packs all of B, so do it only if B is the smaller matrix, or packed already.
-  const bool by_rows = p.m >= p.n || (p.packed_b && p.m >= parts * 4 * kernel_table().tile_rows);
-  const int64_t step = by_rows ? kernel_table().tile_rows : kernel_table().tile_cols;
-  const int64_t extent = by_rows ? p.m : p.n;
-  const int64_t share = round_up(ceil_div(extent, parts), step);
-  workers.run(ceil_div(extent, share), work, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * share;
-    const int64_t count = std::min(end * share, extent) - first;
-    Gemm<T, Out> part = p;
-    if (by_rows) {
-      part.m = count;
-      part.a += first * p.a_m;
-      part.c += first * p.c_m;
-    } else {
-      part.n = count;
-      part.b += first * p.b_n;
-      part.c += first;
-      if (p.bias) part.bias += first * p.bias_stride;
-      if (p.packed_b) part.packed_b += first * p.k;
-    }
-    if constexpr (std::is_same_v<T, Out>) {
-      kernels<T>().gemm(part, workers.workspace());
-    } else {
-      kernels<T>().gemm_accumulated(part, workers.workspace());
+  if (parts < kMany) {
+    run_product(one, workers);
+    return run_product(other, workers);
+  }
+  const int64_t share = std::clamp<int64_t>(int64_t(double(parts) * one.work() / work + 0.5), 1, parts - 1);
+  const Grid grid = one.grid(share), other_grid = other.grid(parts - share);
+  const int64_t pieces = grid.pieces();
+  workers.run(pieces + other_grid.pieces(), work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      i < pieces ? one.compute(grid[i], workers.workspace())
+                 : other.compute(other_grid[i - pieces], workers.workspace());
     }
   });
+}
+
+// C = A B. Out: the storage type, or the accumulator type.
+template <typename T, typename Out>
+struct WholeGemm {
+  const Gemm<T, Out>& whole;
+  double work() const { return product_work(whole.m, whole.n, whole.k); }
+  Grid grid(int64_t parts) const { return grid_of(whole.m, whole.n, parts, whole.packed_b); }
+  void compute(const Piece& piece, void* workspace) const {
+    Gemm<T, Out> p = whole;
+    p.m = piece.last_row - piece.first_row;
+    p.n = piece.last_col - piece.first_col;
+    p.a += piece.first_row * p.a_m;
+    p.b += piece.first_col * p.b_n;
+    p.c += piece.first_row * p.c_m + piece.first_col;
+    if (p.bias) p.bias += piece.first_col * p.bias_stride;
+    if (p.packed_b) p.packed_b += piece.first_col * p.k;
+    if constexpr (std::is_same_v<T, Out>) {
+      kernels<T>().gemm(p, workspace);
+    } else {
+      kernels<T>().gemm_accumulated(p, workspace);
+    }
+  }
+};
+template <typename T, typename Out>
+void gemm(const Gemm<T, Out>& p, const Workers& workers) {
+  if (p.m > 0 && p.n > 0) run_product(WholeGemm<T, Out>{p}, workers);
 }
 
 // A layer's parameters, and its weight packed for the two products that multiply by it.
@@ -223,7 +286,7 @@ void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Work
 // Runs f(begin, end) over [0, size), for a pass that is as cheap as `passes` multiply-adds per element.
 template <typename F>
 void run_shares(int64_t size, double passes, const Workers& workers, const F& f) {
-  const int64_t share = 4096;
+  const int64_t share = 1024;
   workers.run(ceil_div(size, share), passes * double(size),
               [&](int64_t begin, int64_t end) { f(begin * share, std::min(end * share, size)); });
 }
@@ -240,7 +303,7 @@ void dropout(const Layer<T>& layer, int64_t first, int64_t rows, T* h, const Wor
 template <typename T, typename Partial>
 void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size, T* out, const Workers& workers) {
   const auto& kernel = kernels<T>();
-  run_shares(size, double(slices), workers, [&](int64_t begin, int64_t end) {
+  run_shares(size, double(kFetchRows * slices), workers, [&](int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<Partial, accumulator_t<T>>) {
       kernel.reduce({slices, stride, partial, out}, begin, end);
     } else {
@@ -249,39 +312,47 @@ void reduce(const Partial* partial, int64_t slices, int64_t stride, int64_t size
   });
 }
 
+// Rows are not divided into stripes of fewer columns than this.
+constexpr int64_t kStripeCols = 128;
+
 // The kernel relu_backward on all rows, for the functions below: out = scale I[h > 0] . dh, and sums (D) += the column
 // sums of out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
 void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers,
-                 accumulator_t<T> scale = 1) {
+                 accumulator_t<T> scale = 1, bool by_tiles = false) {
   const int64_t rows = dh.rows, cols = dh.cols;
-  const auto part = [&](int64_t first, int64_t count, double* part_sums) {
+  const auto part = [&](const Piece& piece, double* part_sums) {
+    const int64_t start = piece.first_row * cols + piece.first_col;
     ReluBackward<T> p{};
-    p.rows = count;
-    p.cols = cols;
-    p.grad = dh.data + first * dh.row_stride;
+    p.rows = piece.last_row - piece.first_row;
+    p.cols = piece.last_col - piece.first_col;
+    p.grad = dh.data + piece.first_row * dh.row_stride + piece.first_col * dh.col_stride;
     p.grad_row = dh.row_stride;
     p.grad_col = dh.col_stride;
-    p.h = h ? h + first * cols : nullptr;
-    p.h_row = cols;
-    p.out = out ? out + first * cols : nullptr;
+    p.h = h ? h + start : nullptr;
+    p.row = cols;
+    p.out = out ? out + start : nullptr;
     p.column_sum = part_sums;
     p.scale = scale;
+    p.by_tiles = by_tiles;
     kernels<T>().relu_backward(p);
   };
-  // Threads take units of a fixed size, each with sums of its own. The first row of `partial` holds what `sums` held.
+  // Threads take units of a fixed size, each with sums of its own; if these are too few, stripes of them. The first row of
+  // `partial` holds what `sums` held.
   const int64_t units = ceil_div(rows, kUnitRows);
-  if (workers.is_alone() || units <= 1) return part(0, rows, sums);
+  if (workers.is_alone() || units <= 1) return part({0, rows, 0, cols}, sums);
+  const int64_t stripes = std::max<int64_t>(workers.threads() / units, 1);
+  const Grid grid{rows, cols, kUnitRows, round_up(std::max<int64_t>(ceil_div(cols, stripes), 1), kStripeCols)};
   const Buffer<double> partial(sums ? (1 + units) * cols : 0);
   if (sums) {
     std::copy_n(sums, cols, partial.data);
     std::fill_n(partial.data + cols, units * cols, 0.0);
   }
   // 16: a pass over memory costs about as much as 16 multiply-adds per element.
-  workers.run(units, 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) {
-      const int64_t first = u * kUnitRows;
-      part(first, std::min(kUnitRows, rows - first), sums ? partial.data + (1 + u) * cols : nullptr);
+  workers.run(grid.pieces(), 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece piece = grid[i];
+      part(piece, sums ? partial.data + (1 + piece.first_row / kUnitRows) * cols + piece.first_col : nullptr);
     }
   });
   if (sums) reduce<double>(partial.data, 1 + units, cols, cols, sums, workers);
@@ -295,10 +366,10 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const W
   masked_pass<T>(dh, h, df, dbeta, workers, scale);
 }
 
-// d(beta) (D) += the column sums of df (B, D).
+// d(beta) (D) += the column sums of df (B, D). by_tiles: see ReluBackward.
 template <typename T>
-void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers) {
-  masked_pass<T>(df, nullptr, nullptr, dbeta, workers);
+void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers, bool by_tiles = false) {
+  masked_pass<T>(df, nullptr, nullptr, dbeta, workers, 1, by_tiles);
 }
 
 // h (B, D) = a[f], both contiguous: f masked by itself.
@@ -313,80 +384,79 @@ void copy(Matrix<const T> from, T* to, const Workers& workers) {
   masked_pass<T>(from, nullptr, to, nullptr, workers);
 }
 
+template <typename T>
+Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t count) {
+  return {m.data + first * m.col_stride, m.rows, count, m.row_stride, m.col_stride};
+}
+
+// d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
+template <typename T>
+struct WeightGradient {
+  Matrix<const T> df, h;
+  accumulator_t<T>* domega;
+  bool accumulate;
+  int64_t unit_rows;  // see Gemm
+
+  double work() const { return product_work(h.rows, df.cols, h.cols); }
+  Grid grid(int64_t parts) const { return grid_of(df.cols, h.cols, parts, /*packed_b=*/false); }
+  void compute(const Piece& piece, void* workspace) const {
+    const KernelTable& table = kernel_table();
+    const int64_t height = piece.last_row - piece.first_row, width = piece.last_col - piece.first_col;
+    const bool whole = height == df.cols && width == h.cols;
+    const int64_t most_rows = whole ? height : table.gradient_rows, most_cols = whole ? width : table.gradient_cols;
+    const auto block_size = [](int64_t left, int64_t most) { return left == most + 1 ? left : std::min(left, most); };
+    for (int64_t row = piece.first_row, rows; row < piece.last_row; row += rows) {
+      rows = block_size(piece.last_row - row, most_rows);
+      for (int64_t col = piece.first_col, cols; col < piece.last_col; col += cols) {
+        cols = block_size(piece.last_col - col, most_cols);
+        auto p = product<T>(columns_of(df, row, rows).transposed(), columns_of(h, col, cols),
+                            domega + row * h.cols + col, h.cols);
+        p.accumulate = accumulate;
+        p.unit_rows = unit_rows;
+        kernels<T>().gemm_accumulated(p, workspace);
+      }
+    }
+  }
+};
+template <typename T>
+void weight_gradient(const WeightGradient<T>& gradient, const Workers& workers) {
+  if (gradient.df.cols > 0 && gradient.h.cols > 0) run_product(gradient, workers);
+}
+
 // df_{k-1} (B, D_k) = scale I[h_k > 0] . (df_k Omega_k + further), contiguous, and d(beta_{k-1}) (D_k) += its column
 // sums, or nullptr. scale: of layer k-1. further: a gradient of h_k that is added, contiguous, not in half precision, or
-// nullptr.
+// nullptr. domega: d(Omega_k), if it is to be computed beside.
 // On one thread, mask and sums are applied while the product is in registers, if D_k is a multiple of the tile: a pass
 // of their own takes 3 % of a step of 32-64-64-64-64-16. Tiles that overhang took 40 % longer than that pass (48 wide),
 // and a scale in the tile costs every product registers.
 template <typename T>
+bool is_masked_in_tile(int64_t d_k, accumulator_t<T> scale) {
+  return sizeof(T) == sizeof(accumulator_t<T>) && d_k % kernel_table().tile_cols == 0 && scale == 1;
+}
+template <typename T>
 void hidden_gradient(Matrix<const T> df, const Layer<T>& layer, const T* h, accumulator_t<T> scale, T* df_below,
-                     double* dbeta, const Workers& workers, const T* further = nullptr) {
+                     double* dbeta, const Workers& workers, const T* further = nullptr,
+                     const WeightGradient<T>* domega = nullptr) {
   const auto& omega = layer.omega;
   if (further) copy<T>(Matrix<const T>::contiguous(further, df.rows, omega.cols), df_below, workers);
   auto p = product<T>(df, omega, df_below, omega.cols);
   p.packed_b = layer.packed;
   p.accumulate = further;
   if constexpr (sizeof(T) == sizeof(accumulator_t<T>)) {
-    if (workers.is_alone() && omega.cols % kernel_table().tile_cols == 0 && scale == 1) {
+    if (workers.is_alone() && is_masked_in_tile<T>(omega.cols, scale)) {
       p.mask = h;
       p.mask_m = omega.cols;
       p.column_sum = dbeta;
       return gemm<T>(p, workers);
     }
   }
-  gemm<T>(p, workers);
-  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers, scale);
-}
-
-template <typename T>
-Matrix<const T> columns_of(Matrix<const T> m, int64_t first, int64_t most) {
-  return {m.data + first * m.col_stride, m.rows, std::min(most, m.cols - first), m.row_stride, m.col_stride};
-}
-
-// Part `part` of `parts` of d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in), on the calling thread: rows, or
-// columns if there are more of these, so that the larger matrix is read once. unit_rows: see Gemm.
-template <typename T>
-void weight_gradient_part(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
-                          int64_t unit_rows, int64_t part, int64_t parts, void* workspace) {
-  const KernelTable& table = kernel_table();
-  const int64_t d_out = df.cols, d_in = h.cols;
-  const bool by_rows = d_out >= d_in;
-  const int64_t extent = by_rows ? d_out : d_in, step = by_rows ? table.tile_rows : table.tile_cols;
-  // A product of one number is summed in another order than one of more (gemm_number), so that no part may be one.
-  int64_t share = round_up(ceil_div(extent, parts), step);
-  if (std::min(d_out, d_in) == 1 && extent % share == 1) share = extent;
-  const auto block_size = [](int64_t left, int64_t most) { return left == most + 1 ? left : std::min(left, most); };
-  const int64_t first = std::min(part * share, extent), last = std::min(first + share, extent);
-  const int64_t first_row = by_rows ? first : 0, last_row = by_rows ? last : d_out;
-  const int64_t first_col = by_rows ? 0 : first, last_col = by_rows ? d_in : last;
-  const int64_t most_rows = parts == 1 ? d_out : table.gradient_rows;
-  const int64_t most_cols = parts == 1 ? d_in : table.gradient_cols;
-  for (int64_t row = first_row, rows; row < last_row; row += rows) {
-    rows = block_size(last_row - row, most_rows);
-    for (int64_t col = first_col, cols; col < last_col; col += cols) {
-      cols = block_size(last_col - col, most_cols);
-      auto p =
-          product<T>(columns_of(df, row, rows).transposed(), columns_of(h, col, cols), domega + row * d_in + col, d_in);
-      p.accumulate = accumulate;
-      p.unit_rows = unit_rows;
-      kernels<T>().gemm_accumulated(p, workspace);
-    }
+  if (domega && p.m * p.n > 0 && df.cols * omega.cols > 0) {
+    run_products(*domega, WholeGemm<T, T>{p}, workers);
+  } else {
+    if (domega) weight_gradient<T>(*domega, workers);
+    gemm<T>(p, workers);
   }
-}
-
-// d(Omega) (D_out, D_in) (+)= df^T (D_out, B) h (B, D_in).
-template <typename T>
-void weight_gradient(Matrix<const T> df, Matrix<const T> h, accumulator_t<T>* domega, bool accumulate,
-                     int64_t unit_rows, const Workers& workers) {
-  if (df.cols == 0 || h.cols == 0) return;
-  const double work = product_work(h.rows, df.cols, h.cols);
-  const int64_t parts = parts_of(work, workers);
-  workers.run(parts, work, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      weight_gradient_part<T>(df, h, domega, accumulate, unit_rows, part, parts, workers.workspace());
-    }
-  });
+  relu_backward<T>(Matrix<const T>::contiguous(df_below, df.rows, omega.cols), h, df_below, dbeta, workers, scale);
 }
 
 }  // namespace manualbp

@@ -61,12 +61,17 @@ struct Network {
   class Packed {
    public:
     Packed(Network& net, const A* Layer<T>::* field, size_t first, size_t last)
-        : transposed_(field == &Layer<T>::packed_transposed), memory_(size(net, first, last)) {
+        : memory_(size(net, field == &Layer<T>::packed_transposed, first, last)) {
+      const bool transposed = field == &Layer<T>::packed_transposed;
       A* out = memory_.data;
       for (size_t k = first; k < last; ++k) {
-        const int64_t elements = net.plan.packed_size(int64_t(k), transposed_);
+        const int64_t elements = net.plan.packed_size(int64_t(k), transposed);
         if (!elements) continue;
-        weights_.push_back({net.layers[k].omega, out});
+        const Matrix<const T> omega = net.layers[k].omega, b = transposed ? omega.transposed() : omega;
+        const int64_t most = 4 * kernel_table().tile_cols;
+        for (int64_t col = 0; col < b.cols; col += most) {
+          stripes_.push_back({columns_of(b, col, std::min(most, b.cols - col)), out + col * b.rows});
+        }
         net.layers[k].*field = out;
         out += elements;
       }
@@ -74,23 +79,21 @@ struct Network {
 
     void pack(const Workers& workers) const {
       const auto& kernel = kernels<T>();
-      workers.run(int64_t(weights_.size()), double(kFetchRows) * double(size_), [&](int64_t begin, int64_t end) {
+      workers.run(int64_t(stripes_.size()), double(kFetchRows) * double(size_), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const auto& [omega, out] = weights_[size_t(i)];
-          const auto b = transposed_ ? omega.transposed() : omega;
+          const auto& [b, out] = stripes_[size_t(i)];
           kernel.pack(b.data, b.row_stride, b.col_stride, b.rows, b.cols, out);
         }
       });
     }
 
    private:
-    int64_t size(const Network& net, size_t first, size_t last) {
-      for (size_t k = first; k < last; ++k) size_ += net.plan.packed_size(int64_t(k), transposed_);
+    int64_t size(const Network& net, bool transposed, size_t first, size_t last) {
+      for (size_t k = first; k < last; ++k) size_ += net.plan.packed_size(int64_t(k), transposed);
       return size_;
     }
-    bool transposed_;
     int64_t size_ = 0;
-    std::vector<std::pair<Matrix<const T>, A*>> weights_;  // and where each is packed
+    std::vector<std::pair<Matrix<const T>, A*>> stripes_;  // of whole panels, and where each is packed
     Buffer<A> memory_;
   };
 
@@ -104,20 +107,27 @@ struct Network {
     const Packed packed(*this, &Layer<T>::packed_transposed, 0, layers.size());
     packed.pack(workers);
     const Buffer<T> memory(pass.elements);
-    const auto block = [&](int64_t first, T* buffers, const Workers& threads) {
+    const auto block = [&](int64_t first, int64_t count, T* buffers, const Workers& threads) {
       const auto place = [&](size_t k) -> T* {
         if (k + 1 == layers.size()) return output + first * plan.top;
         return hidden ? Activations{hidden, batch, first}.at(*this, k + 1) : buffers + int64_t(k % 2) * pass.buffer;
       };
-      forward_block(rows_of(input, first, std::min(pass.rows, batch - first)), first, layers.size(), place, threads);
+      forward_block(rows_of(input, first, count), first, layers.size(), place, threads);
     };
     if (plan.way == Way::kWide) {
-      for (int64_t first = 0; first < batch; first += pass.rows) block(first, memory.data, workers);
+      for (int64_t first = 0; first < batch; first += pass.rows) {
+        block(first, std::min(pass.rows, batch - first), memory.data, workers);
+      }
       return;
     }
-    workers.run(ceil_div(batch, pass.rows), plan.multiply_adds(), [&](int64_t begin, int64_t end) {
+    const int64_t share = plan.thread_rows(batch);
+    workers.run(ceil_div(batch, share), plan.multiply_adds(), [&](int64_t begin, int64_t end) {
       T* const buffers = memory.data + 2 * pass.buffer * workers.index();
-      for (int64_t i = begin; i < end; ++i) block(i * pass.rows, buffers, workers.alone());
+      const int64_t stop = std::min(end * share, batch);
+      for (int64_t first = begin * share, count; first < stop; first += count) {
+        count = std::min(pass.rows, stop - first);
+        block(first, count, buffers, workers.alone());
+      }
     });
   }
 

@@ -21,7 +21,8 @@ std::vector<int64_t> report(int64_t batch, const std::vector<int64_t>& widths, i
     plan.layers[k].bias_gradient = needs[1 + count + k];
   }
   const ForwardPlan forward = plan.forward(store);
-  const BackwardPlan backward = plan.backward(recomputed, needs[0]);
+  BackwardPlan backward = plan.backward(recomputed, needs[0]);
+  plan.divide_into_waves(backward);
   return {int64_t(plan.way),   forward.rows,        backward.rows,       backward.chunk_rows,
           backward.slice_rows, plan.bytes(forward), plan.bytes(backward)};
 }

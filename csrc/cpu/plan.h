@@ -12,13 +12,15 @@
 // Three ways to cut a batch:
 //   tall    Many rows. Each block goes through all layers on one thread while it fits into that thread's cache; the
 //           backward pass sums gradients over slices.
+//           If there are too few slices for the threads, waves of rows, a part of each slice, go through the two
+//           parallel regions of a short batch instead.
 //   short   Few rows, small layers. Parallel region 1: each thread runs its rows forward and back to df_0. Parallel
 //           region 2: the weight and bias gradients of all layers are divided among the threads. Two barriers in total,
 //           regardless of depth.
 //   wide    Large layers. A block, of as many rows as memory allows, goes through one layer after the other; each step
 //           is divided among the threads.
-// The way, the slices, the chunks and the units depend on the sizes alone, never on the number of threads. So do
-// results.
+// The way, the slices, the chunks, the blocks and the units depend on the sizes alone, never on the number of threads. So
+// do results.
 #pragma once
 
 #include <algorithm>
@@ -78,7 +80,8 @@ struct BackwardPlan {
   int64_t slices, slice_rows, chunk_rows;
   int64_t rows;  // of a block
   int64_t unit_rows;
-  int64_t buffer;  // elements of each of the two buffers for df_k and df_{k-1}; short: 0, since all df_k are kept
+  int64_t wave_rows;  // of each slice, which go through two parallel regions together; 0: slice after slice
+  int64_t buffer;  // elements of each of the two buffers for df_k and df_{k-1}; in waves 0, since all df_k are kept
   int64_t part;  // elements for df and activations: one thread's in a tall batch, else all
   int64_t elements;  // of all parts
   int64_t workspace;  // bytes in which one thread packs the matrices of a product
@@ -111,7 +114,7 @@ struct Plan {
   ForwardPlan forward(bool store) const {
     const bool wide = way == Way::kWide;
     ForwardPlan pass;
-    pass.rows = !wide   ? std::min(block_rows(2 * widest), thread_rows())
+    pass.rows = !wide   ? std::min(block_rows(2 * widest), thread_rows(batch))
                 : store ? batch
                         : std::min(batch, long_rows(2 * widest_hidden));
     pass.buffer = store ? 0 : pass.rows * widest_hidden;
@@ -148,13 +151,33 @@ struct Plan {
       pass.unit_rows = kLongUnitRows;
     }
     pass.slices = way == Way::kTall ? ceil_div(batch, slice_rows) : 1;
-    pass.buffer = way == Way::kShort ? 0 : pass.rows * std::max(widest_hidden, top);
-    pass.part = way == Way::kShort ? batch * (hidden + top + kept) : 2 * pass.buffer + pass.rows * kept;
+    pass.wave_rows = 0;
+    pass.buffer = pass.rows * std::max(widest_hidden, top);
+    pass.part = 2 * pass.buffer + pass.rows * kept;
     pass.elements = pass.part * (way == Way::kTall ? threads : 1);
     pass.workspace = workspace_bytes(std::max(widest, pass.rows));
     pass.totals = pass.chunk_rows < pass.slice_rows ? std::min(threads, pass.slices) : 0;
     pass.in_place = pass.slices == 1 && sizeof(T) == sizeof(A);
     return pass;
+  }
+
+  // The same results by waves: of a short batch, and of a tall one whose slices would keep the threads busy for more than
+  // 1.25 times as long as an even division of the work.
+  void divide_into_waves(BackwardPlan& pass) const {
+    const bool idles = 4 * ceil_div(pass.slices, threads) * threads > 5 * pass.slices;
+    if (way == Way::kWide || (way == Way::kTall && !idles)) return;
+    const int64_t width = hidden + top + (pass.recomputed ? hidden : 0);
+    pass.wave_rows = pass.slice_rows;
+    if (way == Way::kTall) {  // waves of equal length, of whole units
+      const int64_t most = threads * wave_bytes / int64_t(sizeof(T)) / (std::max<int64_t>(width, 1) * pass.slices);
+      const int64_t units = ceil_div(pass.slice_rows, kUnitRows);
+      const int64_t waves = ceil_div(units, std::max<int64_t>(most / kUnitRows, 1));
+      if (waves > 1) pass.wave_rows = ceil_div(units, waves) * kUnitRows;
+    }
+    pass.buffer = 0;
+    pass.part = pass.elements = pass.slices * pass.wave_rows * width;
+    pass.workspace = workspace_bytes(std::max(widest, std::min(pass.wave_rows, pass.chunk_rows)));
+    if (pass.totals) pass.totals = pass.slices;
   }
 
   // Elements of the packed weight of layer k, Omega^T for the forward pass (`transposed`) or Omega for the input
@@ -186,13 +209,14 @@ struct Plan {
   }
 
   int64_t count() const { return int64_t(layers.size()); }
-  // The cost of multiplying the batch by all weights.
-  double multiply_adds() const { return double(batch + kFetchRows) * double(parameters); }
+  // The cost of multiplying the batch, or so many rows, by all weights.
+  double multiply_adds() const { return multiply_adds(batch); }
+  double multiply_adds(int64_t rows) const { return double(rows + kFetchRows) * double(parameters); }
 
-  // The rows of each thread where the batch is divided evenly among them: whole register tiles and groups of the loss.
-  int64_t thread_rows() const {
-    const int64_t step = batch >= 4 * 48 * threads ? 48 : kLossRows;
-    return std::max<int64_t>(ceil_div(ceil_div(batch, threads), step), 1) * step;
+  // The rows of each thread where so many are divided evenly among them: whole register tiles and groups of the loss.
+  int64_t thread_rows(int64_t rows) const {
+    const int64_t step = rows >= 4 * 48 * threads ? 48 : kLossRows;
+    return std::max<int64_t>(ceil_div(ceil_div(rows, threads), step), 1) * step;
   }
 
   int64_t batch, threads;
@@ -203,6 +227,7 @@ struct Plan {
   int64_t slice_rows;  // of the backward pass; B where there is one slice
   Way way;
   bool packs;  // whether weights are packed once, before the blocks that multiply by them
+  int64_t wave_bytes = 2 << 20;  // of the df and activations of a wave: of each thread, about what its cache holds
 
  private:
   using A = accumulator_t<T>;
@@ -235,7 +260,7 @@ struct Plan {
   // row: 36 us with packing ahead, 20 us without).
   bool threads_pack() const {
     constexpr int64_t kOwnPackRows = 32;
-    const int64_t rows = thread_rows();
+    const int64_t rows = thread_rows(batch);
     const bool parallel = threads > 1 && multiply_adds() >= 2 * kGrain;
     return rows <= kOwnPackRows && (parallel || batch <= rows);
   }

@@ -20,24 +20,31 @@
 
 namespace {
 
+// rounds: with numbers whose sums are rounded, so that their bits tell in which order they were made; else all sums are
+// small integers, and exact.
 template <typename T>
 struct Case {
-  Case(int64_t batch_, const std::vector<int64_t>& sizes_, bool bias, bool final_relu_, bool dropout_)
+  Case(int64_t batch_, const std::vector<int64_t>& sizes_, bool bias, bool final_relu_, bool dropout_, bool rounds_)
       : batch(batch_),
         sizes(sizes_),
         final_relu(final_relu_),
         dropout(dropout_),
+        rounds(rounds_),
         input(batch * sizes[0]),
         end(batch * sizes.back()) {
-    input.fill(2), end.fill(2);
+    const auto fill = [&](Exact<T>& numbers) {
+      numbers.fill(2);
+      for (int64_t i = 0; rounds && i < numbers.size; ++i) numbers.data[i] = rounded<T>(double(below(2001)) / 1000 - 1);
+    };
+    fill(input), fill(end);
     for (size_t k = 0; k + 1 < sizes.size(); ++k) {
       weights.push_back(std::make_unique<Exact<T>>(sizes[k] * sizes[k + 1]));
       biases.push_back(std::make_unique<Exact<T>>(sizes[k + 1]));
+      fill(*weights[k]), fill(*biases[k]);
       // About six numbers per row are not 0, so that sums are small enough to be exact in every dtype.
-      for (int64_t i = 0; i < weights[k]->size; ++i) {
+      for (int64_t i = 0; !rounds && i < weights[k]->size; ++i) {
         weights[k]->data[i] = rounded<T>(below(sizes[k]) < 4 ? double(below(3) - 1) : 0.0);
       }
-      biases[k]->fill(2);
       if (!bias) biases[k].reset();
     }
     // Dropout after every other ReLU, by powers of two, so that sums stay exact.
@@ -58,13 +65,17 @@ struct Case {
     }
     return layers;
   }
-  Network<T> network() const { return Network<T>(batch, layers(), final_relu); }
+  Network<T> network() const {
+    Network<T> net(batch, layers(), final_relu);
+    if (rounds) net.plan.wave_bytes = 4 << 10;  // so that these small batches take several waves
+    return net;
+  }
   Matrix<const T> matrix(const Exact<T>& memory, int64_t cols) const {
     return Matrix<const T>::contiguous(memory.data, batch, cols);
   }
   int64_t batch;
   std::vector<int64_t> sizes;
-  bool final_relu, dropout;
+  bool final_relu, dropout, rounds;
   Exact<T> input, end;
   std::vector<std::unique_ptr<Exact<T>>> weights, biases;
   std::vector<std::unique_ptr<Exact<uint8_t>>> kept;
@@ -157,10 +168,11 @@ bool check_double_backward(const Case<T>& c, const Exact<T>& output, const Exact
   return true;
 }
 
-// Returns how the batch is split.
+// Returns how the batch is split. many: on up to 192 threads, with numbers whose sums are rounded.
 template <typename T>
-Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu, bool dropout = false) {
-  const Case<T> c(batch, sizes, bias, final_relu, dropout);
+Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool final_relu, bool dropout = false,
+          bool many = false) {
+  const Case<T> c(batch, sizes, bias, final_relu, dropout, /*rounds=*/many);
   const auto require = [&](bool fine, const char* what) {
     if (fine) return;
     std::printf("%s: wrong for %lld rows of", what, (long long)batch);
@@ -171,9 +183,10 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
   const auto input = c.matrix(c.input, sizes[0]), end = c.matrix(c.end, sizes.back());
   const int64_t hidden_size = c.network().hidden_size();
   Exact<T> first_output(batch * sizes.back()), first_hidden(hidden_size);
-  Results<T> first(c), first_loss(c);
+  Results<T> first(c), first_recomputed(c), first_loss(c);
   double first_value = 0;
-  for (const uint32_t threads : {1u, 2u, 4u}) {
+  const std::vector<uint32_t> few{1, 2, 4}, most{1, 3, 7, 40, 192};
+  for (const uint32_t threads : many ? most : few) {
     stub_threads = threads;
     Exact<T> output(batch * sizes.back()), hidden(hidden_size), again(batch * sizes.back());
     c.network().forward(input, hidden.data, output.data);
@@ -184,7 +197,7 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
     auto net = c.network();
     backward<T>(net, input, hidden.data, false, end, mask, stored.gradients);
     backward<T>(net, input, nullptr, true, end, mask, recomputed.gradients);
-    require(stored.equals(recomputed), "backward that computes the activations again");
+    require(many || stored.equals(recomputed), "backward that computes the activations again");
     double value = 0;
     if (!final_relu) {
       Loss<T> terms{};
@@ -199,16 +212,18 @@ Way check(int64_t batch, const std::vector<int64_t>& sizes, bool bias, bool fina
       std::memcpy(first_output.data, output.data, size_t(output.size) * sizeof(T));
       std::memcpy(first_hidden.data, hidden.data, size_t(hidden.size) * sizeof(T));
       backward<T>(net, input, hidden.data, false, end, mask, first.gradients);
+      backward<T>(net, input, nullptr, true, end, mask, first_recomputed.gradients);
       first_value = value;
       std::swap(first_loss.input.data, loss.input.data);
       first_loss.parameters.swap(loss.parameters);
       continue;
     }
     require(Results<T>::equal(output, first_output) && Results<T>::equal(hidden, first_hidden), "forward on threads");
-    require(stored.equals(first), "backward on threads");
+    require(stored.equals(first) && recomputed.equals(first_recomputed), "backward on threads");
     require(final_relu || (loss.equals(first_loss) && value == first_value), "loss on threads");
   }
   require(check_double_backward(c, first_output, first_hidden), "the backward pass of the backward pass on threads");
+  if (many) return c.network().plan.way;
   // Compares forward, the reference of the checks above, with naive loops.
   std::vector<double> h(size_t(batch * sizes[0]));
   for (size_t i = 0; i < h.size(); ++i) h[i] = to_double(c.input.data[i]);
@@ -324,6 +339,13 @@ void check_all(int cases) {
     std::exit(1);
   }
   if constexpr (sizeof(T) == sizeof(float)) check<T>(80000, {2, 3, 1}, true, false);  // slices of several chunks
+  // More threads than slices: tall batches in waves, also of a part of a chunk; short and wide ones in small pieces.
+  check<T>(900, {33, 64, 96, 64, 7}, true, false, false, true);
+  check<T>(900, {33, 64, 97, 64, 5}, true, true, true, true);
+  check<T>(2500, {200, 300, 1}, true, false, false, true);
+  check<T>(150, {100, 200, 130, 20}, true, true, false, true);
+  check<T>(70, {500, 1100, 900, 3}, true, false, false, true);
+  if constexpr (sizeof(T) == sizeof(float)) check<T>(80000, {3, 64, 1}, true, false, false, true);
   for (int i = 0; i < cases; ++i) {
     std::vector<int64_t> sizes(size_t(2 + below(4)));
     for (auto& size : sizes) size = chance(70) ? below(20) : 1 + below(100);

@@ -57,11 +57,13 @@ struct ReluBackward {
   int64_t rows, cols;
   const T* grad;  // (rows, cols), any strides
   int64_t grad_row, grad_col;
-  const T* h;  // (rows, cols), columns contiguous; nullptr: no mask
-  int64_t h_row;
-  T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
+  const T* h;  // (rows, cols); nullptr: no mask
+  T* out;  // (rows, cols); may be grad itself; nullptr: only the sums are wanted
+  int64_t
+      row;  // rows of h and out lie so far apart, columns are contiguous: at least cols, more in a stripe of a matrix
   double* column_sum;  // (cols): added to what is in it; nullptr: not wanted
   accumulator_t<T> scale = 1;
+  bool by_tiles = false;  // whether the sums have the order, and so the bits, of Gemm::column_sum
 };
 
 // h = m . h, in place, with m = scale where `kept` is not 0, and 0 elsewhere: dropout, once its mask has been drawn. As in

@@ -55,6 +55,7 @@ inline int torch_delete_string(StringHandle) { return 1; }
 
 inline uint32_t stub_threads = 1;
 inline thread_local uint32_t stub_thread = 0;
+inline void (*stub_barrier)(bool is_end) = nullptr;  // called where a parallel region begins, and where it ends
 inline int torch_get_thread_idx(uint32_t* index) { return *index = stub_thread, 0; }
 
 namespace torch::stable {
@@ -97,6 +98,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   const int64_t shares = std::min<int64_t>(stub_threads, (end - begin + grain - 1) / grain);
   const int64_t share = shares ? (end - begin + shares - 1) / shares : 0;
   std::vector<std::thread> team;
+  if (stub_barrier) stub_barrier(false);
   for (int64_t i = 1; i < shares; ++i) {
     const int64_t first = begin + i * share;
     if (first >= end) break;
@@ -107,6 +109,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   }
   if (shares) f(begin, std::min(begin + share, end));
   for (auto& thread : team) thread.join();
+  if (stub_barrier) stub_barrier(true);
 }
 
 }  // namespace torch::stable
