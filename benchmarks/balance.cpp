@@ -52,7 +52,10 @@ KernelTable counting_table() {
   f32.gemm = product<float>;
   f32.gemm_accumulated = product<float>;
   f32.workspace_bytes = [](int64_t, int64_t) { return int64_t(64); };
-  f32.relu_backward = [](const ReluBackward<float>& p) { count(16.0 * double(p.rows) * double(p.cols)); };
+  f32.relu_backward = [](const ReluBackward<float>& p) {
+    count(16.0 * double(p.rows) * double(p.last_col - p.first_col));
+  };
+  f32.sum_by_tiles = [](const ReluBackward<float>& p) { count(16.0 * double(p.rows) * double(p.cols)); };
   const auto add = [](const auto& p, int64_t begin, int64_t end) {
     count(double(kFetchRows) * double(p.slices) * double(end - begin));
   };

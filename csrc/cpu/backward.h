@@ -434,12 +434,21 @@ class BackwardPass {
     });
   }
 
-  // d(beta_k) of a slice, added as hidden_gradient and bias_gradient add it in the blocks of a tall batch.
+  // d(beta_k) of a slice. In a tall batch, the order of sums is that of hidden_gradient on one thread.
   void bias_gradient_of(const Wave& wave, int64_t slice, size_t k, const Workers& alone) const {
     const bool by_tiles = net_.plan.way == Way::kTall && k + 1 < net_.layers.size() &&
                           is_masked_in_tile<T>(net_.layers[k].d_out(), net_.layers[k].scale);
     for_each_chunk(wave, slice, [&](int64_t row, int64_t count, bool, bool) {
-      bias_gradient<T>(wave.df_matrix(k, slice, row, count), sums_.beta(slice, k), alone, by_tiles);
+      const auto df = wave.df_matrix(k, slice, row, count);
+      if (!by_tiles) return bias_gradient<T>(df, sums_.beta(slice, k), alone);
+      ReluBackward<T> p{};
+      p.rows = count;
+      p.cols = df.cols;
+      p.grad = df.data;
+      p.grad_row = df.row_stride;
+      p.grad_col = df.col_stride;
+      p.column_sum = sums_.beta(slice, k);
+      kernels<T>().sum_by_tiles(p);
     });
   }
 

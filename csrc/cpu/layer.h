@@ -319,22 +319,22 @@ constexpr int64_t kStripeCols = 128;
 // sums of out. h, out and sums may be nullptr: no mask, no result, no sums.
 template <typename T>
 void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Workers& workers,
-                 accumulator_t<T> scale = 1, bool by_tiles = false) {
+                 accumulator_t<T> scale = 1) {
   const int64_t rows = dh.rows, cols = dh.cols;
   const auto part = [&](const Piece& piece, double* part_sums) {
-    const int64_t start = piece.first_row * cols + piece.first_col;
     ReluBackward<T> p{};
     p.rows = piece.last_row - piece.first_row;
-    p.cols = piece.last_col - piece.first_col;
-    p.grad = dh.data + piece.first_row * dh.row_stride + piece.first_col * dh.col_stride;
+    p.cols = cols;
+    p.grad = dh.data + piece.first_row * dh.row_stride;
     p.grad_row = dh.row_stride;
     p.grad_col = dh.col_stride;
-    p.h = h ? h + start : nullptr;
-    p.row = cols;
-    p.out = out ? out + start : nullptr;
+    p.h = h ? h + piece.first_row * cols : nullptr;
+    p.h_row = cols;
+    p.out = out ? out + piece.first_row * cols : nullptr;
     p.column_sum = part_sums;
     p.scale = scale;
-    p.by_tiles = by_tiles;
+    p.first_col = piece.first_col;
+    p.last_col = piece.last_col;
     kernels<T>().relu_backward(p);
   };
   // Threads take units of a fixed size, each with sums of its own; if these are too few, stripes of them. The first row of
@@ -352,7 +352,7 @@ void masked_pass(Matrix<const T> dh, const T* h, T* out, double* sums, const Wor
   workers.run(grid.pieces(), 16 * double(rows) * double(cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece piece = grid[i];
-      part(piece, sums ? partial.data + (1 + piece.first_row / kUnitRows) * cols + piece.first_col : nullptr);
+      part(piece, sums ? partial.data + (1 + piece.first_row / kUnitRows) * cols : nullptr);
     }
   });
   if (sums) reduce<double>(partial.data, 1 + units, cols, cols, sums, workers);
@@ -366,10 +366,10 @@ void relu_backward(Matrix<const T> dh, const T* h, T* df, double* dbeta, const W
   masked_pass<T>(dh, h, df, dbeta, workers, scale);
 }
 
-// d(beta) (D) += the column sums of df (B, D). by_tiles: see ReluBackward.
+// d(beta) (D) += the column sums of df (B, D).
 template <typename T>
-void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers, bool by_tiles = false) {
-  masked_pass<T>(df, nullptr, nullptr, dbeta, workers, 1, by_tiles);
+void bias_gradient(Matrix<const T> df, double* dbeta, const Workers& workers) {
+  masked_pass<T>(df, nullptr, nullptr, dbeta, workers);
 }
 
 // h (B, D) = a[f], both contiguous: f masked by itself.

@@ -178,34 +178,42 @@ template <typename T>
 void check_relu_backward() {
   const int64_t rows = chance(5) ? 0 : chance(20) ? 100 + below(200) : draw_size(), cols = draw_size();
   const Strided<T> grad(rows, cols, 2);
-  const int64_t row = cols + (chance(30) ? 3 : 0);
-  Exact<T> h(rows ? (rows - 1) * row + cols : 0), apart(h.size);
+  const int64_t h_row = cols + (chance(30) ? 3 : 0);
+  Exact<T> h(rows ? (rows - 1) * h_row + cols : 0), apart(rows * cols);
   Exact<double> sum(cols);
   h.fill(1);
   sum.fill(2);
   ReluBackward<T> p{};
-  p.rows = rows, p.cols = cols, p.row = row;
+  p.rows = rows, p.cols = cols, p.h_row = h_row;
   p.grad = grad.memory.data, p.grad_row = grad.row, p.grad_col = grad.col;
   if (chance(70)) p.h = h.data;
-  const bool in_place = grad.row == row && grad.col == 1;
+  const bool in_place = grad.row == cols && grad.col == 1;
   if (chance(70)) p.out = in_place && chance(50) ? grad.memory.data : apart.data;
   if (chance(70)) p.column_sum = sum.data;
   if (p.h && chance(50)) p.scale = 2;
-  p.by_tiles = chance(30);
   std::vector<double> want(size_t(rows * cols)), sums(sum.data, sum.data + cols);
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
-      const bool off = p.h && to_double(h.data[i * row + j]) <= 0;
+      const bool off = p.h && to_double(h.data[i * h_row + j]) <= 0;
       sums[size_t(j)] += want[size_t(i * cols + j)] = off ? 0 : grad.at(i, j) * (p.h ? double(p.scale) : 1);
     }
   }
+  const int64_t middle = cols > 32 ? below(cols + 1) : 0;  // in two stripes, the second one first
+  p.first_col = middle, p.last_col = cols;
+  kernels<T>().relu_backward(p);
+  p.first_col = 0, p.last_col = middle;
   kernels<T>().relu_backward(p);
   for (int64_t i = 0; p.out && i < rows * cols; ++i) {
-    if (to_double(p.out[i / cols * row + i % cols]) != want[size_t(i)])
-      fail("relu_backward", name_of<T>(), rows, cols, 0);
+    if (to_double(p.out[i]) != want[size_t(i)]) fail("relu_backward", name_of<T>(), rows, cols, 0);
   }
   for (int64_t j = 0; p.column_sum && j < cols; ++j) {
     if (sum.data[j] != sums[size_t(j)]) fail("sums of relu_backward", name_of<T>(), rows, cols, 0);
+  }
+  if (!p.column_sum || p.h || p.out) return;
+  kernels<T>().sum_by_tiles(p);
+  for (int64_t i = 0; i < rows * cols; ++i) sums[size_t(i % cols)] += grad.at(i / cols, i % cols);
+  for (int64_t j = 0; j < cols; ++j) {
+    if (sum.data[j] != sums[size_t(j)]) fail("sum_by_tiles", name_of<T>(), rows, cols, 0);
   }
 }
 
@@ -531,7 +539,8 @@ void check_threads(int threads, int64_t overlap) {
       ReluBackward<T> p{};
       p.rows = std::min(unit, rows - u * unit), p.cols = d_out;
       p.grad = df.data + at, p.grad_row = d_out, p.grad_col = 1;
-      p.h = f.data + at, p.row = d_out, p.out = df.data + at, p.column_sum = partial.data() + u * d_out;
+      p.h = f.data + at, p.h_row = d_out, p.out = df.data + at, p.column_sum = partial.data() + u * d_out;
+      p.last_col = d_out;
       kernel.relu_backward(p);
     }
   });

@@ -57,13 +57,12 @@ struct ReluBackward {
   int64_t rows, cols;
   const T* grad;  // (rows, cols), any strides
   int64_t grad_row, grad_col;
-  const T* h;  // (rows, cols); nullptr: no mask
-  T* out;  // (rows, cols); may be grad itself; nullptr: only the sums are wanted
-  int64_t
-      row;  // rows of h and out lie so far apart, columns are contiguous: at least cols, more in a stripe of a matrix
+  const T* h;  // (rows, cols), columns contiguous; nullptr: no mask
+  int64_t h_row;
+  T* out;  // (rows, cols) contiguous; may be grad itself; nullptr: only the sums are wanted
   double* column_sum;  // (cols): added to what is in it; nullptr: not wanted
   accumulator_t<T> scale = 1;
-  bool by_tiles = false;  // whether the sums have the order, and so the bits, of Gemm::column_sum
+  int64_t first_col, last_col;  // computes these columns [first_col, last_col): all, or a stripe if cols > 32
 };
 
 // h = m . h, in place, with m = scale where `kept` is not 0, and 0 elsewhere: dropout, once its mask has been drawn. As in
@@ -200,6 +199,7 @@ struct Kernels {
   // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
   int64_t (*workspace_bytes)(int64_t n, int64_t k);
   void (*relu_backward)(const ReluBackward<T>&);
+  void (*sum_by_tiles)(const ReluBackward<T>&);  // only column_sum, with the bits of Gemm::column_sum
   void (*dropout)(const Dropout<T>&, int64_t begin, int64_t end);
   void (*reduce)(const Reduce<T, A>&, int64_t begin, int64_t end);
   void (*reduce_double)(const Reduce<T, double>&, int64_t begin, int64_t end);

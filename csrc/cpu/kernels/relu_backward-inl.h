@@ -17,16 +17,17 @@ MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, a
         for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i];
       }
       if (out) convert(df, out + j);
-      if (out && scale != 1) convert(out + j, df);
+      if (out && scale != 1) convert(out + j, df);  // sums are those of the numbers in `out`
       for (int i = 0; sum && i < L; ++i) sum[j + i] += df[i];
     }
   }
   for (; j < cols; ++j) {
     const A g = widen(grad[j * grad_col]) * scale;  // a product that is not always made would not be vectorised
     const bool pass = h ? !(widen(h[j]) <= A(0)) : true;
-    const T df = narrow<T>(pass ? g : A(0));
-    if (out) out[j] = df;
-    if (sum) sum[j] += widen(df);
+    A df = pass ? g : A(0);
+    if constexpr (sizeof(T) < sizeof(A)) df = widen(narrow<T>(df));
+    if (out) out[j] = narrow<T>(df);
+    if (sum) sum[j] += df;
   }
 }
 
@@ -40,20 +41,20 @@ template <typename T>
 static void relu_backward(const ReluBackward<T>& p) {
   using A = accumulator_t<T>;
   constexpr int64_t kStripe = 512, kWide = 96;
-  int64_t group = p.cols > 0 && p.row <= kWide / 3 && !p.by_tiles ? kUnitRows : 1;
-  while (group > 3 && group * p.row > kWide) group /= 2;
+  int64_t group = p.cols > 0 && p.cols <= kWide / 3 ? kUnitRows : 1;
+  while (group > 3 && group * p.cols > kWide) group /= 2;
   const int64_t step = group == 1 ? kSumRows : kUnitRows;
-  const bool wide_rows = p.grad_col == 1 && p.grad_row == p.cols && p.row == p.cols;
+  const bool wide_rows = p.grad_col == 1 && p.grad_row == p.cols && (!p.h || p.h_row == p.cols);
   A sums[kStripe];
-  for (int64_t j0 = 0; j0 < p.cols; j0 += kStripe) {
-    const int64_t cols = min_i64(kStripe, p.cols - j0);
+  for (int64_t j0 = p.first_col; j0 < p.last_col; j0 += kStripe) {
+    const int64_t cols = min_i64(kStripe, p.last_col - j0);
     for (int64_t i = 0; i < p.rows;) {
-      const int64_t stop = p.by_tiles ? i + tile_height(p.rows - i) : min_i64(i + step, p.rows);
+      const int64_t stop = min_i64(i + step, p.rows);
       for (int64_t j = 0; p.column_sum && j < group * cols; ++j) sums[j] = A(0);
       for (int64_t row = 0; i < stop; row = (row + 1) % group) {
         const T* grad = p.grad + i * p.grad_row + j0 * p.grad_col;
-        const T* h = p.h ? p.h + i * p.row + j0 : nullptr;
-        T* out = p.out ? p.out + i * p.row + j0 : nullptr;
+        const T* h = p.h ? p.h + i * p.h_row + j0 : nullptr;
+        T* out = p.out ? p.out + i * p.cols + j0 : nullptr;
         A* const sum = p.column_sum ? sums + row * cols : nullptr;
         if (group > 1 && wide_rows && i + group <= stop) {
           relu_backward_row<T>(grad, 1, h, p.scale, out, sum, group * cols);
@@ -73,5 +74,21 @@ static void relu_backward(const ReluBackward<T>& p) {
         for (int64_t j = 0; j < cols; ++j) p.column_sum[j0 + j] += double(sums[row * cols + j]);
       }
     }
+  }
+}
+
+// The sums alone, in the order of Gemm::column_sum: over the rows of a register tile, which are then added in double.
+template <typename T>
+static void sum_by_tiles(const ReluBackward<T>& p) {
+  using A = accumulator_t<T>;
+  for (int64_t i = 0; i < p.rows;) {
+    const T* grad = p.grad + i * p.grad_row;
+    const int height = tile_height(p.rows - i);
+    for (int64_t j = 0; j < p.cols; ++j) {
+      A sum = widen(grad[j * p.grad_col]);
+      for (int row = 1; row < height; ++row) sum += widen(grad[row * p.grad_row + j * p.grad_col]);
+      p.column_sum[j] += double(sum);
+    }
+    i += height;
   }
 }

@@ -11,6 +11,7 @@ static constexpr Kernels<T> kernels_of() {
   kernels.gemm_accumulated = gemm_accumulated<T>;
   kernels.workspace_bytes = workspace_bytes<T>;
   kernels.relu_backward = relu_backward<T>;
+  kernels.sum_by_tiles = sum_by_tiles<T>;
   kernels.dropout = dropout<T>;
   kernels.reduce = reduce<T, accumulator_t<T>>;
   kernels.reduce_double = reduce<T, double>;
