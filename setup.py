@@ -89,6 +89,8 @@ def cuda_extension() -> Any:
 
 def binary() -> dict[str, Any]:
     """The extensions and how they are compiled, as arguments of setup()."""
+    if sys.platform == "win32":
+        sys.exit("torch_manualbp cannot be built on Windows: it needs g++ or clang++ and POSIX headers. Use WSL")
     import torch
 
     if torch.__version__ < (2, 10):
