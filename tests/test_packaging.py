@@ -32,13 +32,18 @@ PUBLIC = {
 BINARIES = [binary for binary in (_ops.BINARY, _ops.CUDA_BINARY) if binary.exists()]
 
 
-def undefined_symbols(binary: Path) -> list[str]:
-    """The symbols that the binary imports from other libraries."""
+def versioned_symbols(binary: Path) -> list[str]:
+    """The symbols that the binary imports from other libraries, as name@version."""
     if sys.platform == "darwin" or not shutil.which("nm"):
         pytest.skip("nm of GNU binutils is not installed")
     command = ["nm", "--dynamic", "--undefined-only", str(binary)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
+    return [line.split()[-1] for line in listing.splitlines()]
+
+
+def undefined_symbols(binary: Path) -> list[str]:
+    """Their names."""
+    return [name.partition("@")[0] for name in versioned_symbols(binary)]
 
 
 def load_file(path: Path) -> ModuleType:
@@ -84,6 +89,13 @@ def test_binary_uses_only_the_stable_interface_of_torch(binary: Path) -> None:
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.name)
 def test_binary_does_not_know_python(binary: Path) -> None:
     assert [name for name in undefined_symbols(binary) if re.match(r"_?Py[A-Z_]", name)] == []
+
+
+def test_binary_runs_with_old_glibc() -> None:
+    """With that for which PyTorch's wheels are built, 2.28, wherever it has been compiled (csrc/glibc.h)."""
+    versions = [re.fullmatch(r"(\w+)@+GLIBC_(\d+)\.(\d+)[.\d]*", name) for name in versioned_symbols(_ops.BINARY)]
+    newer = [match[0] for match in versions if match and (int(match[2]), int(match[3])) > (2, 28)]
+    assert newer == []
 
 
 def test_binary_is_small() -> None:
