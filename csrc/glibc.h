@@ -1,5 +1,5 @@
-// Links the oldest versions of glibc's symbols, so that the binary runs wherever torch does: with glibc >= 2.28, also if
-// it is built where glibc is newer. setup.py includes this first in every file; other libraries of C need nothing.
+// Links the oldest versions of glibc's symbols, so that the binary runs wherever torch does: with glibc >= 2.28, even
+// if it is built with a newer one. setup.py includes this first in every file. Other libraries of C need nothing.
 //
 // glibc 2.29 has new versions of exp, log and pow, which differ from the old ones in how they report errors to errno;
 // glibc 2.34 moved the functions of libdl and libpthread, which torch loads, into libc.
