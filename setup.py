@@ -19,9 +19,11 @@ MACROS = [
     ("TORCH_TARGET_VERSION", "0x020A000000000000"),  # the oldest torch that the binaries run with: 2.10
     ("TORCH_STABLE_ONLY", None),  # headers outside the stable ABI become errors
 ]
+HERE = Path(__file__).resolve().parent
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
-    f"-fmacro-prefix-map={Path(__file__).resolve().parent}=.",  # __FILE__ must not depend on where the binary is built
+    f"-fmacro-prefix-map={HERE}=.",  # __FILE__ must not depend on where the binary is built
+    *("-include", str(HERE / "csrc" / "glibc.h")),
 ]
 
 
@@ -89,6 +91,8 @@ def cuda_extension() -> Any:
 
 def binary() -> dict[str, Any]:
     """The extensions and how they are compiled, as arguments of setup()."""
+    if sys.platform == "win32":
+        sys.exit("torch_manualbp cannot be built on Windows: it needs g++ or clang++ and POSIX headers. Use WSL")
     import torch
 
     if torch.__version__ < (2, 10):

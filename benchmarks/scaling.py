@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 9)
     load = os.getloadavg()[0]
-    cpus = len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({1, cpus}) if options.quick else list(range(1, cpus + 1))
     rows = [1, 32, 1024] if options.quick else [4**k for k in range(9)]
     layers = [2, 8] if options.quick else [2, 5, 10, 20, 50]

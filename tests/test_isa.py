@@ -25,7 +25,7 @@ from helpers import (
     run_python,
     units,
 )
-from torch_manualbp import _ops
+from torch_manualbp import _ops, _route
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +111,30 @@ def test_levels_agree_within_rounding(forced):
             same_units = all(torch.equal(one, other) for one, other in zip(on, others_on, strict=True))
             for one, other, total in list(zip(values, others, sums, strict=True))[: None if same_units else 1]:
                 assert (one.double() - other.double()).abs().max() <= 2 * TOLERANCE[key[1]] * total, (level, key)
+
+
+def assert_same_bits(forced, levels, dtypes, biases):
+    """These levels have equal results in these dtypes; the gradients of biases, which are last, only if `biases`."""
+    for level in levels:
+        for (shape, dtype), (values, *_) in forced[level]["values"].items():
+            if dtype in dtypes:
+                others = forced[levels[0]]["values"][shape, dtype][0]
+                count = len(values) if biases else len(values) - len(LARGE[shape][1][1:])
+                pairs = zip(values[:count], others[:count], strict=True)
+                assert all(torch.equal(one, other) for one, other in pairs), (level, shape, dtype)
+
+
+def test_half_precision_has_the_same_bits_on_each_level(forced):
+    # A float holds the product of two such numbers exactly, so multiply-adds round once, fused or not, and all levels
+    # sum in the same order. (With instructions for bfloat16, torch computes large networks.)
+    halves = [torch.float16] if _route._has_bfloat16_units else [torch.float16, torch.bfloat16]
+    assert_same_bits(forced, list(forced), halves, biases=True)
+
+
+def test_levels_with_fused_multiply_adds_have_the_same_bits(forced):
+    # Except in gradients of biases, because register tiles of other heights sum them in other groups of rows.
+    fused = [level for level in forced if level != "default" or platform.machine() != "x86_64"]
+    assert_same_bits(forced, fused, [torch.float32, torch.float64], biases=False)
 
 
 def test_an_unknown_level_is_an_error_that_names_every_file_of_kernels():

@@ -32,13 +32,18 @@ PUBLIC = {
 BINARIES = [binary for binary in (_ops.BINARY, _ops.CUDA_BINARY) if binary.exists()]
 
 
-def undefined_symbols(binary: Path) -> list[str]:
-    """The symbols that the binary imports from other libraries."""
-    if not shutil.which("nm"):
-        pytest.skip("nm (binutils) is not installed")
+def versioned_symbols(binary: Path) -> list[str]:
+    """The symbols that the binary imports from other libraries, as name@version."""
+    if sys.platform == "darwin" or not shutil.which("nm"):
+        pytest.skip("nm of GNU binutils is not installed")
     command = ["nm", "--dynamic", "--undefined-only", str(binary)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
+    return [line.split()[-1] for line in listing.splitlines()]
+
+
+def undefined_symbols(binary: Path) -> list[str]:
+    """Their names."""
+    return [name.partition("@")[0] for name in versioned_symbols(binary)]
 
 
 def load_file(path: Path) -> ModuleType:
@@ -86,8 +91,39 @@ def test_binary_does_not_know_python(binary: Path) -> None:
     assert [name for name in undefined_symbols(binary) if re.match(r"_?Py[A-Z_]", name)] == []
 
 
+def test_binary_runs_with_old_glibc() -> None:
+    """With that for which PyTorch's wheels are built, 2.28, wherever it has been compiled (csrc/glibc.h)."""
+    versions = [re.fullmatch(r"(\w+)@+GLIBC_(\d+)\.(\d+)[.\d]*", name) for name in versioned_symbols(_ops.BINARY)]
+    newer = [match[0] for match in versions if match and (int(match[2]), int(match[3])) > (2, 28)]
+    assert newer == []
+
+
 def test_binary_is_small() -> None:
     assert _ops.BINARY.stat().st_size < 2.6e6  # uncompressed; the wheel compresses it
+
+
+# Headers and functions that macOS lacks. `make macos` compiles everything for it.
+ONLY_LINUX = re.compile(
+    r"#include <(linux/.*|(malloc|features|elf|link|sched|sys/auxv|sys/sysinfo|sys/prctl|sys/syscall)\.h)>"
+    r"|\b(madvise|MADV_\w+|mallopt|mallinfo2?|malloc_trim|memfd_create|sched_getaffinity|__libc_\w+|secure_getenv)\b"
+)
+
+
+def test_what_only_linux_has_is_used_only_there() -> None:
+    found = []
+    for path in sorted((ROOT / "csrc").rglob("*.[ch]*")):
+        conditions: list[str] = []  # of the #if around the line
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            directive, _, condition = line.partition(" ")
+            if directive in ("#if", "#ifdef", "#ifndef"):
+                conditions.append(condition if directive != "#ifndef" else "")
+            elif directive in ("#else", "#elif"):
+                conditions[-1] = condition
+            elif directive == "#endif":
+                conditions.pop()
+            elif ONLY_LINUX.search(line.partition("//")[0]) and not re.search("__linux__|__GLIBC__", str(conditions)):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
 
 
 @pytest.mark.slow
@@ -119,9 +155,15 @@ def test_broken_binary_is_an_import_error_with_the_cure(tmp_path: Path, kept: st
         _ops._load(broken)
 
 
-def test_foreign_binary_is_an_import_error_with_the_cure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"not a shared object", bytes.fromhex("cffaedfe0c000001") + bytes(56)],
+    ids=["text", "Mach-O"],
+)
+def test_foreign_binary_is_an_import_error_with_the_cure(tmp_path: Path, content: bytes) -> None:
     foreign = tmp_path / "_C.abi3.so"
-    foreign.write_bytes(b"not a shared object")
+    foreign.write_bytes(content)
+    assert not _ops._is_truncated(foreign)  # this can be said of ELF files only; the dynamic loader judges the others
     with pytest.raises(ImportError, match=r"_C\.abi3\.so cannot be loaded.*pip install"):
         _ops._load(foreign)
 
@@ -159,6 +201,14 @@ def test_a_forced_cuda_build_that_cannot_be_says_why(force: str, message: str) -
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     assert re.search(message, result.stderr)
+
+
+def test_a_build_on_windows_says_what_to_use() -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    code = "import runpy, sys, setuptools; sys.platform = 'win32'; runpy.run_path('setup.py', run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.rstrip().endswith("Use WSL")
 
 
 def test_backend_is_content_with_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,10 +121,11 @@ void check_memory(const char* op, Name name, const Tensor& t, int64_t size, cons
                   const std::vector<Tensor>& others) {
   check_same_shape(op, name, t, {size}, input);
   MBP_CHECK(t.is_contiguous(), op, ": `", name, "` must be contiguous");
-  const auto [begin, end] = extent(t);
+  const auto written = extent(t);
   const auto check_apart = [&](const Tensor& other) {
     const auto [first, last] = extent(other);
-    MBP_CHECK(last <= begin || end <= first, op, ": `", name, "` must not share memory with another argument");
+    MBP_CHECK(last <= written.first || written.second <= first, op, ": `", name,
+              "` must not share memory with another argument");
   };
   check_apart(input);
   for (const auto& weight : weights) check_apart(weight);

@@ -24,7 +24,6 @@ inline void advise([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes, 
 // A new contiguous tensor from torch's allocator. If memory has run out, what the pool keeps is given up first.
 inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   const auto strides = contiguous_strides(sizes);
-  const int64_t step = sizes.empty() ? 1 : strides[0] * sizes[0];
   AtenTensorHandle handle;
   const auto allocate = [&] {
     return aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
@@ -37,6 +36,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   Tensor tensor(handle);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // A page fault every 4 KiB costs as much as the work on the page, so huge pages are asked for before the first touch.
+  const int64_t step = sizes.empty() ? 1 : strides[0] * sizes[0];
   if (step > (1 << 19)) advise(tensor.mutable_data_ptr(), step * item_size(dtype), MADV_HUGEPAGE);
 #endif
   return tensor;

@@ -45,7 +45,7 @@ MBP_INLINE void adam_step(V& p, V g, V& m, V& v, V& l, const UpdateScalars<A>& s
   if (s.shrinks) p = rounded<V>(p * s.shrink);
   m = interpolated(m, g, s.weight1);
   v = multiply_add(rounded<V>(g * s.weight2), g, rounded<V>(v * s.beta2));
-  if (amsgrad) l = (l < v) | (v != v) ? v : l;  // NaN stays
+  if (amsgrad) l = ((l < v) | (v != v)) ? v : l;  // NaN stays
   const V denominator = square_root(amsgrad ? l : v) / s.correction2 + s.eps;
   p += m * -s.step_size / denominator;
 }
