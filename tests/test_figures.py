@@ -131,6 +131,11 @@ def test_a_figure_of_the_documentation_can_be_read_on_a_slide(path):
         assert picture.info.keys() == {"Content", "dpi"}  # neither date nor version: two runs write the same bytes
 
 
+@pytest.mark.parametrize("name", draw_figures.SMALL)
+def test_a_figure_of_the_gallery_alone_is_small(name):
+    assert (ROOT / "docs" / "figures" / f"{name}.png").stat().st_size < 60_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", draw_figures.SOURCES)
 def test_no_figure_is_stale(name):
