@@ -1,7 +1,8 @@
 """Draws docs/figures/*.png, all of them (`make figures`), or says which are stale (`make figures ARGS=--check`).
 
 Figures of the lecture are drawn by the examples, which compute what they show. Figures of measurements are drawn by the
-benchmarks from docs/figures/data/*.json, which they wrote with `--json`: a time cannot be measured twice.
+benchmarks and examples from docs/figures/data/*.json, which they wrote with `--json`: a time cannot be measured twice,
+and rounding, which differs between machines, decides which actions a network learns.
 
 A figure is stale if the code draws something else now. Bytes and pixels do not tell that: they change with the versions
 of matplotlib and FreeType, and with the machine's rounding. So each PNG has in its metadata what was drawn: texts,
@@ -27,16 +28,19 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.text import Text
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
 MOST_POINTS = 40  # of a line or an image; more do not say more about whether it has moved
 TOLERANCE = 0.02  # of the width and height of the axes; of the range of colours
+SMALL = ("three_layers", "cart_pole", "distributed_training")  # shown in the gallery only, less than 60 KB each
+SMALL_DPI, COLOURS = 80, 64
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def by_example(name: str, *options: str) -> Callable[[], dict[str, Figure]]:
-    """A function that runs an example and returns the figures that it would save, by file name."""
+def by_example(name: str, *options: str, output: str | None = None) -> Callable[[], dict[str, Figure]]:
+    """A function that runs an example and returns the figures that it would save, by file name (`output`.png)."""
 
     def run() -> dict[str, Figure]:
         drawn = {}
@@ -47,7 +51,7 @@ def by_example(name: str, *options: str) -> Callable[[], dict[str, Figure]]:
         script = str(ROOT / "examples" / f"{name}.py")
         with (
             mock.patch.object(Figure, "savefig", keep),
-            mock.patch.object(sys, "argv", [script, "--output", str(FIGURES / f"{name}.png"), *options]),
+            mock.patch.object(sys, "argv", [script, "--output", str(FIGURES / f"{output or name}.png"), *options]),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.suppress(SystemExit),  # of code 0, or the figure is missing
         ):
@@ -57,11 +61,11 @@ def by_example(name: str, *options: str) -> Callable[[], dict[str, Figure]]:
     return run
 
 
-def by_benchmark(name: str) -> Callable[[], dict[str, Figure]]:
-    """A function that draws what a benchmark has measured."""
+def by_record(folder: str, name: str) -> Callable[[], dict[str, Figure]]:
+    """A function that draws what a script of this folder has measured."""
 
     def run() -> dict[str, Figure]:
-        with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):
+        with mock.patch.object(sys, "path", [str(ROOT / folder), *sys.path]):
             draw = importlib.import_module(name).draw
         return {f"{name}.png": draw(json.loads((FIGURES / "data" / f"{name}.json").read_text()))}
 
@@ -82,7 +86,9 @@ SOURCES: dict[str, Callable[[], dict[str, Figure]]] = {
         )
     },
     "why_it_does_not_train": by_example("why_it_does_not_train", "--flow", "gradient_flow.png"),
-    **{name: by_benchmark(name) for name in ("numerical_error", "scaling", "peak_memory", "memory_growth")},
+    "three_layers": by_example("lecture_figures", output="three_layers"),
+    **{name: by_record("benchmarks", name) for name in ("numerical_error", "scaling", "peak_memory", "memory_growth")},
+    **{name: by_record("examples", name) for name in ("cart_pole", "distributed_training")},
 }  # what draws one figure, or two
 
 
@@ -158,7 +164,17 @@ def _rounded(value: float) -> float | None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure, with its content in the metadata."""
-    figure.savefig(path, metadata={"Software": None, "Content": json.dumps(content(figure))})
+    shown = json.dumps(content(figure))
+    if path.stem not in SMALL:
+        figure.savefig(path, metadata={"Software": None, "Content": shown})
+        return
+    buffer, text = io.BytesIO(), PngInfo()
+    figure.savefig(buffer, dpi=SMALL_DPI)
+    text.add_text("Content", shown, zip=True)
+    with Image.open(buffer) as picture:
+        method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE  # thin lines keep their colours
+        few = picture.convert("RGB").quantize(COLOURS, method, kmeans=3, dither=dither)
+    few.save(path, pnginfo=text, dpi=(SMALL_DPI, SMALL_DPI), optimize=True)
 
 
 def recorded(path: Path) -> dict[str, Any]:

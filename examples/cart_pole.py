@@ -20,6 +20,7 @@ states.
 import argparse
 import copy
 import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -226,27 +227,37 @@ def report(loops: Sequence[Loop]) -> str:
     return "\n".join(lines)
 
 
+def recorded(loops: Sequence[Loop]) -> list[dict[str, Any]]:
+    """What each loop has learned, for JSON: of each episode the moves before its end, and its own."""
+    return [{"name": loop.name, "moves": loop.moves, "episodes": loop.lengths} for loop in loops]
+
+
 @style.context("torch_manualbp.inspection.slides")
-def draw(loops: Sequence[Loop]) -> Figure:
-    """The lengths of the episodes in training, against the moves and against the time."""
-    figure = Figure(figsize=(13.33, 6))
-    left, right = figure.subplots(1, 2, sharey=True)
+def draw(loops: Sequence[dict[str, Any]], seconds: Sequence[float] = ()) -> Figure:
+    """The lengths of the episodes in training, against the moves and, if it is known, against the time of each loop.
+
+    loops: what `recorded` returns.
+    """
+    figure = Figure(figsize=(13.33, 6) if seconds else (9, 5))
+    left, *right = figure.subplots(1, 2 if seconds else 1, sharey=True, squeeze=False)[0]
     lines: list[dict[str, Any]] = [
         {"color": "#0072B2", "linewidth": 5, "alpha": 0.6},
         {"color": "black", "linewidth": 1.6, "linestyle": (0, (4, 2))},
     ]
-    for loop, line in zip(loops, lines, strict=False):
-        ends, lengths = np.array(loop.lengths).T
+    for k, (loop, line) in enumerate(zip(loops, lines, strict=False)):
+        ends, lengths = np.array(loop["episodes"]).T
         means = [lengths[max(0, i - 19) : i + 1].mean() for i in range(len(lengths))]
-        for axes, at in ((left, ends), (right, ends * loop.seconds / loop.moves)):
+        for axes in (left, *right):
+            at = ends if axes is left else ends * seconds[k] / loop["moves"]
             axes.plot(at, lengths, ".", color=line["color"], alpha=0.3, markersize=5)
-            axes.plot(at, means, label=loop.name, **line)
+            axes.plot(at, means, label=loop["name"], **line)
     left.set_title("What is learned (line: mean of 20 episodes)")
     left.set_xlabel(f"moves of the {CARTS} carts")
     left.set_ylabel("moves until the pole falls")
-    right.set_title("How fast")
-    right.set_xlabel("time (s)")
-    for axes in (left, right):
+    for axes in right:
+        axes.set_title("How fast")
+        axes.set_xlabel("time (s)")
+    for axes in (left, *right):
         axes.set_xlim(left=0)
         axes.set_ylim(0, LONGEST * 1.05)
         axes.axhline(LONGEST, color="gray", linewidth=1, linestyle=":")
@@ -262,6 +273,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, enough for layers this small)")
     parser.add_argument("--output", type=Path, default=Path("cart_pole.png"), help="the figure (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the lengths of all episodes to this file")
     args = parser.parse_args()
     if args.moves * CARTS <= WARM_UP:
         parser.error(f"--moves must be more than {WARM_UP // CARTS}")
@@ -277,7 +289,9 @@ def main() -> int:
 
     sys.stdout.write(report(loops) + "\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(loops).savefig(args.output)
+    draw(recorded(loops), [loop.seconds for loop in loops]).savefig(args.output)
+    if args.json:
+        args.json.write_text(json.dumps(recorded(loops)) + "\n")
     sys.stdout.write(f"figure: {args.output}\n")
     learned = evaluate(loops[0].model)
     if learned < REQUIRED_LENGTH:

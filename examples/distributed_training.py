@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/distributed_training.py            # all four, one after another
     torchrun --nproc-per-node 2 examples/distributed_training.py fsdp
+    torchrun --nproc-per-node 2 examples/distributed_training.py --output distributed_training.png
 
     ddp   DistributedDataParallel: every process has the whole network and a part of each batch
     fsdp  fully_shard: the same, but every process keeps only a part of the parameters between steps
@@ -17,9 +18,12 @@ run and off in the other. Everything runs on the CPU, with gloo.
 
 import argparse
 import itertools
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,20 +160,51 @@ def whole(grad: Tensor | None) -> Tensor:
     return grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
 
 
-def largest_difference(got: Record, want: Record) -> float:
-    """Between the gradients of the parameters that this process has, over all steps; NaN counts as infinite."""
+def differences(got: Record, want: Record) -> Tensor:
+    """The largest at each step (STEPS,) of the gradients of the parameters that this process has; NaN is infinite."""
     apart = [
-        (grad - wanted[name.removeprefix("module.")]).abs().max()  # DDP calls its network `module`
-        for (_, grads), (_, wanted) in zip(got, want, strict=True)
-        for name, grad in grads.items()
+        torch.stack([(grad - wanted[name.removeprefix("module.")]).abs().max() for name, grad in grads.items()]).max()
+        for (_, grads), (_, wanted) in zip(got, want, strict=True)  # DDP calls its network `module`
     ]
-    return float(torch.stack(apart).max().nan_to_num(float("inf")))
+    return torch.stack(apart).nan_to_num(float("inf"))
+
+
+def draw(runs: Sequence[dict[str, Any]]) -> Any:
+    """The losses of all runs, the first in one process; its gradients, and how far those of the others are from them.
+
+    runs: what `compare` returns, after ``losses`` and ``gradients`` of one process.
+    """
+    from torch_manualbp.inspection import _figure
+
+    alone, *ways = runs
+    colors = (_figure.BLUE, _figure.ORANGE, _figure.GREEN, _figure.PINK)
+    with _figure.slide_figure(12, 5) as figure:
+        left, right = figure.subplots(1, 2)
+        gray = {"color": "#BBBBBB", "linewidth": 7, "label": alone["name"]}
+        left.plot(alone["losses"], **gray)
+        right.plot(alone["gradients"], **gray)
+        for k, way in enumerate(ways):
+            look = {"color": colors[k], "marker": "osD^"[k], "markersize": 7}
+            places = range(2 * k, len(way["losses"]), 8)  # not where those of another way are
+            left.plot(places, [way["losses"][place] for place in places], linestyle="", label=way["name"], **look)
+            right.plot(way["differences"], linewidth=1.6, color=colors[k], label=way["name"])
+        left.set(title="The loss is that of one process", xlabel="step", ylabel="loss")
+        left.set_ylim(bottom=0)
+        right.set(title="Gradients differ by rounding", xlabel="step", ylabel="largest of all parameters")
+        right.set_yscale("log", nonpositive="clip")
+        right.set_ylim(1e-18, 10)
+        for y, text in ((0.7, "gradient in one process"), (0.22, "difference to it")):
+            right.text(0.5, y, text, transform=right.transAxes, ha="center", bbox={"color": "white"})
+        left.legend()
+    return figure
 
 
 def main() -> int:
     """Trains in each way that is asked for; 1 if a gradient differs."""
     parser = argparse.ArgumentParser(description="Trains a network on several processes; start it with torchrun.")
     parser.add_argument("way", nargs="?", choices=(*WAYS, "all"), default="all", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="draw this figure, which needs matplotlib")
+    parser.add_argument("--json", type=Path, help="write the numbers of the figure to this file")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
         parser.error(f"start it with: torchrun --nproc-per-node 2 {sys.argv[0]}")
@@ -179,24 +214,41 @@ def main() -> int:
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (processes,))  # starts gloo
     want = train(*alone())
-    results = torch.tensor([compare(way, mesh, want) for way in (WAYS if args.way == "all" else (args.way,))])
+    ways = [compare(way, mesh, want) for way in (WAYS if args.way == "all" else (args.way,))]
+    if mesh.get_rank() == mesh.size() - 1:
+        largest = [max(grad.abs().max().item() for grad in grads.values()) for _, grads in want]
+        one = {"name": "one process", "losses": [loss for loss, _ in want], "gradients": largest}
+        report([one, *ways], args.output, args.json)
     dist.barrier()  # no process exits while others still communicate
     dist.destroy_process_group()
-    return 0 if bool((results <= LARGEST_DIFFERENCE).all()) else 1
+    return 0 if all(difference <= LARGEST_DIFFERENCE for way in ways for difference in way["differences"]) else 1
 
 
-def compare(way: str, mesh: DeviceMesh, want: Record) -> float:
-    """Trains in this way, and prints the loss and the largest gradient difference of any process."""
+def compare(way: str, mesh: DeviceMesh, want: Record) -> dict[str, Any]:
+    """Trains in this way, and prints the loss and the largest gradient difference of any process.
+
+    Returns what the figure shows; where this process does not know a loss, it is None.
+    """
     got = train(*WAYS[way](mesh))
-    difference = torch.tensor(largest_difference(got, want))
-    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    apart = differences(got, want)
+    dist.all_reduce(apart, dist.ReduceOp.MAX)
     if mesh.get_rank() == mesh.size() - 1:  # the last stage of the pipeline has the loss
         print(
             f"{way:5}{mesh.size()} processes, {STEPS} steps: loss {got[0][0]:.4f} -> {got[-1][0]:.4f}, "
-            f"largest gradient difference to one process {difference.item():.1e}",
+            f"largest gradient difference to one process {apart.max().item():.1e}",
             flush=True,
         )
-    return difference.item()
+    return {"name": way, "losses": [loss for loss, _ in got], "differences": apart.tolist()}
+
+
+def report(runs: Sequence[dict[str, Any]], output: Path | None, numbers: Path | None) -> None:
+    """Writes the figure and its numbers, where they are asked for."""
+    if numbers:
+        numbers.write_text(json.dumps(runs) + "\n")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs).savefig(output)
+        print(f"figure: {output}", flush=True)
 
 
 if __name__ == "__main__":

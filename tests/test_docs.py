@@ -100,6 +100,7 @@ def test_every_example_is_in_the_gallery():
     entries = gallery.split("\n## ")[1:]
     assert len(entries) == len(commands)
     for entry in entries:
+        assert "](figures/" in entry
         assert "](lecture/" in entry or "](howto/" in entry  # where it is explained
         assert "extra `demo`" in entry or "nothing else" in entry
 

@@ -3,6 +3,7 @@
 All but the one that needs two processes run in this process, since a new one takes seconds to import torch.
 """
 
+import json
 import os
 import re
 import runpy
@@ -199,11 +200,14 @@ def test_cart_pole_learns_what_the_plain_loop_learns(run_example, tmp_path):
 
 
 def test_cart_pole_fails_if_the_pole_falls(run_example, tmp_path):
-    result = run_example("cart_pole.py", "--moves", "130")  # ten training steps
+    result = run_example("cart_pole.py", "--moves", "130", "--json", "numbers.json")  # ten training steps
     assert result.returncode == 1
     assert "fewer than the required 400" in result.stderr
     assert "plain PyTorch" not in result.stdout
     assert (tmp_path / "cart_pole.png").exists()
+    (loop,) = json.loads((tmp_path / "numbers.json").read_text())
+    assert loop["moves"] == 130
+    assert len(loop["episodes"]) > 8
 
 
 def test_the_poles_obey_the_physics_of_cart_and_pole(monkeypatch):
@@ -228,13 +232,19 @@ def test_the_poles_obey_the_physics_of_cart_and_pole(monkeypatch):
 def test_distributed_training_gives_the_gradients_of_one_process_in_every_way(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": str(Path(mbp.__file__).parent.parent)}
-    command = [*launcher, EXAMPLES / "distributed_training.py"]
+    pytest.importorskip("matplotlib")
+    files = ["--output", "build/figure.png", "--json", "numbers.json"]
+    command = [*launcher, EXAMPLES / "distributed_training.py", *files]
     result = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for way in ("ddp ", "fsdp", "tp  ", "pp  "):
         first_loss, last_loss, difference = row(result, way)
         assert last_loss < first_loss / 2
         assert difference < 1e-13
+    assert (tmp_path / "build" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "numbers.json").read_text())
+    assert [run["name"] for run in runs] == ["one process", "ddp", "fsdp", "tp", "pp"]
+    assert {len(run["losses"]) for run in runs} == {50}
 
 
 def test_distributed_training_says_how_it_is_started(run_example):

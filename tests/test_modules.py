@@ -470,6 +470,54 @@ def test_messages_begin_with_what_was_called(call):
         run(model, X, Y[:, :2])
 
 
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+FUNCTIONS = {
+    "LinearReLU": lambda model, x, y: mbp.LinearReLU(4, 3)(x),
+    "trace": mbp.trace,
+    "per_sample_gradients": mbp.per_sample_gradients,
+    "per_sample_gradient_norms": mbp.per_sample_gradient_norms,
+    "clipped_gradients": lambda model, x, y: mbp.clipped_gradients(model, x, y, 1.0),
+    "train_step": lambda model, x, y: mbp.train_step(model, x, y, sgd(model)),
+    "fit": lambda model, x, y: mbp.fit(model, x, y, sgd(model)),
+    "fit ": lambda model, x, y: mbp.fit(model, X, Y, sgd(model), validation=(x, y)),
+}
+
+
+@pytest.mark.parametrize("call", FUNCTIONS)
+def test_messages_of_functions_begin_with_what_was_called(call):
+    message = rf"^{call.strip()}: `(weight|weights\[0\])` has 4 columns but `input` has 3 features"
+    with pytest.raises(RuntimeError, match=message):
+        FUNCTIONS[call](mbp.MLP([4, 8, 3]), X[:, :3], Y)
+
+
+def test_gradient_flow_names_itself_where_layers_do_not_fit():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(7, 3))
+    with pytest.raises(RuntimeError, match=r"^gradient_flow: `weights\[1\]` has 7 columns"):
+        mbp.gradient_flow(model, X, Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_messages_of_a_layer_begin_with_its_class(dtype, grad):
+    class Named(mbp.LinearReLU):
+        pass
+
+    for kind in (mbp.LinearReLU, Named):
+        layer = kind(4, 3, dtype=dtype)
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(TypeError, match=rf"^{kind.__name__}: `input` must be a Tensor, got list"):
+                layer([1.0])
+            with pytest.raises(RuntimeError, match=rf"^{kind.__name__}: `weight` has 4 columns"):
+                layer(X[:, :3].to(dtype))
+            with pytest.raises(RuntimeError, match=rf"^{kind.__name__}: `input` must have the dtype of `weight`"):
+                layer(X.long())
+    with pytest.raises(RuntimeError, match=r"^linear_relu: `weight` has 4 columns"):
+        mbp.linear_relu(X[:, :3], mbp.LinearReLU(4, 3).weight)
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
 def test_an_input_of_another_dtype_is_told_with_the_cure(call, dtype):

@@ -20,7 +20,7 @@ LossName = Literal["mse", "cross_entropy", "bce_with_logits"]
 def name_call(error: Exception, call: str) -> None:
     """Lets the message of an error begin with what the user called, instead of the function or op that raised it."""
     name, colon, message = str(error).partition(": ")
-    if colon and name in ("linear_relu", "mlp", "mlp_dropout", "mlp_loss"):
+    if colon and name in ("linear_relu", "mlp", "mlp_dropout", "mlp_loss", "flow_forward"):
         error.args = (f"{call}: {message}",)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_manualbp import _graph, _ops, _transforms, reference
-from torch_manualbp._checks import Activations, check_layers, check_tensor
+from torch_manualbp._checks import Activations, check_layers, check_tensor, name_call
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import FUNC, GRAPH, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
@@ -106,16 +106,25 @@ def segments(
     return tuple(reversed(cuts[:-1]))  # what is left below the lowest cut, perhaps nothing, belongs to its segment
 
 
-def linear_relu(way: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`layers` of one layer with its ReLU: the same numbers, without a list of anything."""
-    if way is not KERNELS:
-        return layers(way, input, (weight,), (bias,), True, True)
-    if torch.is_grad_enabled() and (
-        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        output: Tensor = LinearReLUFunction.record(input, weight, bias)
-    else:
-        output = _ops.linear_relu(input, weight, bias)
+def linear_relu(
+    way: str, input: Tensor, weight: Tensor, bias: Tensor | None, called: torch.nn.Module | None = None
+) -> Tensor:
+    """`layers` of one layer with its ReLU: the same numbers, without a list of anything.
+
+    called: the module whose class errors name. (Without one, they name the function.)
+    """
+    try:
+        if way is not KERNELS:
+            return layers(way, input, (weight,), (bias,), True, True)
+        if torch.is_grad_enabled() and (
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            output: Tensor = LinearReLUFunction.record(input, weight, bias)
+        else:
+            output = _ops.linear_relu(input, weight, bias)
+    except RuntimeError as error:
+        name_call(error, "linear_relu" if called is None else type(called).__name__)
+        raise
     return output
 
 

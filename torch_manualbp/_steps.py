@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
-from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor
+from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor, name_call
 from torch_manualbp._gradients import unwatched, use_count
 from torch_manualbp._losses import LossSpec
 from torch_manualbp._route import target_is_ours
@@ -185,7 +185,11 @@ class Steps:
         # An inference tensor cannot be saved for the backward pass, its copy can.
         input, target = (each.clone() if each.is_inference() else each for each in (input, target))
         if isinstance(model, FusedForward) and isinstance(loss, LossSpec):
-            value = loss_backward(model, input, target, loss, self._op)
+            try:
+                value = loss_backward(model, input, target, loss, self._op)
+            except Exception as error:
+                name_call(error, self._op)
+                raise
         else:
             with torch.enable_grad():
                 value = loss.of(model(input), target) if isinstance(loss, LossSpec) else loss(model(input), target)

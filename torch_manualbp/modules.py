@@ -76,11 +76,20 @@ class LinearReLU(nn.Linear):
             return nn.ReLU.forward(_RELU, super().forward(input))  # the forwards of these classes may be replacements
         weight, bias = self.weight, self.bias  # read once: a parametrization computes them, and may update its state
         if way is TORCH or input.dtype is torch.bfloat16 or not are_plain((weight, bias)) or broadcasts(weight, bias):
-            return linear_relu(input, weight, bias)
-        return _compute.linear_relu(way, input, weight, bias)
+            return _linear_relu(self, input, weight, bias)
+        return _compute.linear_relu(way, input, weight, bias, self)
 
 
 _RELU = nn.ReLU()
+
+
+def _linear_relu(layer: LinearReLU, *arguments: Any) -> Tensor:
+    try:
+        return linear_relu(*arguments)
+    except Exception as error:
+        name_call(error, type(layer).__name__)
+        raise
+
 
 _Parameters = tuple[list[Tensor], list[Tensor | None]]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _huge_pages, _ops
 from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
-from torch_manualbp._checks import check_choice, check_tensor
+from torch_manualbp._checks import check_choice, check_tensor, name_call
 from torch_manualbp._layers import layers_of
 from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients, loss_of_example
 from torch_manualbp._ops import split_hidden
@@ -218,6 +218,7 @@ class _Network:
             check_choice(op, "loss", loss, LOSSES)
         if input.dim() != 2:
             raise ValueError(f"{op}: `input` must have shape (B, D_0), one row per example, got {tuple(input.shape)}")
+        self.op = op
         self.loss: Loss = loss
         self.weights = [layer.weight.detach() for layer in layers]
         self.biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
@@ -285,7 +286,11 @@ class _Network:
         """h_0 … h_{K−1}, and the output."""
         h = [input.detach()]
         if all(self.relus[:-1]) and route(input, self.weights) is KERNELS:
-            output, hidden = _ops.mlp(h[0], self.weights, self.biases, self.relus[-1], True)
+            try:
+                output, hidden = _ops.mlp(h[0], self.weights, self.biases, self.relus[-1], True)
+            except RuntimeError as error:
+                name_call(error, self.op)
+                raise
             return h + split_hidden(hidden, input.shape, self.weights), output
         for omega, beta, relu in zip(self.weights, self.biases, self.relus, strict=True):
             f = F.linear(h[-1], omega, beta)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from torch_manualbp._arithmetic import widest_dtype
-from torch_manualbp._checks import LossName, Reduction, check_choice, check_module, check_tensor
+from torch_manualbp._checks import LossName, Reduction, check_choice, check_module, check_tensor, name_call
 from torch_manualbp._losses import IGNORE_INDEX, LOSSES, LossSpec, loss_spec
 from torch_manualbp._steps import LossFunction, Steps, batch_of
 from torch_manualbp.inspection._table import Table
@@ -343,7 +343,11 @@ def fit(
                 validation_loss = None
                 if validation is not None:
                     model.eval()
-                    validation_loss = _mean_loss(model, validation[0], validation[1], spec, batch_size)
+                    try:
+                        validation_loss = _mean_loss(model, validation[0], validation[1], spec, batch_size)
+                    except Exception as error:
+                        name_call(error, "fit")
+                        raise
                 monitored = training_loss if validation_loss is None else validation_loss
                 with uninterrupted():
                     history._add(training_loss, validation_loss, _learning_rate(optimizer))

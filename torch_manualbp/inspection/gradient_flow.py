@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
 from torch_manualbp._arithmetic import plain_arithmetic, widest_dtype
-from torch_manualbp._checks import check_choice, check_tensor
+from torch_manualbp._checks import check_choice, check_tensor, name_call
 from torch_manualbp._layers import Layer, layers_of
 from torch_manualbp._losses import LOSSES, Loss, check_target, example_gradients
 from torch_manualbp._route import layers_are_torchs
@@ -264,7 +264,11 @@ def gradient_flow(model: nn.Module, input: Tensor, target: Tensor, loss: Loss = 
         target = target.to(widest_dtype(input.device))
     with plain_arithmetic(input.device.type):
         rows = rows.to(widest_dtype(input.device))
-        forward = run_forward(layers, rows)
+        try:
+            forward = run_forward(layers, rows)
+        except RuntimeError as error:
+            name_call(error, "gradient_flow")
+            raise
         passes = run_backward(forward, example_gradients(loss, forward.output, target))
         ratios = _gradient_ratios(passes, layers, rows)
         return GradientFlow(describe([outline(layer) for layer in layers], len(rows), passes.sums, ratios))

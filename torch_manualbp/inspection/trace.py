@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_manualbp import _ops, reference
-from torch_manualbp._checks import Reduction, check_tensor
+from torch_manualbp._checks import Reduction, check_tensor, name_call
 from torch_manualbp._layers import Layer, layers_of, runs_of
 from torch_manualbp._ops import split_hidden
 from torch_manualbp._route import KERNELS, route
@@ -306,7 +306,11 @@ def _run_forward(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], final_relu: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The output of a run, and its h_1 … h_{K−1}."""
-    output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
+    try:
+        output, hidden = _ops.mlp(input, weights, biases, final_relu, True)
+    except RuntimeError as error:
+        name_call(error, "trace")
+        raise
     return output, split_hidden(hidden, input.shape, weights)
 
 
