@@ -4,10 +4,10 @@
     python benchmarks/balance.py --json build/balance.json --figure build/balance.png
     python benchmarks/balance.py --before old.json --figure build/balance.png
 
-The passes of csrc/cpu run as they are, on as many threads as asked for, with kernels that count work instead of doing it
-(balance.cpp has the costs). The time of a step is the work of the busiest thread from one barrier to the next, and 5 µs
-for each parallel region. Efficiency is the time of one thread divided by T times that of T threads. The model leaves out
-that clock rates fall with the number of busy cores, that cores share bandwidth, and NUMA.
+The passes of csrc/cpu run as they are, on as many threads as asked for, with kernels that count work instead of doing
+it; balance.cpp has the costs. The time of a step is the work of the busiest thread from one barrier to the next, and
+5 µs for each parallel region. Efficiency is the time of one thread divided by T times that of T threads. The model
+leaves out that clock rates fall with the number of busy cores, that cores share bandwidth, and NUMA.
 
 Of the workloads, those with at least 5 GFLOP a step are shown, and the others with as many rows as make 5 GFLOP.
 """

@@ -87,7 +87,10 @@ SOURCES: dict[str, Callable[[], dict[str, Figure]]] = {
     },
     "why_it_does_not_train": by_example("why_it_does_not_train", "--flow", "gradient_flow.png"),
     "three_layers": by_example("lecture_figures", output="three_layers"),
-    **{name: by_record("benchmarks", name) for name in ("numerical_error", "scaling", "peak_memory", "memory_growth")},
+    **{
+        name: by_record("benchmarks", name)
+        for name in ("numerical_error", "scaling", "balance", "peak_memory", "memory_growth")
+    },
     **{name: by_record("examples", name) for name in ("cart_pole", "distributed_training")},
 }  # what draws one figure, or two
 

@@ -203,6 +203,29 @@ def test_scaling_writes_a_time_for_each_point_and_draws_them(training_step, monk
     assert (tmp_path / "s.png").stat().st_size > 0
 
 
+def test_balance_counts_the_work_of_each_thread(training_step, monkeypatch, tmp_path, capsys):
+    import balance
+
+    monkeypatch.setattr(balance, "THREADS", [1, 2, 64])
+    monkeypatch.setattr(balance, "NAMES", ["nerf", "apex"])  # one of each kind that many threads divide differently
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    monkeypatch.setattr(sys, "argv", ["balance.py", "--json", str(before)])
+    balance.main()
+    table = capsys.readouterr().out
+    assert "| nerf, 4,096 rows | model(x), loss, backward() |" in table
+    for ways in json.loads(before.read_text())["curves"].values():
+        for one, two, many in ways.values():
+            assert one == 1
+            assert 1 >= two > many > 0.8  # nerf's 8 slices alone would give 64 threads 0.125
+    figure = tmp_path / "balance.png"
+    monkeypatch.setattr(
+        sys, "argv", ["balance.py", "--before", str(before), "--json", str(after), "--figure", str(figure)]
+    )
+    balance.main()
+    assert figure.stat().st_size > 0
+    assert json.loads(after.read_text())["before"] == json.loads(before.read_text())["curves"]
+
+
 def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     figure = tmp_path / "memory.png"
     command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "60000", "--figure", figure]

@@ -138,22 +138,33 @@ struct Grid {
   }
 };
 
-// Cuts C (m, n) = A B into at most `parts` pieces of whole register tiles, so that the largest costs least: it computes
-// its numbers, and fetches its rows of A and its columns of B, unless these are packed.
+// From so many threads on, products are cut in both directions, and two may share a parallel region.
+constexpr int64_t kManyThreads = 8;
+
+// Cuts C (m, n) = A B into at most `parts` pieces of whole register tiles. Few take rows, or columns if there are more of
+// these, so that the larger matrix is read once. Many form the grid whose largest piece costs least: it computes its
+// numbers, and fetches its rows of A and, unless they are packed, its columns of B.
 inline Grid grid_of(int64_t m, int64_t n, int64_t parts, bool packed_b) {
   const KernelTable& table = kernel_table();
-  Grid best{m, n, m, n};
+  const auto cut = [&](int64_t down, int64_t across) {
+    return Grid{m, n, down == 1 ? m : round_up(ceil_div(m, down), table.tile_rows),
+                across == 1 ? n : round_up(ceil_div(n, across), table.tile_cols)};
+  };
+  Grid best = cut(1, 1);
   double least = 0;
-  for (int64_t across = 1; across <= parts; ++across) {
-    Grid grid{m, n, round_up(ceil_div(m, parts / across), table.tile_rows),
-              round_up(ceil_div(n, across), table.tile_cols)};
+  const auto consider = [&](const Grid& grid) {
     // A sum over a batch that is a product of one number is made in another order than in a larger product (gemm_number),
-    // so that no piece may be one.
-    if (m % grid.rows == 1 && n % grid.cols == 1) continue;
+    // so that no piece may be one: the last piece of all is the smallest.
+    if ((m - 1) % grid.rows == 0 && (n - 1) % grid.cols == 0) return;
     const double rows = double(std::min(grid.rows, m)), cols = double(std::min(grid.cols, n));
     const double cost = rows * cols + double(kFetchRows) * (rows + (packed_b ? 0 : cols));
     if (least == 0 || cost < least) best = grid, least = cost;
-    if (grid.cols <= table.tile_cols) break;
+  };
+  if (parts < kManyThreads) {
+    m >= n ? consider(cut(parts, 1)) : consider(cut(1, parts));
+  } else {
+    const int64_t most = std::min(parts, ceil_div(n, table.tile_cols));
+    for (int64_t across = 1; across <= most; ++across) consider(cut(parts / across, across));
   }
   return best;
 }
@@ -172,10 +183,9 @@ void run_product(const Product& product, const Workers& workers) {
 // less, and there is one barrier. Few threads compute one after another, since all of them finish each at the same time.
 template <typename One, typename Other>
 void run_products(const One& one, const Other& other, const Workers& workers) {
-  constexpr int64_t kMany = 8;
   const double work = one.work() + other.work();
   const int64_t parts = parts_of(work, workers);
-  if (parts < kMany) {
+  if (parts < kManyThreads) {
     run_product(one, workers);
     return run_product(other, workers);
   }

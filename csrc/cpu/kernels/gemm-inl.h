@@ -206,11 +206,7 @@ static void tile(const Tile<A>& t) {
   }
 }
 
-// The rows of the next tile if so many are left: those that full tiles leave over go to smaller and smaller ones, 11 = 8 +
-// 2 + 1.
-MBP_INLINE int tile_height(int64_t rows) {
-  return rows >= kTileRows ? kTileRows : rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-}
+// The rows that full tiles leave over go to smaller and smaller tiles: 11 = 8 + 2 + 1.
 template <typename A, int MR, bool kRowsOfA>
 MBP_INLINE void tile_columns(const Tile<A>& t, bool half_panel) {
   if (half_panel) {
@@ -221,14 +217,13 @@ MBP_INLINE void tile_columns(const Tile<A>& t, bool half_panel) {
 }
 template <typename A, bool kRowsOfA>
 MBP_INLINE int tile_rows(const Tile<A>& t, int64_t rows, bool half_panel) {
-  const int height = tile_height(rows);
-  if (height == kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, half_panel), height;
+  if (rows >= kTileRows) return tile_columns<A, kTileRows, kRowsOfA>(t, half_panel), kTileRows;
   if constexpr (kTileRows > 8) {
-    if (height == 8) return tile_columns<A, 8, kRowsOfA>(t, half_panel), height;
+    if (rows >= 8) return tile_columns<A, 8, kRowsOfA>(t, half_panel), 8;
   }
-  if (height == 4) return tile_columns<A, 4, kRowsOfA>(t, half_panel), height;
-  if (height == 2) return tile_columns<A, 2, kRowsOfA>(t, half_panel), height;
-  return tile_columns<A, 1, kRowsOfA>(t, half_panel), height;
+  if (rows >= 4) return tile_columns<A, 4, kRowsOfA>(t, half_panel), 4;
+  if (rows >= 2) return tile_columns<A, 2, kRowsOfA>(t, half_panel), 2;
+  return tile_columns<A, 1, kRowsOfA>(t, half_panel), 1;
 }
 
 // Loads kLanes rows of `lanes` contiguous columns of B, transposed in registers; missing columns are zeros. Pointers in

@@ -83,7 +83,8 @@ static void sum_by_tiles(const ReluBackward<T>& p) {
   using A = accumulator_t<T>;
   for (int64_t i = 0; i < p.rows;) {
     const T* grad = p.grad + i * p.grad_row;
-    const int height = tile_height(p.rows - i);
+    const int64_t left = p.rows - i;  // the heights that `tile_rows` chooses
+    const int height = left >= kTileRows ? kTileRows : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     for (int64_t j = 0; j < p.cols; ++j) {
       A sum = widen(grad[j * p.grad_col]);
       for (int row = 1; row < height; ++row) sum += widen(grad[row * p.grad_row + j * p.grad_col]);
