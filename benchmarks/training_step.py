@@ -162,6 +162,7 @@ def as_mlp(model: nn.Sequential, activations: Literal["store", "recompute"] = "s
     """An `mbp.MLP` with the same sizes and parameter values."""
     linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     mlp = mbp.MLP([linears[0].in_features, *(layer.out_features for layer in linears)], activations=activations)
+    mlp.to(linears[0].weight)
     mlp.load_state_dict(model.state_dict())
     return mlp
 

@@ -226,6 +226,29 @@ def test_balance_counts_the_work_of_each_thread(training_step, monkeypatch, tmp_
     assert json.loads(after.read_text())["before"] == json.loads(before.read_text())["curves"]
 
 
+def test_cuda_step_can_be_tried_out_without_a_gpu(training_step, monkeypatch, tmp_path, capsys):
+    import cuda_step
+
+    files = {"--json": tmp_path / "step.json", "--markdown": tmp_path / "step.md"}
+    arguments = ["--device", "cpu", "--quick", "--rounds", "1", *(str(word) for pair in files.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", ["cuda_step.py", *arguments])
+    monkeypatch.setenv(cuda_step.NARROW, "0")
+    cuda_step.main()
+    assert "CPU: this rehearsal says nothing about a GPU" in capsys.readouterr().out
+    samples = json.loads(files["--json"].read_text())
+    assert {sample["dtype"] for sample in samples} == set(cuda_step.DTYPES)
+    assert {sample["peer"] for sample in samples} == {"eager", "mbp.MLP", "MLP.loss", "loss_backward"}
+    assert all(sample["seconds"] and not sample["error"] for sample in samples)
+
+    def wrong(model, x, target):
+        step = training_step.eager(model, x, target)
+        return training_step.Step(step.run, lambda: [1.1 * gradient for gradient in step.gradients()])
+
+    monkeypatch.setitem(cuda_step.PEERS, "mbp.MLP", wrong)
+    with pytest.raises(SystemExit, match=r"mbp\.MLP: the gradients are off by"):
+        cuda_step.main()
+
+
 def test_peak_memory_of_the_one_pass_loss_is_below_eagers(tmp_path):
     figure = tmp_path / "memory.png"
     command = [sys.executable, BENCHMARKS / "peak_memory.py", "--batches", "60000", "--figure", figure]
