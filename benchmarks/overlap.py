@@ -12,7 +12,9 @@ single node of autograd, and fused in segments (`fuse(model, segment_bytes=…)`
 - by how much a backward pass raises the peak resident size, if each parameter is updated as soon as its gradient is
   known, and the gradient is freed (one process, no DDP).
 
-Rounds of all three are interleaved; the tables show medians.
+Rounds of all three are interleaved; the tables show medians. A second table is a model of more processes, each with its
+own part of the batch: the backward pass as measured here, and each bucket sent, when it is ready and the link is free,
+by a ring all-reduce: 2 (N-1) messages of its bytes / N between N processes (`modelled_ms`).
 """
 
 import argparse
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 WORLD = 2
 NAMES = ["plain", "one node", "segments"]
+WORKERS = [8, 64, 256, 1024]
 WHOLE = 1 << 40  # bytes: a network is never cut
 Hook = Callable[[object, Any], torch.futures.Future[Tensor]]  # (state, GradBucket)
 
@@ -85,10 +88,12 @@ class Starts:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.bytes: list[int] = []
 
     def hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """The bucket as it is."""
         self.times.append(time.perf_counter())
+        self.bytes.append(bucket.buffer().nbytes)
         future = torch.futures.Future[Tensor]()
         future.set_result(bucket.buffer())
         return future
@@ -107,6 +112,8 @@ def train(rank: int, folder: str, options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     x, y = torch.randn(options.rows, options.sizes[0]), torch.randn(options.rows, options.sizes[-1])
     starts: dict[str, list[list[float]]] = {}
+    backward: dict[str, list[float]] = {}
+    sent: dict[str, list[int]] = {}
     steps: dict[str, list[float]] = {}
     quiet, slow = {}, {}
     link = Link(options.mbit * 1e6 / 8)
@@ -118,12 +125,15 @@ def train(rank: int, folder: str, options: argparse.Namespace) -> None:
         for name, (note, model) in quiet.items():
             loss = nn.functional.mse_loss(model(x), y)
             note.times.clear()
+            note.bytes.clear()
             dist.barrier()
             begin = time.perf_counter()
             loss.backward()  # type: ignore[no-untyped-call]
             took = time.perf_counter() - begin
             if number >= 0:
                 starts.setdefault(name, []).append([(start - begin) / took for start in note.times])
+                backward.setdefault(name, []).append(took)
+                sent[name] = list(note.bytes)
         for name, model in slow.items():
             dist.barrier()
             begin = time.perf_counter()
@@ -131,9 +141,29 @@ def train(rank: int, folder: str, options: argparse.Namespace) -> None:
             if number >= 0:
                 steps.setdefault(name, []).append(time.perf_counter() - begin)
     if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps([starts, steps]))
+        Path(folder, "results.json").write_text(json.dumps([starts, steps, backward, sent]))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def modelled_ms(
+    starts: list[float], sizes: list[int], backward: float, workers: int, rate: float, latency: float
+) -> float:
+    """A model: milliseconds from the beginning of the backward pass until all processes have all gradients.
+
+    Args:
+        starts: of the buckets, as shares of the backward pass.
+        sizes: their bytes.
+        backward: seconds of the backward pass.
+        workers: the number of processes.
+        rate: of each link, bytes a second.
+        latency: of a message, seconds.
+    """
+    free = 0.0
+    for start, size in zip(starts, sizes, strict=True):
+        messages = 2 * (workers - 1)
+        free = max(free, start * backward) + messages * (size / workers / rate + latency)
+    return 1000 * max(free, backward)
 
 
 def released(name: str, sizes: list[int], segment_bytes: int) -> int:
@@ -182,6 +212,10 @@ def main() -> None:
     parser.add_argument("--segment-bytes", type=int, default=SEGMENT_BYTES, help="default: that of fuse")
     parser.add_argument("--bucket-mib", type=float, default=8, help="of DDP (default: %(default)s)")
     parser.add_argument("--mbit", type=float, default=2000, help="a second, of the link (default: %(default)s)")
+    parser.add_argument(
+        "--model-gbit", type=float, default=10, help="a second, of the model's links (default: %(default)s)"
+    )
+    parser.add_argument("--latency-us", type=float, default=20, help="of the model's messages (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     add_options(parser)
@@ -192,7 +226,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         spawn(train, (folder, options), nprocs=WORLD)  # type: ignore[no-untyped-call]
-        starts, steps = json.loads(Path(folder, "results.json").read_text())
+        starts, steps, backward, sent = json.loads(Path(folder, "results.json").read_text())
     peaks = {}
     for name in starts:
         command = [sys.executable, __file__, "--one", name, "--segment-bytes", str(options.segment_bytes), "--sizes"]
@@ -204,8 +238,39 @@ def main() -> None:
         shares = ", ".join(f"{100 * median(share):.0f}" for share in zip(*rounds, strict=True))
         milliseconds = 1000 * median(steps[name])
         print(f"| {name} | {shares} | {milliseconds:.0f} ms | {peaks[name] / 2**20:.0f} MiB |")
-    settings = {key: getattr(options, key) for key in ("sizes", "rows", "segment_bytes", "bucket_mib", "mbit")}
-    save({"header": header(load), **settings, "starts": starts, "steps": steps, "released": peaks}, options, draw)
+    shares_of = {name: [median(share) for share in zip(*rounds, strict=True)] for name, rounds in starts.items()}
+    models = {
+        name: [
+            modelled_ms(
+                shares_of[name],
+                sent[name],
+                median(backward[name]),
+                n,
+                options.model_gbit * 125e6,
+                1e-6 * options.latency_us,
+            )
+            for n in WORKERS
+        ]
+        for name in starts
+    }
+    print(f"\nA model: links of {options.model_gbit:g} Gbit/s, {options.latency_us:g} µs a message.\n")
+    print("| network |", *(f"{n} processes |" for n in WORKERS))
+    print("|---|" + "--:|" * len(WORKERS))
+    for name, milliseconds in models.items():
+        print(f"| {name} |", *(f"{each:.0f} ms |" for each in milliseconds))
+    settings = {
+        key: getattr(options, key)
+        for key in ("sizes", "rows", "segment_bytes", "bucket_mib", "mbit", "model_gbit", "latency_us")
+    }
+    result = {
+        "starts": starts,
+        "steps": steps,
+        "released": peaks,
+        "backward": backward,
+        "bytes": sent,
+        "modelled_ms": models,
+    }
+    save({"header": header(load), **settings, **result}, options, draw)
 
 
 if __name__ == "__main__":
