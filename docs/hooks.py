@@ -45,6 +45,10 @@ _TOGETHER = re.compile(
     re.DOTALL,
 )
 
+# A heading, and a tag in it or a dot within a name, where a line of a phone may break.
+_HEADING = re.compile(r"<h[1-4][ >].*?</h[1-4]>", re.DOTALL)
+_DOT = re.compile(r"<[^>]+>|(?<=\w)(?P<dot>\.)(?=[A-Za-z_])")
+
 # A cell of a table.
 _CELL = re.compile(r"<td[^>]*>(?P<content>.*?)</td>", re.DOTALL)
 _LONG = 30  # characters; a cell with more should not become a column of single words on a phone
@@ -74,7 +78,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Called by mkdocs with the HTML of each page, without what surrounds it."""
     content = _TOGETHER.sub(_together, _SUBSCRIPT.sub(_subscript, _FORMULA.sub(_typeset, content)))
+    content = _HEADING.sub(lambda heading: _DOT.sub(_break, heading[0]), content)
     return _CELL.sub(_cell, content)
+
+
+def _break(match: re.Match[str]) -> str:
+    return ".<wbr>" if match["dot"] else match[0]
 
 
 def mathml(latex: str, display: str = "inline") -> str:

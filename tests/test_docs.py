@@ -250,6 +250,11 @@ def test_a_long_cell_of_a_table_is_marked(hooks):
     assert hooks.on_page_content(long) == long.replace("<td", "<td data-long")
 
 
+def test_names_in_headings_may_break_after_a_dot(hooks):
+    html = '<h2 id="a.b">class <span>a.b.Name</span> 1.5</h2><p>a.b</p>'
+    assert hooks.on_page_content(html) == html.replace("a.b.Name", "a.<wbr>b.<wbr>Name")
+
+
 @pytest.mark.parametrize("latex", [r"\unknown{x}", r"\begin{aligned} a &= b \end{aligned}", r"\notacommand"])
 def test_a_formula_that_cannot_be_typeset_stops_the_site(latex, hooks):
     with pytest.raises(ValueError, match="cannot be typeset"):
