@@ -324,6 +324,7 @@ def test_without_grad_the_loss_is_the_same_bit_for_bit():
 
 
 @pytest.mark.slow
+@pytest.mark.not_emulated("the emulated ops have no shapes for torch.compile")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # in torch's own forward AD
 @pytest.mark.parametrize("loss", LOSSES)
 def test_transforms_go_through_plain_torch(loss):
