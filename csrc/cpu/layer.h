@@ -138,7 +138,7 @@ struct Grid {
   }
 };
 
-// From so many threads on, products are cut in both directions, and two may share a parallel region.
+// With at least this many threads, products are cut in both directions, and two may share a parallel region.
 constexpr int64_t kManyThreads = 8;
 
 // Cuts C (m, n) = A B into at most `parts` pieces of whole register tiles. Few take rows, or columns if there are more of

@@ -209,11 +209,11 @@ struct Plan {
   }
 
   int64_t count() const { return int64_t(layers.size()); }
-  // The cost of multiplying the batch, or so many rows, by all weights.
+  // The cost of multiplying all weights by the batch, or by this many rows.
   double multiply_adds() const { return multiply_adds(batch); }
   double multiply_adds(int64_t rows) const { return double(rows + kFetchRows) * double(parameters); }
 
-  // The rows of each thread where so many are divided evenly among them: whole register tiles and groups of the loss.
+  // The rows of each thread if `rows` are divided evenly: whole register tiles and groups of the loss.
   int64_t thread_rows(int64_t rows) const {
     const int64_t step = rows >= 4 * 48 * threads ? 48 : kLossRows;
     return std::max<int64_t>(ceil_div(ceil_div(rows, threads), step), 1) * step;
