@@ -18,7 +18,16 @@ inline std::ostream& operator<<(std::ostream& out, const Name& n) {
   return n.index < 0 ? out : out << '[' << n.index << ']';
 }
 
-inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input) {
+// Under autocast, arguments may be float32 or the dtype that it computes in.
+constexpr int32_t kNoAutocast = -1;
+inline void check_autocast_dtype(const char* op, Name name, const Tensor& t, int32_t autocast) {
+  MBP_CHECK(dtype_of(t) == aoti_torch_dtype_float32() || dtype_of(t) == autocast, op, ": `", name,
+            "` must be float32 or ", dtype_name(autocast), ", got ", dtype_name(dtype_of(t)));
+}
+
+inline void check_dtype(const char* op, Name name, const Tensor& t, const Tensor& input,
+                        int32_t autocast = kNoAutocast) {
+  if (autocast != kNoAutocast) return check_autocast_dtype(op, name, t, autocast);
   MBP_CHECK(dtype_of(t) == dtype_of(input), op, ": `", name, "` must have the dtype of `input` (",
             dtype_name(dtype_of(input)), "), got ", dtype_name(dtype_of(t)));
 }
@@ -31,8 +40,8 @@ inline void check_input_dtype(const char* op, const Tensor& input, Name name, co
 }
 
 inline void check_bias(const char* op, Name name, const Tensor& bias, Name weight_name, const Tensor& weight,
-                       const Tensor& input) {
-  check_dtype(op, name, bias, input);
+                       const Tensor& input, int32_t autocast = kNoAutocast) {
+  check_dtype(op, name, bias, input, autocast);
   MBP_CHECK(bias.dim() == 1 && bias.size(0) == weight.size(0), op, ": `", name, "` must have shape (", weight.size(0),
             ",), one item per row of `", weight_name, "` ", shape_of(weight), ", got ", shape_of(bias));
 }
@@ -61,12 +70,13 @@ inline void check_layer(const char* op, const Tensor& input, const Tensor& weigh
 
 // Checks input (..., D_0), weights[k] (D_{k+1}, D_k) and biases[k] (D_{k+1}) or none.
 inline void check_network(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                          const std::vector<std::optional<Tensor>>& biases) {
+                          const std::vector<std::optional<Tensor>>& biases, int32_t autocast = kNoAutocast) {
   MBP_CHECK(!weights.empty(), op, ": `weights` must hold at least one weight");
   MBP_CHECK(input.dim() >= 1, op, ": `input` must have at least one dimension, got a tensor of shape ()");
   int64_t features = input.size(input.dim() - 1);
   const int32_t dtype = dtype_of(weights[0]);
-  if (dtype_of(input) != dtype &&
+  if (autocast != kNoAutocast) check_autocast_dtype(op, {"input"}, input, autocast);
+  if (autocast == kNoAutocast && dtype_of(input) != dtype &&
       std::all_of(weights.begin(), weights.end(), [&](const Tensor& weight) { return dtype_of(weight) == dtype; })) {
     check_input_dtype(op, input, {"weights", 0}, weights[0]);
   }
@@ -75,7 +85,7 @@ inline void check_network(const char* op, const Tensor& input, const std::vector
     const Name name{"weights", int64_t(k)};
     MBP_CHECK(weight.dim() == 2, op, ": `", name, "` must be (out_features, in_features), got shape ",
               shape_of(weight));
-    check_dtype(op, name, weight, input);
+    check_dtype(op, name, weight, input, autocast);
     if (k == 0) {
       MBP_CHECK(weight.size(1) == features, op, ": `", name, "` has ", weight.size(1), " columns but `input` has ",
                 features, " features (", name, ": ", shape_of(weight), ", input: ", shape_of(input), ")");
@@ -90,7 +100,9 @@ inline void check_network(const char* op, const Tensor& input, const std::vector
   MBP_CHECK(biases.size() == weights.size(), op, ": `biases` must have one item per weight (", weights.size(),
             "), got ", biases.size());
   for (size_t k = 0; k < weights.size(); ++k) {
-    if (biases[k]) check_bias(op, {"biases", int64_t(k)}, *biases[k], {"weights", int64_t(k)}, weights[k], input);
+    if (biases[k]) {
+      check_bias(op, {"biases", int64_t(k)}, *biases[k], {"weights", int64_t(k)}, weights[k], input, autocast);
+    }
   }
 }
 
@@ -115,7 +127,7 @@ inline LossKind parse_loss(const char* op, const std::string& name) {
 // Checks the target of a loss of an output (..., cols). The values of class indices are data: the entries and kernels
 // check those.
 inline void check_loss(const char* op, const Tensor& input, const Tensor& target, int64_t cols, LossKind loss,
-                       double label_smoothing) {
+                       double label_smoothing, int32_t autocast = kNoAutocast) {
   MBP_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": `label_smoothing` must be between 0 and 1, got ",
             label_smoothing);
   auto sizes = with_last_size(input, cols);
@@ -126,7 +138,7 @@ inline void check_loss(const char* op, const Tensor& input, const Tensor& target
               ": `target` of cross_entropy must hold class indices (int64), got ", dtype_name(dtype_of(target)));
     sizes.pop_back();
   } else {
-    check_dtype(op, {"target"}, target, input);
+    check_dtype(op, {"target"}, target, input, autocast);
   }
   MBP_CHECK(same_shape(target, sizes), op, ": `target` must have shape ", shape_text(sizes), ", got ",
             shape_of(target));

@@ -13,14 +13,13 @@ struct GradientTensors {
 
 // Allocates what `needs` = [input, weights..., biases...] asks for, and appends it to `asked` in this order.
 // flat: the gradients of the parameters are views of one buffer, each at a multiple of 64 bytes.
-// empty(sizes, dtype) allocates a tensor on the device.
+// dtype: of the gradients of the parameters. empty(sizes, dtype) allocates a tensor on the device.
 template <typename Empty>
 GradientTensors allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                   const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked,
+                                   const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked, int32_t dtype,
                                    const Empty& empty) {
   const size_t layers = weights.size();
   MBP_CHECK(needs.size() == 1 + 2 * layers, op, ": `needs` must have 1 + 2 x ", layers, " items, got ", needs.size());
-  const int32_t dtype = dtype_of(input);
   const int64_t align = 64 / item_size(dtype);
   int64_t total = 0, offset = 0;
   for (size_t k = 0; flat && k < layers; ++k) {
@@ -35,7 +34,7 @@ GradientTensors allocate_gradients(const char* op, const Tensor& input, const st
       asked.push_back(seen_as(buffer, sizes, contiguous_strides(sizes), offset));
       offset += round_up(asked.back().numel(), align);
     } else {
-      asked.push_back(empty(sizes, dtype));
+      asked.push_back(empty(sizes, i == 0 ? dtype_of(input) : dtype));
     }
     return asked.back();
   };

@@ -36,6 +36,18 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
   m.def(
       "mlp_dropout_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
       " Tensor? output, bool[] needs, Tensor? kept, float[] scales) -> Tensor[]");
+  // The same under autocast, on the CPU: computed in dtype, bfloat16 or float16. Input and parameters are float32, or of
+  // that dtype already; so are the results, but the gradients of the parameters are always float32, and that of the input
+  // has its dtype.
+  m.def(
+      "mlp_autocast(Tensor input, Tensor[] weights, Tensor?[] biases, bool final_relu, bool store, Tensor? kept,"
+      " float[] scales, ScalarType dtype) -> (Tensor output, Tensor hidden)");
+  m.def(
+      "mlp_autocast_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor?[] biases, Tensor? hidden,"
+      " Tensor? output, bool[] needs, Tensor? kept, float[] scales) -> Tensor[]");
+  m.def(
+      "mlp_autocast_loss(Tensor input, Tensor target, Tensor[] weights, Tensor?[] biases, str loss, bool mean,"
+      " int ignore_index, float label_smoothing, bool[] needs, bool flat, ScalarType dtype) -> Tensor[]");
   // For torch.func, on the CPU: E networks of the same widths. weights (E, D_out, D_in), biases (E, D_out), input
   // (E, ..., D_0); without these first dimensions, one network. Returns the output and, if `store`, h_1 ... h_{K-1},
   // each of its own shape. The numbers are those of E calls of mlp.
@@ -124,6 +136,9 @@ STABLE_TORCH_LIBRARY_IMPL(manualbp, CPU, m) {
   m.impl("mlp_backward", TORCH_BOX(&manualbp::mlp_backward));
   m.impl("mlp_dropout", TORCH_BOX(&manualbp::mlp_dropout));
   m.impl("mlp_dropout_backward", TORCH_BOX(&manualbp::mlp_dropout_backward));
+  m.impl("mlp_autocast", TORCH_BOX(&manualbp::mlp_autocast));
+  m.impl("mlp_autocast_backward", TORCH_BOX(&manualbp::mlp_autocast_backward));
+  m.impl("mlp_autocast_loss", TORCH_BOX(&manualbp::mlp_autocast_loss));
   m.impl("mlp_stacked", TORCH_BOX(&manualbp::mlp_stacked));
   m.impl("mlp_stacked_backward", TORCH_BOX(&manualbp::mlp_stacked_backward));
   m.impl("mlp_backward_store", TORCH_BOX(&manualbp::mlp_backward_store));

@@ -47,7 +47,7 @@ def test_it_reports_what_a_call_does_now():
     model = mbp.fuse(Net())
     assert reasons(mbp.fusion_report(model, torch.randn(2, 8)))["a"] == "too small to gain (2 rows)"
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in reasons(mbp.fusion_report(model, torch.randn(256, 8)))["a"]
+        assert mbp.fusion_report(model, torch.randn(256, 8)).chains[0].route == "autocast"
     handle = model.b.register_forward_hook(lambda *args: None)
     report = mbp.fusion_report(model, torch.randn(4096, 8))
     assert report.chains[0].relu

@@ -284,7 +284,7 @@ def test_double_backward_is_right_or_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "outside"])
-def test_autocast_is_left_to_torch(where):
+def test_the_casts_of_autocast_are_part_of_the_graph(where):
     model, input = mbp.MLP([4, 6, 3]), torch.randn(5, 4)
 
     def forward(input):
@@ -294,7 +294,7 @@ def test_autocast_is_left_to_torch(where):
     compiled = torch.compile(forward if where == "inside" else model, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "outside"):
         output = compiled(input)
-        assert ops_run(compiled, input) == []
+        assert "mlp" in ops_run(compiled, input)
     assert_equal(output, forward(input))
     if where == "outside":
         assert_equal(compiled(input), model(input))  # and again without

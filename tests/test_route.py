@@ -32,7 +32,7 @@ from helpers import (
     smooth_net,
 )
 from torch_manualbp import _route
-from torch_manualbp._route import FUNC, KERNELS, TORCH, route
+from torch_manualbp._route import AUTOCAST, FUNC, KERNELS, TORCH, route
 from torch_manualbp.autograd import LinearReLUFunction, MLPFunction
 
 # At the first use of forward-mode AD, torch loads decompositions that are scripted.
@@ -91,14 +91,23 @@ def under_vmap():
         yield
 
 
-@pytest.mark.parametrize(
-    "context",
-    [forward_ad.dual_level, lambda: torch.autocast("cpu"), lambda: torch.autocast("cpu", torch.float16)],
-    ids=["forward AD", "autocast", "autocast to float16"],
-)
-def test_kernels_do_not_apply_in_forward_mode_and_under_autocast(context):
-    with context():
+def test_kernels_do_not_apply_in_forward_mode():
+    with forward_ad.dual_level():
         assert route(torch.ones(2)) is TORCH
+    assert route(torch.ones(2)) is KERNELS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_apply_under_autocast_for_the_cpu(dtype):
+    with torch.autocast("cpu", dtype):
+        assert route(torch.ones(2)) is AUTOCAST
+        assert route(torch.ones(2, dtype=dtype), [torch.ones(3, 2), None]) is AUTOCAST
+        assert route(torch.ones(2, dtype=torch.float64)) is TORCH
+        assert route(torch.ones(2), [torch.ones(3, 2, dtype=torch.float64)]) is TORCH
+        with forward_ad.dual_level():
+            assert route(torch.ones(2)) is TORCH
+        with torch.autocast("cpu", enabled=False):
+            assert route(torch.ones(2)) is KERNELS
     assert route(torch.ones(2)) is KERNELS
 
 
@@ -296,35 +305,6 @@ def test_apply_records_one_node(function):
         assert hidden.shape == (0,)
     assert_equal(output, F.relu(F.linear(net.input, net.weights[0], net.biases[0])))
     assert type(output.grad_fn).__name__ == f"{function.__name__}Backward"
-
-
-# --- autocast -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_chooses_dtypes_as_for_plain_torch(case, dtype):
-    function, plain, net = case
-    net = net.map(torch.Tensor.float)
-    steps = []
-    for f in (function, plain):
-        leaves = net.recorded()
-        with torch.autocast("cpu", dtype):
-            output = f(*leaves)
-        assert output.dtype == dtype
-        output.float().pow(2).sum().backward()
-        steps.append([output.detach(), *(leaf.grad for leaf in leaves.leaves())])
-    assert_equal(*steps)
-    with torch.autocast("cpu", dtype):
-        assert calls_of(function, *net) == []
-
-
-def test_autocast_of_a_model_with_float32_parameters():
-    model, input = mbp.MLP([4, 5, 3]), torch.randn(2, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(input)
-        want = nn.Sequential(*model)(input)
-    assert_equal(output, want)
-    assert model(input).dtype == torch.float32
 
 
 # --- compilation, export, tracing -----------------------------------------------------------------------------------

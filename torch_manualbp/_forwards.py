@@ -29,16 +29,16 @@ from torch_manualbp._chains import (
     ReLUSite,
     Site,
     linear_arguments,
-    may_begin,
     place_of,
     tensors_in,
     this_thread,
+    way_to_begin,
 )
 from torch_manualbp._relus import relu_in_place
 from torch_manualbp._route import (
-    KERNELS,
+    TORCH,
     OwnFunctionMode,
-    any_autocast,
+    autocast_state,
     global_hooks_exist,
     is_tracing,
     layers_are_torchs,
@@ -177,10 +177,11 @@ class _Observer(OwnFunctionMode):
             joins = before.is_relu and before.moment == self._moment()
             before.joins.append(joins)
             before = before if joins else None
-        if self._by_kernels and may_begin(input, weight, bias):
-            output = _compute.layers(KERNELS, input, (weight,), (bias,), False, True)
-        else:
+        way = way_to_begin(input, weight, bias) if self._by_kernels else TORCH
+        if way is TORCH:
             output = F.linear(input, weight, bias)
+        else:
+            output = _compute.layers(way, input, (weight,), (bias,), False, True)
         if site is not None:
             site.weight = torch.empty_like(weight, device="meta")
             self._see(output, site, False).before = before
@@ -205,7 +206,7 @@ class _Observer(OwnFunctionMode):
             self._writes,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            any_autocast(),
+            autocast_state(),
             transforms_active(),
             saved_tensor_hooks(),
         )

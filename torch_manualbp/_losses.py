@@ -108,6 +108,8 @@ class LossSpec:
     reduction: str = "mean"
     ignore_index: int = IGNORE_INDEX
     label_smoothing: float = 0.0
+    autocast: torch.dtype | None = None
+    """The dtype in which autocast computes the network whose loss this is; None: without autocast."""
     loss: NamedLoss = field(init=False, repr=False, compare=False)
     of: Callable[[Tensor, Tensor], Tensor] = field(init=False, repr=False, compare=False)
     """(output, target) → the loss, by torch; no method, because that would add a frame."""
@@ -124,6 +126,10 @@ class LossSpec:
         loss = LOSSES[self.name]
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "of", loss.by_torch(self.reduction, self.ignore_index, self.label_smoothing))
+
+    def under_autocast(self, dtype: torch.dtype) -> "LossSpec":
+        """This loss of a network that autocast computes in `dtype`: `run` calls the op for it."""
+        return _under_autocast(self, dtype)
 
     def output_gradient(self, output: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
         """∂ℓ/∂f, in the dtype of f, of the sum of all terms, times `scale`; f (B, D) is `output`.
@@ -159,7 +165,7 @@ class LossSpec:
         flat: the gradients are views of one buffer.
         """
         try:
-            results: list[Tensor] = _ops.mlp_loss(
+            results: list[Tensor] = (_ops.mlp_loss if self.autocast is None else _ops.mlp_autocast_loss)(
                 input,
                 target,
                 weights,
@@ -170,12 +176,18 @@ class LossSpec:
                 self.label_smoothing,
                 needs,
                 flat,
+                *(() if self.autocast is None else (self.autocast,)),
             )
         except RuntimeError as error:
             if "out of bounds" in str(error):  # raise what F.cross_entropy raises
                 raise IndexError(str(error)) from None
             raise
         return results
+
+
+@functools.lru_cache(maxsize=256)
+def _under_autocast(spec: LossSpec, dtype: torch.dtype) -> LossSpec:
+    return replace(spec, autocast=dtype)
 
 
 # One object per combination of options: checking them again at each step would cost 1 µs.

@@ -57,6 +57,9 @@ mlp = torch.ops.manualbp.mlp.default
 mlp_backward = torch.ops.manualbp.mlp_backward.default
 mlp_dropout = torch.ops.manualbp.mlp_dropout.default
 mlp_dropout_backward = torch.ops.manualbp.mlp_dropout_backward.default
+mlp_autocast = torch.ops.manualbp.mlp_autocast.default
+mlp_autocast_backward = torch.ops.manualbp.mlp_autocast_backward.default
+mlp_autocast_loss = torch.ops.manualbp.mlp_autocast_loss.default
 mlp_stacked = torch.ops.manualbp.mlp_stacked.default
 mlp_stacked_backward = torch.ops.manualbp.mlp_stacked_backward.default
 mlp_backward_store = torch.ops.manualbp.mlp_backward_store.default
@@ -80,8 +83,9 @@ isa = torch.ops.manualbp.isa.default
 _library = torch.library.Library("manualbp", "IMPL")  # type: ignore[no-untyped-call]
 for _name in (
     "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward",
-    "mlp_stacked", "mlp_stacked_backward", "mlp_backward_store", "mlp_backward_further", "mlp_double_backward",
-    "mlp_loss", "flow_forward", "flow_backward", "flow_update", "update", "keep", "train",
+    "mlp_autocast", "mlp_autocast_backward", "mlp_autocast_loss", "mlp_stacked", "mlp_stacked_backward",
+    "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
+    "flow_update", "update", "keep", "train",
 ):  # fmt: skip
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
@@ -97,7 +101,8 @@ def _negated(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked", "mlp_stacked_backward",
+    "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_autocast", "mlp_autocast_backward",
+    "mlp_autocast_loss", "mlp_stacked", "mlp_stacked_backward",
     "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss", "flow_forward", "flow_backward",
 ):  # fmt: skip
     _library.impl(_name, _negated(_name), "Negative")  # type: ignore[no-untyped-call]
@@ -209,6 +214,63 @@ def _(
     made = {"hidden": hidden, "output": output, "kept": kept}
     _check_devices("mlp_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _needed_like(input, weights, needs)
+
+
+@_fake("mlp_autocast")
+def _(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    final_relu: bool,
+    store: bool,
+    kept: Tensor | None,
+    scales: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check_devices("mlp_autocast", input=input, weights=weights, biases=biases, kept=kept)
+    hidden = math.prod(input.shape[:-1]) * sum(weight.shape[0] for weight in weights[:-1]) if store else 0
+    output = input.new_empty((*input.shape[:-1], weights[-1].shape[0]), dtype=dtype)
+    return output, input.new_empty((hidden,), dtype=dtype)
+
+
+@_fake("mlp_autocast_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    hidden: Tensor | None,
+    output: Tensor | None,
+    needs: Sequence[bool],
+    kept: Tensor | None,
+    scales: Sequence[float],
+) -> list[Tensor]:
+    made = {"hidden": hidden, "output": output, "kept": kept}
+    _check_devices("mlp_autocast_backward", grad_output=grad_output, input=input, weights=weights, **made)
+    return _mixed_like(input, weights, needs)
+
+
+@_fake("mlp_autocast_loss")
+def _(
+    input: Tensor,
+    target: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loss: str,
+    mean: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    needs: Sequence[bool],
+    flat: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    _check_devices("mlp_autocast_loss", input=input, target=target, weights=weights, biases=biases)
+    return [input.new_empty((), dtype=torch.float32), *_mixed_like(input, weights, needs)]
+
+
+def _mixed_like(input: Tensor, weights: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    wide = input.new_empty((), dtype=torch.float32).expand(input.shape)
+    return [*_needed_like(input, (), needs[:1]), *_needed_like(wide, weights, [False, *needs[1:]])]
 
 
 @_fake("mlp_stacked")

@@ -1,7 +1,7 @@
 """What computes a call: our kernels, one op of a captured graph, or plain torch. No other module decides it.
 
-`route` answers, and the functions of `_compute` act on the answer. A new way to compute (under autocast, under vmap, on
-another device) is one more answer here and one more branch there.
+`route` answers, and the functions of `_compute` act on the answer. A new way to compute (on another device, say) is one
+more answer here and one more branch there.
 
 Private functions of torch are looked up here, each with a safe default: a torch that renames one makes us slower, not
 wrong.
@@ -26,6 +26,7 @@ from torch_manualbp import _ops
 from torch_manualbp._losses import LossSpec
 
 KERNELS: Final = "kernels"  # one call of our ops, and one node of autograd's graph (several if it is large)
+AUTOCAST: Final = "autocast"  # the same, in the dtype of autocast
 GRAPH: Final = "graph"  # one op of the graph that torch.compile captures (`_graph`)
 FUNC: Final = "func"  # our ops under torch.func, level by level (`_transforms`)
 TORCH: Final = "torch"  # torch's own functions, one after another, which always works
@@ -49,12 +50,13 @@ PLAIN_OR_NONE: frozenset[type] = PLAIN | {type(None)}
 # cache. A tensor is quantized if its dtype is.
 _torch: dict[str, Any] = vars(torch)
 _BFLOAT16: Final = torch.bfloat16
+_FLOAT32: Final = torch.float32
 _STRIDED: Final = torch.strided
 _QUANTIZED = {getattr(torch, name, None) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")}
 
 
 def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = True) -> str:
-    """What computes linear layers with ReLUs between them: `KERNELS`, `GRAPH`, `FUNC` or `TORCH`.
+    """What computes linear layers with ReLUs between them: `KERNELS`, `AUTOCAST`, `GRAPH`, `FUNC` or `TORCH`.
 
     The answer is `TORCH` for one of these reasons, which are checked in this order:
 
@@ -66,13 +68,15 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
        (A run with a Dropout or an Identity in it also asks `transparent_are_torchs`.)
        Such a mode sees even the attributes that are read, so that this is checked before anything else of the input.
     4. A transform must see through the computation (forward-mode AD, make_fx, torch.jit.trace, any of torch.func's but
-       vmap and reverse-mode AD), or autocast chooses a dtype for each op.
+       vmap and reverse-mode AD).
     5. There are no kernels for the device of the input, or the input is sparse, nested or quantized.
     6. A parameter is an instance of a subclass, or sparse.
     7. Plain torch is faster (`torch_is_faster`). This does not count if activations must not be stored.
+    8. Autocast is enabled for a GPU or under torch.func, or a tensor has neither float32 nor the dtype that autocast
+       computes in.
 
     Without such a reason, a call that torch.compile captures is for the `GRAPH`, an eager call under vmap or the
-    reverse-mode AD of torch.func is for `FUNC`, and any other for our `KERNELS`.
+    reverse-mode AD of torch.func is for `FUNC`, one under autocast for `AUTOCAST`, and any other for our `KERNELS`.
 
     A fused Sequential asks once, about its input. Its plan has checked the parameters, and each run checks reason 7
     (`route_run`).
@@ -86,7 +90,7 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         return GRAPH if _joins_graph(input, parameters) else TORCH
     if not (
         type(input) in PLAIN
-        and undisturbed(input)
+        and _unobserved(input)
         and (input.is_cpu or (input.is_cuda and _ops.has_cuda_kernels))
         and input.layout is _STRIDED
         and not input.is_nested
@@ -94,7 +98,44 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
         and (not parameters or are_plain(parameters))
     ):
         return FUNC if transforms_active() and _is_for_func(input, parameters, store) else TORCH
+    if any_autocast() and is_under_autocast(input):
+        return _route_under_autocast(input, parameters, store)
     return TORCH if dtype is _BFLOAT16 and store and torch_is_faster(input, parameters) else KERNELS
+
+
+def is_under_autocast(input: Any) -> bool:
+    """Whether autocast is enabled for the device of this tensor."""
+    return torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
+
+
+def _route_under_autocast(input: Tensor, parameters: Sequence[Tensor | None], store: bool) -> str:
+    """`AUTOCAST`, or `TORCH` for reason 7 or 8."""
+    dtype = torch.get_autocast_dtype("cpu")
+    if not input.is_cpu or not casts_all((input, *parameters), dtype):
+        return TORCH
+    return TORCH if store and _torch_is_faster_under_autocast(input, parameters, dtype) else AUTOCAST
+
+
+def _torch_is_faster_under_autocast(input: Tensor, parameters: Sequence[Tensor | None], dtype: torch.dtype) -> bool:
+    """Reason 7 under autocast: bfloat16 products as in `torch_is_faster`, or few rows without gradients.
+
+    Torch keeps the rounded weights while a region of autocast lasts; our op rounds them at each call. Measured with
+    AVX2, two threads, several calls in one region, eager's time / ours in bfloat16: 10–400–400–3 with 1 row 0.75, 2
+    rows 0.86, 4 rows 1.24; 256–1024–1024–10 0.48, 0.81, 1.36; 4–64–64–2 with 1 row 1.45.
+    """
+    if not torch.is_grad_enabled() and rows_of(input) < 4 and _weights_of(parameters) >= 1 << 16:
+        return True
+    return torch_is_faster(input, parameters, dtype)
+
+
+def _weights_of(parameters: Sequence[Tensor | None]) -> int:
+    """The number of weights among parameters."""
+    return sum([each.numel() for each in parameters if each is not None and each.dim() == 2])
+
+
+def casts_all(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether autocast makes these tensors one dtype: it casts float32, and leaves float64 as it is."""
+    return all(tensor is None or tensor.dtype is _FLOAT32 or tensor.dtype is dtype for tensor in tensors)
 
 
 def are_plain(parameters: Iterable[Tensor | None]) -> bool:
@@ -176,6 +217,11 @@ class OwnFunctionMode(TorchFunctionMode):
 
 
 def undisturbed(input: Tensor) -> bool:
+    """Neither reason 3 nor 4 nor autocast: the layers compute what they say, in the dtype of their arguments."""
+    return _unobserved(input) and not (any_autocast() and is_under_autocast(input))
+
+
+def _unobserved(input: Tensor) -> bool:
     """Neither reason 3 nor 4: linear and ReLU of plain tensors mean what torch means, and nothing observes them."""
     return (
         layers_are_torchs()
@@ -183,14 +229,23 @@ def undisturbed(input: Tensor) -> bool:
         and not (_count_dispatch_modes() and _is_recorded_by_make_fx(input))
         and forward_mode._current_level < 0
         and not is_tracing()
-        and not (any_autocast() and torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"))
     )
 
 
-def is_quiet() -> bool:
-    """Whether nothing that could be entered between two layers of a forward sees or changes what layers compute."""
+def autocast_state() -> Any:
+    """None without autocast; the dtype in which it computes on the CPU; anything else if it is enabled elsewhere."""
+    if not any_autocast():
+        return None
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else "elsewhere"
+
+
+def is_quiet(state: Any = None) -> bool:
+    """Whether nothing that could be entered between two layers of a forward sees or changes what layers compute.
+
+    state: what `autocast_state` was at the first of the layers.
+    """
     return not (
-        any_autocast()
+        autocast_state() is not state
         or transforms_active()
         or (_count_dispatch_modes() and _make_fx_records())
         or (_count_function_modes() and _function_modes_matter())
@@ -268,19 +323,28 @@ def _joins_graph(input: Any, parameters: Sequence[Tensor | None]) -> bool:
     return (
         not getattr(torch.compiler, "_is_exporting_flag", True)  # is_exporting() is True to Dynamo of torch 2.10
         and type(input) in PLAIN
-        and not (_has_bfloat16_units and input.dtype is torch.bfloat16)
         and _is_ordinary(input, parameters)
+        and _casts_in_graph(input, parameters)
         and are_plain(parameters)
     )
 
 
+def _casts_in_graph(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+    """Neither reason 8 nor bfloat16 where the CPU has instructions for it."""
+    dtype = input.dtype
+    if torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if not input.is_cpu or not casts_all((input, *parameters), dtype):
+            return False
+    return not (_has_bfloat16_units and dtype is torch.bfloat16)
+
+
 def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
-    """Reasons 4 and 5, as far as they can be asked in a graph."""
+    """Reasons 4 to 6, as far as they can be asked in a graph."""
     return (
         input.layout is torch.strided
         and not input.is_nested
         and forward_mode._current_level < 0
-        and not torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and all(parameter is None or parameter.layout is torch.strided for parameter in parameters)
     )
 
@@ -345,16 +409,18 @@ _has_bfloat16_units: bool = any(
 )
 
 
-def torch_is_faster(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+def torch_is_faster(input: Tensor, parameters: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> bool:
     """Reason 7, of a whole network: bfloat16 products, where the CPU has instructions for them.
+
+    dtype: in which autocast computes; None: that of the input.
 
     Our kernels widen bfloat16 to float32 and so reach half the rate of those instructions, which oneDNN uses. Measured
     on Zen 4, eager's time / ours: 64–64–64 with 32 rows 1.6 (0.4 million multiply-adds), 784–128–64–32–64–128–784 with
     32 rows 1.4 (6 million), 300×5 with 32 rows 0.87 (12 million), 1024×3 with 32 rows 0.58, with 1 row 0.28.
     """
-    if input.dtype is not torch.bfloat16 or not _has_bfloat16_units or not input.is_cpu:
+    if (dtype or input.dtype) is not torch.bfloat16 or not _has_bfloat16_units or not input.is_cpu:
         return False
-    numbers = sum([each.numel() for each in parameters if each is not None and each.dim() == 2])
+    numbers = _weights_of(parameters)
     return numbers >= 1 << 20 or rows_of(input) * numbers >= 8 << 20
 
 
@@ -383,12 +449,16 @@ def rows_left_to_torch(weight: Tensor, relu: bool) -> float:
     return _OUTPUTS_LEFT_TO_TORCH / max(d_out, 1) if d_in <= 128 else float("inf")
 
 
-def route_run(way: str, input: Tensor, weights: Sequence[Tensor], relu: bool, store: bool) -> str:
-    """Reason 7 for a run of layers in a fused Sequential, after `route` has answered `way` for the whole of it."""
+def route_run(
+    way: str, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], relu: bool, store: bool
+) -> str:
+    """Reasons 7 and 8 for a run of layers in a fused Sequential, for which `route` has answered `way`."""
     if way is GRAPH:
         is_faster = len(weights) == 1 and not relu
     elif way is FUNC:
         is_faster = func_is_slower(weights)
+    elif way is AUTOCAST:
+        return _route_under_autocast(input, (*weights, *biases), store)
     elif input.dtype is torch.bfloat16:
         is_faster = store and torch_is_faster(input, weights)
     else:
@@ -413,18 +483,38 @@ def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
-def target_is_ours(input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None) -> bool:
+def loss_is_ours_under_autocast(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> bool:
+    """Whether our op computes a network with its loss: then all gradients of parameters are float32.
+
+    Not in float16, in which ``GradScaler`` must scale the loss before its gradients are computed.
+    """
+    return (
+        dtype is _BFLOAT16
+        and all(parameter is None or parameter.dtype is _FLOAT32 for parameter in (*weights, *biases))
+        and casts_all((input,), dtype)
+        and not torch_is_faster(input, weights, dtype)
+    )
+
+
+def target_is_ours(
+    input: Tensor, target: Tensor, spec: LossSpec, weights: Sequence[Tensor] | None = None, way: str = KERNELS
+) -> bool:
     """Whether our op takes this target, or rejects it with an error of the class that torch raises.
 
     Torch takes more: class probabilities, bytes, images, dtypes to promote, shapes to broadcast, subclasses, targets
-    that require a gradient. Without `weights`, the shape is not checked.
+    that require a gradient. Without `weights`, the shape is not checked. Under autocast, the loss is float32.
     """
     if type(target) is not Tensor or target.layout is not torch.strided or target.requires_grad:
         return False
     if spec.loss.of_classes:
         classes = not target.is_floating_point() and target.dtype is not torch.uint8
         return classes and input.dim() <= 2 and target.shape == input.shape[:-1]
-    if target.dtype is not input.dtype:  # torch promotes, or refuses with an error that depends on its version
+    if way is AUTOCAST and target.dtype is not _FLOAT32:
+        return False
+    # Otherwise torch promotes, or refuses with an error that depends on its version.
+    if target.dtype is not input.dtype and way is not AUTOCAST:
         return target.dtype in _INTEGERS and not spec.loss.takes_integers
     if weights is None:
         return True

@@ -183,6 +183,100 @@ class MLPFunction(ManualFunction):
         return output, torch.cat(hidden) if hidden else input.new_empty((0,))
 
 
+class AutocastFunction(ManualFunction):
+    """A float32 network under autocast as one node: `apply(input, options, *weights, *biases)` → output.
+
+    The equations are those of `MLPFunction`, and so are the arguments; `options` = (dtype, final_relu, store, K). Input
+    and parameters are rounded to `dtype`, in which activations and output are stored. The gradients of the parameters
+    are the float32 sums; torch, whose linear layers return them in `dtype`, rounds them.
+
+    Gradients of gradients are composed from torch's ops.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, options: "AutocastOptions", *rest: Any) -> Tensor:
+        """All layers in one call. Saves what `MLPFunction` saves, but h_0 in its own dtype."""
+        if torch.compiler.is_dynamo_compiling():
+            refuse_capture("AutocastFunction")
+        dtype, final_relu, store, layers = options
+        parameters, dropout = rest[: 2 * layers], rest[2 * layers :]
+        weights, biases = parameters[:layers], parameters[layers:]
+        kept, scales = dropout or (None, ())
+        output: Tensor
+        output, hidden = _ops.mlp_autocast(input, weights, biases, final_relu, store, kept, scales, dtype)
+        ctx.set_materialize_grads(False)
+        used = [None if parameter is None else parameter.detach() for parameter in parameters]
+        versions = [input._version, *[None if parameter is None else parameter._version for parameter in parameters]]
+        ctx.call = options, (input, *parameters), used, versions, kept, scales
+        need_input, _, *need = ctx.needs_input_grad[: 2 + 2 * layers]
+        saved = list[Tensor | None](used)
+        if store:  # no bias, and of the weights only those that gradients are multiplied by on their way down
+            first = 0
+            while first < layers and not (need_input or (first > 0 and (need[first - 1] or need[layers + first - 1]))):
+                first += 1
+            saved[:first] = [None] * first
+            saved[layers:] = []
+        h_0 = _as_used(input, need_input) if need[0] or not store else None
+        ctx.save_for_backward(h_0, output if final_relu else None, hidden if store else None, *saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All layers in reverse, in one call, down to the lowest layer whose gradient is needed."""
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        (_, _, store, layers), arguments, used, _, kept, scales = ctx.call
+        input, output, hidden, *_ = ctx.saved_tensors
+        shape, weights = arguments[0].shape, used[:layers]
+        allowed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + 2 * layers]]
+        needs = asked_for(ctx, (weights[0], *arguments[1:]), allowed, shape, weights)
+        rest = [None] * (len(ctx.needs_input_grad) - 2 - 2 * layers)
+        if backward_is_composed(grad_output):
+            spread = AutocastFunction._composed_backward(ctx, grad_output, needs)
+            return spread[0], None, *spread[1:], *rest
+        if input is None:
+            input = _stand_in(arguments[0].detach(), shape)
+        biases = () if store else used[layers:]
+        spread = _spread(
+            needs,
+            _ops.mlp_autocast_backward(grad_output, input, weights, biases, hidden, output, needs, kept, scales),
+        )
+        # What is not float32 is rounded, as by autograd.
+        spread = tuple(
+            grad if grad is None else grad.to(like.dtype) for grad, like in zip(spread, arguments, strict=True)
+        )
+        return spread[0], None, *spread[1:], *rest
+
+    @staticmethod
+    def _composed_backward(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """The gradients [input, *weights, *biases], differentiable: those of torch's own ops, computed again."""
+        options, arguments, used, versions, *dropout = ctx.call
+        for tensor, version in zip((arguments[0], *used), versions, strict=True):
+            if tensor is not None and tensor._version != version:
+                raise RuntimeError(
+                    "a gradient of a gradient under autocast needs all that the forward pass read, but one of its "
+                    "tensors has been modified by an inplace operation"
+                )
+        with torch.enable_grad():
+            in_graph = [arguments[0], *_connected(arguments[1:], used)]
+            in_graph = [None if tensor is None else tensor.view_as(tensor) for tensor in in_graph]
+            output = AutocastFunction.composed(in_graph[0], options, *in_graph[1:], *(dropout if dropout[1] else ()))
+            wanted = [tensor for tensor, need in zip(in_graph, needs, strict=True) if need]
+            grads = torch.autograd.grad(output, wanted, grad_output, create_graph=True, materialize_grads=True)
+        return _spread(needs, grads)
+
+    @staticmethod
+    def composed(input: Tensor, options: "AutocastOptions", *rest: Any) -> Tensor:
+        """The network in plain torch, with autocast's casts written out."""
+        dtype, final_relu, _, layers = options
+        parameters: list[Any] = [None if each is None else each.to(dtype) for each in rest[: 2 * layers]]
+        masks = masks_of(rest[2 * layers :], input.shape, parameters[:layers], dtype)
+        return reference.mlp_forward(input.to(dtype), parameters[:layers], parameters[layers:], final_relu, masks)[0]
+
+
+AutocastOptions = tuple[torch.dtype, bool, bool, int]  # dtype, final_relu, store, K
+
+
 class MLPBackwardFunction(ManualFunction):
     """The backward pass of a network as one node: `apply(…)` → the gradients that are needed. `of` makes the call.
 
@@ -367,8 +461,11 @@ def _loss_gradients(
         # Give each argument a view of its own, so that a tensor that was passed twice gets a gradient per position
         # instead of their sum at both.
         input, *parameters = (None if tensor is None else tensor.view_as(tensor) for tensor in (input, *parameters))
-        network = MLPFunction.apply if backward_is_a_node(grad_output) else MLPFunction.composed
-        output, _ = network(input, False, True, layers, *parameters)
+        if loss.autocast is not None:
+            output = AutocastFunction.composed(input, (loss.autocast, False, True, layers), *parameters).float()
+        else:
+            network = MLPFunction.apply if backward_is_a_node(grad_output) else MLPFunction.composed
+            output, _ = network(input, False, True, layers, *parameters)
         wanted = [tensor for tensor, need in zip((input, *parameters), needs, strict=True) if need]
         return torch.autograd.grad(loss.of(output, target), wanted, grad_output, create_graph=True)
 

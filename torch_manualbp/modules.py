@@ -22,17 +22,21 @@ from torch_manualbp._compute import SEGMENT_BYTES, segments
 from torch_manualbp._gradients import ADDING, accumulate, unwatched
 from torch_manualbp._losses import LossSpec, loss_spec
 from torch_manualbp._route import (
+    AUTOCAST,
     FUNC,
     GRAPH,
     KERNELS,
     PLAIN,
     PLAIN_OR_NONE,
     TORCH,
+    any_autocast,
     are_plain,
     broadcasts,
     global_hooks_exist,
     is_tracing,
+    is_under_autocast,
     layers_are_torchs,
+    loss_is_ours_under_autocast,
     route,
     route_run,
     rows_left_to_torch,
@@ -163,14 +167,14 @@ class _Run:
         if type(input) not in PLAIN or (self.refused and all(map(is_, self.refused, (*weights, *biases)))):
             return self._one_by_one(input)
         store = network._manualbp_activations == "store"
-        if way is not TORCH and (self.size == 1 or input.dtype is torch.bfloat16):
-            way = route_run(way, input, weights, self.relu, store)
+        if way is not TORCH and (self.size == 1 or way is AUTOCAST or input.dtype is torch.bfloat16):
+            way = route_run(way, input, weights, biases, self.relu, store)
         masks = None
         if self.transparent and (dropout := self.dropout()) != ():
             # Once masks are drawn, the modules would draw others: an op that may raise where torch does not is no use.
             if dropout is None or way in (TORCH, FUNC) or not input.is_cpu or any(map(broadcasts, weights, biases)):
                 return self._one_by_one(input)
-            masks = _compute.draw_all(dropout, input, weights)
+            masks = _compute.draw_all(dropout, input, weights, way)
         if way is TORCH and self.size == 1:
             output = F.linear(input, weights[0], biases[0])
             return torch.relu(output) if self.relu else output
@@ -675,6 +679,8 @@ def whole_network(network: FusedForward, input: Any, way: str = KERNELS) -> _Par
     planned = network._planned(input, may_leave=False)
     if planned is None or planned[0] is not way:
         return None
+    if way is AUTOCAST and not loss_is_ours_under_autocast(input, *planned[2:], torch.get_autocast_dtype("cpu")):
+        return None
     if type(network).forward is not FusedForward.forward or "forward" in own:
         return None
     _, steps, weights, biases = planned
@@ -684,17 +690,22 @@ def whole_network(network: FusedForward, input: Any, way: str = KERNELS) -> _Par
     return weights, biases
 
 
+def _eager_way(input: Any) -> str:
+    """What may compute a network and its loss in one call, if anything."""
+    return AUTOCAST if any_autocast() and isinstance(input, Tensor) and is_under_autocast(input) else KERNELS
+
+
 def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
     """The loss of the network's output, and its gradients, in one pass over the batch if possible."""
-    way = GRAPH if is_dynamo_compiling() else KERNELS
+    way = GRAPH if is_dynamo_compiling() else _eager_way(input)
     parameters = whole_network(network, input, way)
     # Our op raises errors of shape itself; in a graph that would be too late.
-    if parameters is None or not target_is_ours(input, target, spec, parameters[0] if way is GRAPH else None):
+    if parameters is None or not target_is_ours(input, target, spec, parameters[0] if way is GRAPH else None, way):
         return spec.of(network(input), target)
     if way is GRAPH:
         return _compute.loss(GRAPH, input, target, *parameters, spec)
     try:
-        value = _compute.loss(KERNELS, input, target, *parameters, spec)
+        value = _compute.loss(way, input, target, *parameters, spec)
     except RuntimeError as error:
         return cast(Tensor, _instead(error, _loss_by_torch, network, input, target, spec))
     if torch.is_grad_enabled():
@@ -712,15 +723,18 @@ def loss_backward(network: FusedForward, input: Tensor, target: Tensor, spec: Lo
             return loss_backward(network, input, target, spec, op)
     if _distributed.is_initialized():
         _distributed.refuse_data_parallel(op, network)
-    parameters = whole_network(network, input)
+    way = _eager_way(input)
+    parameters = whole_network(network, input, way)
     learners = None
-    if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec):
+    if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec, way=way):
         learners = unwatched(*parameters)
     if parameters is None or not learners:
         return _backward_by_autograd(network, input, target, spec)
     weights, biases = parameters
     needs = [False, *[p is not None and p.requires_grad for p in (*weights, *biases)]]
     try:
+        if way is AUTOCAST:
+            spec = spec.under_autocast(torch.get_autocast_dtype("cpu"))
         value, *grads = spec.run(input, target, weights, biases, needs, flat=True)
     except RuntimeError as error:
         return cast(Tensor, _instead(error, _backward_by_autograd, network, input, target, spec))

@@ -21,12 +21,28 @@
 
 namespace manualbp {
 
-// Where the backward pass writes its results; nullptr: this gradient is not needed.
+// Where the backward pass writes a gradient: in the storage type or, under autocast, in the accumulator type, in which it
+// is summed. Neither: this gradient is not needed.
+template <typename T>
+struct Result {
+  using A = accumulator_t<T>;
+  Result(T* data = nullptr) : data(data) {}
+  static Result in_accumulator(A* wide) {
+    Result result;
+    result.wide = wide;
+    return result;
+  }
+  explicit operator bool() const { return data || wide; }
+  T* data;
+  A* wide = nullptr;
+};
+
+// The results of a backward pass.
 template <typename T>
 struct Gradients {
-  T* input = nullptr;  // (B, D_0)
-  std::vector<T*> omega;  // (D_{k+1}, D_k) each
-  std::vector<T*> beta;  // (D_{k+1}) each
+  Result<T> input;  // (B, D_0)
+  std::vector<Result<T>> omega;  // (D_{k+1}, D_k) each
+  std::vector<Result<T>> beta;  // (D_{k+1}) each
 };
 
 // Where each slice of the batch sums its gradients. d(beta): a row of a buffer, in double. d(Omega): a row of a
@@ -47,9 +63,8 @@ class Sums {
     return grads_.beta[k] ? betas_.data + slice * pass_.bias_sums + plan_.layers[k].bias_sums : nullptr;
   }
   A* omega(int64_t slice, size_t k) const {
-    T* const out = grads_.omega[k];
-    if (!out) return nullptr;
-    if (pass_.in_place) return reinterpret_cast<A*>(out);
+    if (!grads_.omega[k]) return nullptr;
+    if (pass_.in_place) return reinterpret_cast<A*>(grads_.omega[k].data);
     return omegas_->data + slice * pass_.weight_sums + plan_.layers[k].weight_sums;
   }
 
@@ -75,7 +90,7 @@ class Sums {
     kernels<A>().add_up(chunk, begin, end);
   }
 
-  // Adds up the slices in order and rounds to the storage type.
+  // Adds up the slices in order and rounds to the type of the result.
   void finish(const Workers& workers) const {
     // The layers are one long row of sums, because each alone would be too little for several threads.
     run_shares(pass_.in_place ? 0 : pass_.weight_sums, double(kFetchRows * pass_.slices), workers,
@@ -83,13 +98,21 @@ class Sums {
                  for (size_t k = 0; k < plan_.layers.size(); ++k) {
                    const int64_t start = plan_.layers[k].weight_sums;
                    const int64_t first = std::max(begin - start, int64_t(0)), last = std::min(end - start, size_of(k));
-                   if (!grads_.omega[k] || first >= last) continue;
-                   kernels<T>().reduce({pass_.slices, pass_.weight_sums, omega(0, k), grads_.omega[k]}, first, last);
+                   const Result<T> out = grads_.omega[k];
+                   if (!out || first >= last) continue;
+                   if (out.wide) {
+                     kernels<A>().reduce({pass_.slices, pass_.weight_sums, omega(0, k), out.wide}, first, last);
+                   } else {
+                     kernels<T>().reduce({pass_.slices, pass_.weight_sums, omega(0, k), out.data}, first, last);
+                   }
                  }
                });
     for (size_t k = 0; k < plan_.layers.size(); ++k) {
-      if (T* out = grads_.beta[k]) {
-        reduce<T>(beta(0, k), pass_.slices, pass_.bias_sums, plan_.layers[k].d_out, out, workers);
+      const Result<T> out = grads_.beta[k];
+      if (out.wide) {
+        reduce<A>(beta(0, k), pass_.slices, pass_.bias_sums, plan_.layers[k].d_out, out.wide, workers);
+      } else if (out.data) {
+        reduce<T>(beta(0, k), pass_.slices, pass_.bias_sums, plan_.layers[k].d_out, out.data, workers);
       }
     }
   }
@@ -204,10 +227,10 @@ class BackwardPass {
  private:
   static BackwardPlan plan(Network<T>& net, size_t recomputed, const Gradients<T>& grads) {
     for (size_t k = 0; k < net.layers.size(); ++k) {
-      net.plan.layers[k].weight_gradient = grads.omega[k];
-      net.plan.layers[k].bias_gradient = grads.beta[k];
+      net.plan.layers[k].weight_gradient = bool(grads.omega[k]);
+      net.plan.layers[k].bias_gradient = bool(grads.beta[k]);
     }
-    BackwardPlan pass = net.plan.backward(int64_t(recomputed), grads.input);
+    BackwardPlan pass = net.plan.backward(int64_t(recomputed), bool(grads.input));
     net.plan.divide_into_waves(pass);
     return pass;
   }
@@ -244,7 +267,7 @@ class BackwardPass {
                            further(k, first), together ? &weight : nullptr);
         df = Matrix<const T>::contiguous(below, count, layer.d_in());
       } else if (grads_.input) {
-        input_gradient<T>(df, layer, grads_.input + first * layer.d_in(), workers);
+        gradient_of_input(df, first, workers);
       }
     }
   }
@@ -330,8 +353,16 @@ class BackwardPass {
                          alone, further(k, first));
       gradient = Matrix<const T>::contiguous(below, count, net_.layers[k].d_in());
     }
-    if (T* const out = grads_.input) {
-      input_gradient<T>(gradient, net_.layers[0], out + first * net_.layers[0].d_in(), alone);
+    if (grads_.input) gradient_of_input(gradient, first, alone);
+  }
+
+  // dh_0 from df_0 of a block of rows, from row `first` on.
+  void gradient_of_input(Matrix<const T> df, int64_t first, const Workers& workers) const {
+    const auto& layer = net_.layers[0];
+    if (grads_.input.wide) {
+      input_gradient<T>(df, layer, grads_.input.wide + first * layer.d_in(), workers);
+    } else {
+      input_gradient<T>(df, layer, grads_.input.data + first * layer.d_in(), workers);
     }
   }
 
@@ -500,6 +531,7 @@ class LossPass : public BackwardPass<T> {
         group.rows = std::min(kLossRows, first + count - row);
         group.f = f + (row - first) * top_;
         if (group.target) group.target += row * group.target_row;
+        if (group.wide_target) group.wide_target += row * group.target_row;
         if (group.classes) group.classes += row * group.target_row;
         sums_[size_t(row / kLossRows)] = kernel_(group);
       }

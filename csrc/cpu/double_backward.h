@@ -58,7 +58,7 @@ class DoubleBackwardPass {
       : net_(net),
         from_(from),
         grads_(grads),
-        of_weights_{nullptr, grads.omega, std::vector<T*>(net.layers.size())},
+        of_weights_{nullptr, {grads.omega.begin(), grads.omega.end()}, std::vector<Result<T>>(net.layers.size())},
         first_(from.lowest()),
         last_(last_layer()),
         plan_(plan()),

@@ -285,12 +285,12 @@ void forward(Matrix<const T> h, const Layer<T>& layer, bool relu, T* f, const Wo
   gemm<T>(p, workers);
 }
 
-// dh (B, D_in) = df (B, D_out) Omega.
-template <typename T>
-void input_gradient(Matrix<const T> df, const Layer<T>& layer, T* dh, const Workers& workers) {
+// dh (B, D_in) = df (B, D_out) Omega. Out: the storage type, or the accumulator type.
+template <typename T, typename Out>
+void input_gradient(Matrix<const T> df, const Layer<T>& layer, Out* dh, const Workers& workers) {
   auto p = product<T>(df, layer.omega, dh, layer.d_in());
   p.packed_b = layer.packed;
-  gemm<T>(p, workers);
+  gemm<T, Out>(p, workers);
 }
 
 // Runs f(begin, end) over [0, size), for a pass that is as cheap as `passes` multiply-adds per element.

@@ -55,8 +55,9 @@ struct BatchLoss {
     terms.scale = mean ? 1.0 / double(count) : 1.0;
   }
 
-  // The loss in the storage type, from the sum over all rows.
-  void store(double sum, T* out) const { kernels<T>().store(mean ? sum / double(count) : sum, out); }
+  // The loss, from the sum over all rows, and its rounding to the storage type.
+  double value(double sum) const { return mean ? sum / double(count) : sum; }
+  void store(double sum, T* out) const { kernels<T>().store(value(sum), out); }
 
   Loss<T> terms{};
   int64_t count = 0;

@@ -51,10 +51,10 @@ std::vector<Tensor> backward(const char* op, const Tensor& grad_output, const Te
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, biases, output.has_value());
     set_dropout(op, net, dropout.kept, dropout.scales, /*needs_masks=*/!hidden);
-    if (hidden) check_stored(op, {"hidden"}, *hidden, net.hidden_size(), input);
+    if (hidden) check_stored(op, {"hidden"}, *hidden, {net.hidden_size()}, input);
     typename BackwardPass<T>::Second second;
     if (grad_hidden) {
-      check_stored(op, {"grad_hidden"}, *grad_hidden, net.hidden_size(), input);
+      check_stored(op, {"grad_hidden"}, *grad_hidden, {net.hidden_size()}, input);
       MBP_CHECK(sizeof(T) == sizeof(accumulator_t<T>), op, ": `input` must be float64 or float32, got ",
                 dtype_name(dtype_of(input)));
       second.further = const_data<T>(*grad_hidden);

@@ -25,9 +25,10 @@ Network<T> network(int64_t batch, const std::vector<Tensor>& weights, const std:
   return Network<T>(batch, layers_of<T>(weights, biases), final_relu);
 }
 
-// Checks a flat tensor of all layers' activations, or of as many numbers.
-inline void check_stored(const char* op, Name name, const Tensor& stored, int64_t size, const Tensor& input) {
-  check_same_shape(op, name, stored, {size}, input);
+// Checks a tensor that an earlier call stored, such as the flat one of all layers' activations.
+inline void check_stored(const char* op, Name name, const Tensor& stored, const std::vector<int64_t>& sizes,
+                         const Tensor& input) {
+  check_same_shape(op, name, stored, sizes, input);
   MBP_CHECK(stored.is_contiguous(), op, ": `", name, "` must be contiguous");
 }
 
@@ -69,7 +70,7 @@ void set_dropout(const char* op, Network<T>& net, const std::optional<Tensor>& k
 template <typename T>
 Gradients<T> allocate_gradients(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
                                 const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked) {
-  const auto tensors = allocate_gradients(op, input, weights, needs, flat, asked, empty);
+  const auto tensors = allocate_gradients(op, input, weights, needs, flat, asked, dtype_of(input), empty);
   const auto memory = [](const Tensor& t) { return t.defined() ? data<T>(t) : nullptr; };
   Gradients<T> grads;
   grads.input = memory(tensors.input);

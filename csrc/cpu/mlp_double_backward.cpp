@@ -82,8 +82,8 @@ std::vector<Tensor> mlp_double_backward(Tensor grad_output, Tensor input, std::v
     const auto h = as_matrix<T>(input, keep_input);
     auto net = network<T>(h.rows, weights, std::vector<std::optional<Tensor>>(weights.size()), output.has_value());
     set_dropout(op, net, {}, scales, /*needs_masks=*/false);
-    check_stored(op, {"hidden"}, hidden, net.hidden_size(), input);
-    check_stored(op, {"df"}, df, net.hidden_size(), input);
+    check_stored(op, {"hidden"}, hidden, {net.hidden_size()}, input);
+    check_stored(op, {"df"}, df, {net.hidden_size()}, input);
     Cotangents<T> from;
     if (grad_dinput) from.input = as_matrix<T>(*grad_dinput, keep_dinput);
     for (size_t k = 0; k < weights.size(); ++k) {

@@ -217,10 +217,10 @@ void per_sample(Network<T>& net, Matrix<const T> h0, const std::vector<Matrix<co
   const size_t layers = net.layers.size();
   const bool recompute = hidden.empty() && layers > 1;
   for (size_t k = 0; k < layers; ++k) {
-    net.plan.layers[k].weight_gradient = grads.omega[k];
-    net.plan.layers[k].bias_gradient = grads.beta[k];
+    net.plan.layers[k].weight_gradient = bool(grads.omega[k]);
+    net.plan.layers[k].bias_gradient = bool(grads.beta[k]);
   }
-  const BackwardPlan pass = net.plan.backward(recompute ? int64_t(layers) - 1 : 0, grads.input);
+  const BackwardPlan pass = net.plan.backward(recompute ? int64_t(layers) - 1 : 0, bool(grads.input));
   const size_t lowest = size_t(pass.lowest);
   if (lowest == layers) return;
   const Buffer<char> workspaces(net.plan.threads * pass.workspace);
@@ -257,9 +257,9 @@ void per_sample(Network<T>& net, Matrix<const T> h0, const std::vector<Matrix<co
       for (size_t k = layers; k-- > lowest;) {
         const auto& layer = net.layers[k];
         const auto h = h_of(k);
-        if (T* const dbeta = grads.beta[k]) copy<T>(df, dbeta + first * layer.d_out(), alone);
+        if (T* const dbeta = grads.beta[k].data) copy<T>(df, dbeta + first * layer.d_out(), alone);
         for (int64_t row = 0; grads.omega[k] && row < count; ++row) {
-          T* const domega = grads.omega[k] + (first + row) * layer.d_out() * layer.d_in();
+          T* const domega = grads.omega[k].data + (first + row) * layer.d_out() * layer.d_in();
           const auto outer = product<T>(rows_of(df, row, 1).transposed(), rows_of(h, row, 1), domega, layer.d_in());
           if (outer.m > 0 && outer.n > 0) kernels<T>().gemm(outer, alone.workspace());
         }
@@ -268,7 +268,7 @@ void per_sample(Network<T>& net, Matrix<const T> h0, const std::vector<Matrix<co
           hidden_gradient<T>(df, layer, h.data, A(1), below, nullptr, alone);
           df = Matrix<const T>::contiguous(below, count, layer.d_in());
         } else if (grads.input) {
-          input_gradient<T>(df, layer, grads.input + first * layer.d_in(), alone);
+          input_gradient<T>(df, layer, grads.input.data + first * layer.d_in(), alone);
         }
       }
     }

@@ -1,8 +1,9 @@
-// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_double_backward.cpp,
+// The CPU entries of the ops that ops.cpp registers, in linear_relu.cpp, mlp.cpp, mlp_autocast.cpp, mlp_double_backward.cpp,
 // mlp_stacked.cpp, mlp_loss.cpp, flow.cpp, optimizer.cpp, train.cpp and plan.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <string>
@@ -24,6 +25,21 @@ std::tuple<Tensor, Tensor> mlp(Tensor input, std::vector<Tensor> weights, std::v
 std::vector<Tensor> mlp_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
                                  std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
                                  std::optional<Tensor> output, std::vector<bool> needs);
+
+std::tuple<Tensor, Tensor> mlp_autocast(Tensor input, std::vector<Tensor> weights,
+                                        std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,
+                                        std::optional<Tensor> kept, std::vector<double> scales,
+                                        torch::headeronly::ScalarType to);
+
+std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                          std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
+                                          std::optional<Tensor> output, std::vector<bool> needs,
+                                          std::optional<Tensor> kept, std::vector<double> scales);
+
+std::vector<Tensor> mlp_autocast_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
+                                      std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
+                                      int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat,
+                                      torch::headeronly::ScalarType to);
 
 std::tuple<Tensor, Tensor> mlp_dropout(Tensor input, std::vector<Tensor> weights,
                                        std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,

@@ -41,7 +41,7 @@ inline Gradients allocate_gradients(const char* op, const OnDevice& device, cons
                                     const std::vector<Tensor>& weights, const std::vector<bool>& needs, bool flat,
                                     std::vector<Tensor>& asked) {
   const auto empty = [&](const std::vector<int64_t>& sizes, int32_t dtype) { return device.empty(sizes, dtype); };
-  Gradients grads{manualbp::allocate_gradients(op, input, weights, needs, flat, asked, empty)};
+  Gradients grads{manualbp::allocate_gradients(op, input, weights, needs, flat, asked, dtype_of(input), empty)};
   if (grads.input.defined()) grads.input = as_rows(grads.input);
   return grads;
 }

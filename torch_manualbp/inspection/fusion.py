@@ -15,7 +15,7 @@ from torch_manualbp._chains import Pending, Site, linear_arguments, tensors_in, 
 from torch_manualbp._checks import check_module
 from torch_manualbp._forwards import WrittenForward, needs_first_call
 from torch_manualbp._relus import relu_in_place
-from torch_manualbp._route import KERNELS, PLAIN, OwnFunctionMode, route, rows_of
+from torch_manualbp._route import AUTOCAST, KERNELS, PLAIN, OwnFunctionMode, route, rows_of
 from torch_manualbp.inspection._table import Table, printable
 from torch_manualbp.modules import FusedForward, has_hooks
 
@@ -131,7 +131,7 @@ class _Call:
     """A call of F.linear that torch computed, and what its output was used for."""
 
     def __init__(self, input: Tensor, output: Tensor) -> None:
-        self.for_kernels = type(input) in PLAIN and route(input) is KERNELS
+        self.for_kernels = type(input) in PLAIN and route(input) in (KERNELS, AUTOCAST)
         self.rows = rows_of(input) if isinstance(input, Tensor) else 0
         self.output = ref(output)
         self.uses: list[str] = []
@@ -219,7 +219,7 @@ class _Recorder(OwnFunctionMode):
                 else f"a subclass of nn.Linear ({type(module).__name__})"
             )
         if not call.for_kernels:
-            return "its input is not for our kernels: its class, device or layout, autocast, or a transform"
+            return "its input is not for our kernels: its class, dtype, device or layout, or a transform"
         others = sorted(set(call.uses) - {"relu", ""})
         if others:
             return f"no ReLU follows: the output goes to {', '.join(others)}"

@@ -57,8 +57,8 @@ MBP_INLINE float log_of(float v) { return __builtin_logf(v); }
 MBP_INLINE double log_of(double v) { return __builtin_log(v); }
 
 // ell = sum (f - y)^2;   df = 2 (f - y) scale
-template <typename T>
-MBP_INLINE double mse_row(T* f, const T* y, int64_t y_col, int64_t cols, accumulator_t<T> scale, bool gradient) {
+template <typename T, typename Y>
+MBP_INLINE double mse_row(T* f, const Y* y, int64_t y_col, int64_t cols, accumulator_t<T> scale, bool gradient) {
   using A = accumulator_t<T>;
   double sums[kSums] = {};
   for_columns(cols, [&](int64_t j, int s) __attribute__((always_inline)) {
@@ -70,8 +70,8 @@ MBP_INLINE double mse_row(T* f, const T* y, int64_t y_col, int64_t cols, accumul
 }
 
 // ell = sum (1 - y) f - min(f, 0) + log(1 + exp(-|f|));   df = (sigmoid(f) - y) scale
-template <typename T>
-MBP_INLINE double bce_row(T* f, const T* target, int64_t target_col, int64_t cols, accumulator_t<T> scale,
+template <typename T, typename Y>
+MBP_INLINE double bce_row(T* f, const Y* target, int64_t target_col, int64_t cols, accumulator_t<T> scale,
                           bool gradient) {
   using A = accumulator_t<T>;
   double sums[kSums] = {};
@@ -85,13 +85,13 @@ MBP_INLINE double bce_row(T* f, const T* target, int64_t target_col, int64_t col
 }
 
 // A loss of f against y, row by row. The usual cases pass constants, so that they vectorise.
-template <typename T, typename Row>
-MBP_INLINE double rows_against_target(const Loss<T>& p, const Row& row) {
+template <typename T, typename Y, typename Row>
+MBP_INLINE double rows_against_target(const Loss<T>& p, const Y* target, const Row& row) {
   const auto scale = accumulator_t<T>(p.scale);
   double sum = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     T* f = p.f + i * p.cols;
-    const T* y = p.target + i * p.target_row;
+    const Y* y = target + i * p.target_row;
     if (p.target_col != 1) {
       sum += row(f, y, p.target_col, p.cols, scale, p.gradient);
     } else if (p.gradient) {
@@ -101,6 +101,14 @@ MBP_INLINE double rows_against_target(const Loss<T>& p, const Row& row) {
     }
   }
   return sum;
+}
+// The same against the target in the type that it has.
+template <typename T, typename Row>
+MBP_INLINE double rows_against_target(const Loss<T>& p, const Row& row) {
+  if constexpr (sizeof(T) < sizeof(accumulator_t<T>)) {
+    if (p.wide_target) return rows_against_target(p, p.wide_target, row);
+  }
+  return rows_against_target(p, p.target, row);
 }
 template <typename T>
 static double mse(const Loss<T>& p) {

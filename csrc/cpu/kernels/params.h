@@ -96,6 +96,7 @@ struct Loss {
   int64_t rows, cols;
   T* f;  // (rows, cols) contiguous
   const T* target;  // (rows, cols), or nullptr
+  const accumulator_t<T>* wide_target;  // the same, if it is float32 and T is not (autocast), or nullptr
   const int64_t* classes;  // (rows), or nullptr
   int64_t target_row, target_col;
   double scale;  // of the gradient: 1, or 1 / (number of terms) for a mean
@@ -206,6 +207,7 @@ struct Kernels {
   void (*add_up)(const AddUp<A>&, int64_t begin, int64_t end);
   LossKernel<T> (*loss)(LossKind);
   void (*store)(double value, T* out);
+  void (*narrow)(const A* in, T* out, int64_t n);  // rounds n numbers
   FlowSums (*layer_flow)(const LayerFlow<T>&);
   Moments (*moments)(const T* x, const T* y, T* copy, int64_t size);
   UpdateKernel update;

@@ -35,3 +35,8 @@ static void add_up(const AddUp<A>& p, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) p.total[i] += double(p.sum[i]);
   }
 }
+
+template <typename T>
+static void narrow_numbers(const accumulator_t<T>* in, T* out, int64_t n) {
+  narrow_run<T>(in, out, n);
+}

@@ -18,6 +18,7 @@ static constexpr Kernels<T> kernels_of() {
   kernels.add_up = add_up<accumulator_t<T>>;
   kernels.loss = loss<T>;
   kernels.store = store_scalar<T>;
+  kernels.narrow = narrow_numbers<T>;
   kernels.layer_flow = layer_flow<T>;
   kernels.moments = moments<T>;
   kernels.update = update<T>;

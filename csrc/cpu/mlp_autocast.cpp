@@ -1,0 +1,199 @@
+// mlp_autocast on the CPU: what torch.autocast makes of a float32 network, in half precision. T is its type.
+//
+// Input and parameters are rounded once a call, into memory that is freed at its end. Activations, the output and its
+// gradient are stored in T. The loss and the gradients of the parameters are float32: they leave the accumulators as
+// they are. The gradient of the input has the dtype of the input.
+
+#include "loss.h"
+#include "mlp.h"
+#include "ops.h"
+
+namespace manualbp {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+int32_t dtype_of(const char* op, ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return aoti_torch_dtype_bfloat16();
+  if (dtype == ScalarType::Half) return aoti_torch_dtype_float16();
+  raise(op, ": `dtype` must be bfloat16 or float16");
+}
+
+// Calls f with a value of the type that autocast computes in.
+template <typename F>
+auto dispatch_half(const char* op, int32_t dtype, F&& f) {
+  if (dtype == aoti_torch_dtype_bfloat16()) return f(bfloat16{});
+  if (dtype == aoti_torch_dtype_float16()) return f(float16{});
+  raise(op, ": the gradient of the output must be bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+// The input and the layers of a network in T: those of its tensors that are float32 are rounded.
+template <typename T>
+class Rounded {
+ public:
+  Rounded(const Tensor& input, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases)
+      : layers(weights.size()),
+        memory_(size(input, weights, biases)),
+        free_(memory_.data),
+        workers_(nullptr, 0, torch::stable::get_num_threads()) {
+    h = is_wide(input) ? rounded(as_matrix<float>(input, keep_)) : as_matrix<T>(input, keep_);
+    for (size_t k = 0; k < weights.size(); ++k) {
+      layers[k].omega = is_wide(weights[k]) ? rounded(as_matrix<float>(weights[k])) : as_matrix<T>(weights[k]);
+      if (!biases[k] || !is_wide(*biases[k])) {
+        layers[k].beta = as_bias<T>(biases[k]);
+      } else {
+        const auto bias = as_bias<float>(biases[k]);
+        layers[k].beta = {rounded({bias.data, 1, biases[k]->size(0), 0, bias.stride}).data, 1};
+      }
+    }
+  }
+  Rounded(const Rounded&) = delete;
+
+  Matrix<const T> h;  // the input
+  std::vector<Layer<T>> layers;
+
+ private:
+  static bool is_wide(const Tensor& t) { return manualbp::dtype_of(t) == aoti_torch_dtype_float32(); }
+  static int64_t size(const Tensor& input, const std::vector<Tensor>& weights,
+                      const std::vector<std::optional<Tensor>>& biases) {
+    int64_t size = is_wide(input) ? input.numel() : 0;
+    for (const Tensor& weight : weights) size += is_wide(weight) ? weight.numel() : 0;
+    for (const auto& bias : biases) size += bias && is_wide(*bias) ? bias->numel() : 0;
+    return size;
+  }
+
+  Matrix<const T> rounded(Matrix<const float> from) {
+    if (from.row_stride == 1 && from.col_stride != 1) return rounded(from.transposed()).transposed();
+    T* const to = free_;
+    free_ += from.rows * from.cols;
+    // A pass over memory costs about as much as 16 multiply-adds per element.
+    const auto run = [&](int64_t tasks, const auto& f) { workers_.run(tasks, 16 * double(free_ - to), f); };
+    constexpr int64_t kRun = 1024;
+    if (from.col_stride == 1 && (from.row_stride == from.cols || from.rows == 1)) {
+      const int64_t numbers = from.rows * from.cols;
+      run(ceil_div(numbers, kRun), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kRun, last = std::min(end * kRun, numbers);
+        kernels<T>().narrow(from.data + first, to + first, last - first);
+      });
+    } else {
+      run(from.rows, [&](int64_t begin, int64_t end) {
+        float gathered[kRun];
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t col = 0; col < from.cols; col += kRun) {
+            const int64_t count = std::min(kRun, from.cols - col);
+            const float* const row = from.data + i * from.row_stride + col * from.col_stride;
+            for (int64_t j = 0; j < count; ++j) gathered[j] = row[j * from.col_stride];
+            kernels<T>().narrow(gathered, to + i * from.cols + col, count);
+          }
+        }
+      });
+    }
+    return Matrix<const T>::contiguous(to, from.rows, from.cols);
+  }
+
+  Buffer<T> memory_;
+  T* free_;  // what follows is free
+  Workers workers_;
+  Tensor keep_;
+};
+
+// Allocates the gradients that `needs` asks for.
+template <typename T>
+Gradients<T> allocate_mixed(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                            const std::vector<bool>& needs, bool flat, std::vector<Tensor>& asked) {
+  const auto tensors = allocate_gradients(op, input, weights, needs, flat, asked, aoti_torch_dtype_float32(), empty);
+  const auto result = [](const Tensor& t) -> Result<T> {
+    if (!t.defined()) return nullptr;
+    if (manualbp::dtype_of(t) != aoti_torch_dtype_float32()) return data<T>(t);
+    return Result<T>::in_accumulator(data<float>(t));
+  };
+  Gradients<T> grads;
+  grads.input = result(tensors.input);
+  for (const Tensor& omega : tensors.omega) grads.omega.push_back(result(omega));
+  for (const Tensor& beta : tensors.beta) grads.beta.push_back(result(beta));
+  return grads;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> mlp_autocast(Tensor input, std::vector<Tensor> weights,
+                                        std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,
+                                        std::optional<Tensor> kept, std::vector<double> scales, ScalarType to) {
+  const char* op = "mlp_autocast";
+  const int32_t dtype = dtype_of(op, to);
+  check_network(op, input, weights, biases, dtype);
+  return dispatch_half(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Rounded<T> rounded(input, weights, biases);
+    Network<T> net(rounded.h.rows, rounded.layers, final_relu);
+    set_dropout(op, net, kept, scales, /*needs_masks=*/true);
+    Tensor output = empty(with_last_size(input, weights.back().size(0)), dtype);
+    Tensor hidden = pooled({store ? net.hidden_size() : 0}, dtype);
+    net.forward(rounded.h, store ? data<T>(hidden) : nullptr, data<T>(output));
+    return std::make_tuple(output, hidden);
+  });
+}
+
+std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std::vector<Tensor> weights,
+                                          std::vector<std::optional<Tensor>> biases, std::optional<Tensor> hidden,
+                                          std::optional<Tensor> output, std::vector<bool> needs,
+                                          std::optional<Tensor> kept, std::vector<double> scales) {
+  const char* op = "mlp_autocast_backward";
+  const int32_t dtype = manualbp::dtype_of(grad_output);
+  if (hidden) biases.assign(weights.size(), std::nullopt);
+  check_network(op, input, weights, biases, dtype);
+  const auto sizes = with_last_size(input, weights.back().size(0));
+  MBP_CHECK(same_shape(grad_output, sizes), op, ": `grad_output` must have shape ", shape_text(sizes), ", got ",
+            shape_of(grad_output));
+  if (output) check_stored(op, {"output"}, *output, sizes, grad_output);
+  return dispatch_half(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor keep;
+    const Rounded<T> rounded(input, weights, biases);
+    Network<T> net(rounded.h.rows, rounded.layers, output.has_value());
+    set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
+    if (hidden) check_stored(op, {"hidden"}, *hidden, {net.hidden_size()}, grad_output);
+    std::vector<Tensor> asked;
+    const auto grads = allocate_mixed<T>(op, input, weights, needs, /*flat=*/false, asked);
+    backward<T>(net, rounded.h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
+                as_matrix<T>(grad_output, keep), output ? const_data<T>(*output) : nullptr, grads);
+    return asked;
+  });
+}
+
+std::vector<Tensor> mlp_autocast_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
+                                      std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
+                                      int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat,
+                                      ScalarType to) {
+  const char* op = "mlp_autocast_loss";
+  const LossOptions options{parse_loss(op, take_text(loss_name)), mean, ignore_index, label_smoothing};
+  const int32_t dtype = dtype_of(op, to);
+  check_network(op, input, weights, biases, dtype);
+  const int64_t cols = weights.back().size(0);
+  check_loss(op, input, target, cols, options.kind, label_smoothing, dtype);
+  return dispatch_half(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Rounded<T> rounded(input, weights, biases);
+    Tensor keep;
+    Target<T> of_loss{};
+    Matrix<const float> wide{};
+    if (has_class_target(options.kind) || manualbp::dtype_of(target) == dtype) {
+      of_loss = as_target<T>(target, options.kind, keep);
+    } else {
+      wide = as_matrix<float>(target, keep);
+      of_loss.values = {nullptr, wide.rows, wide.cols, wide.row_stride, wide.col_stride};
+    }
+    BatchLoss<T> loss(op, options, of_loss, rounded.h.rows, cols);
+    loss.terms.wide_target = wide.data;
+    std::vector<Tensor> results{empty({}, aoti_torch_dtype_float32())};
+    const auto grads = allocate_mixed<T>(op, input, weights, needs, flat, results);
+    loss.terms.gradient = results.size() > 1;
+    Network<T> net(rounded.h.rows, rounded.layers, /*final_relu=*/false);
+    const double sum = LossPass<T>(net, kernels<T>().loss(options.kind), grads).run(rounded.h, loss.terms);
+    kernels<float>().store(loss.value(sum), data<float>(results[0]));
+    return results;
+  });
+}
+
+}  // namespace manualbp
