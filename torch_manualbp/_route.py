@@ -366,13 +366,17 @@ def route_in_graph(input: Tensor, weights: Sequence[Tensor]) -> str:
     )
 
 
-def may_join_graph(value: Any) -> bool:
-    """Whether a layer of a captured graph may be ours if this is its input, weight or bias."""
+def may_join_graph(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer of a captured graph may be ours if this is its input, weight or bias, and `dtype` its output's.
+
+    Under autocast, a layer of float32 tensors has an output in half precision.
+    """
     return (
         isinstance(value, Tensor)
         and value.device.type == "cpu"
         and value.layout is torch.strided
-        and value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        and value.dtype in _KERNEL_DTYPES
+        and (value.dtype is dtype or (value.dtype is _FLOAT32 and not (_has_bfloat16_units and dtype is _BFLOAT16)))
     )
 
 

@@ -166,13 +166,11 @@ def _layer(
         return None
     input, weight, bias = _arguments(node)
     nodes = [input, weight] if bias is None else [input, weight, bias]
-    if not all(isinstance(value, fx.Node) and may_join_graph(_value(value)) for value in nodes):
+    dtype = _value(node).dtype
+    if not all(isinstance(value, fx.Node) and may_join_graph(_value(value), dtype) for value in nodes):
         return None
-    output = _value(node)
     omega, beta = _value(weight), None if bias is None else _value(bias)
     if omega.dim() != 2 or not (beta is None or (beta.dim() == 1 and beta.shape[0] == omega.shape[0])):
-        return None
-    if any(_value(value).dtype is not output.dtype for value in nodes):  # autocast
         return None
     if before is not None:
         hidden = (before.linear, before.relu, *identities)  # names of one tensor, after a ReLU in place
@@ -258,6 +256,20 @@ def _replace(graph: fx.Graph, chain: Chain, activations: str, *, eager: bool) ->
     layers, last = chain.layers, chain.layers[-1]
     inputs, weights, biases = (list(column) for column in zip(*(layer.arguments for layer in layers), strict=True))
     closed = last.relu is not None
+
+    def cast(node: fx.Node | None) -> fx.Node | None:
+        """The value in the dtype of the output: another one under autocast, which does not see our op."""
+        if node is None or _value(node).dtype is dtype:
+            return node
+        with graph.inserting_before(last.last):
+            rounded = graph.call_method("to", (node, dtype))
+        rounded.meta = {"example_value": _value(node).to(dtype)}
+        return rounded
+
+    dtype = _value(last.linear).dtype
+    if not eager:
+        inputs[0] = cast(inputs[0])
+        weights, biases = list(map(cast, weights)), list(map(cast, biases))
     function: Any
     arguments: tuple[Any, ...]
     if not eager:
