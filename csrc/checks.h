@@ -138,7 +138,9 @@ inline void check_loss(const char* op, const Tensor& input, const Tensor& target
               ": `target` of cross_entropy must hold class indices (int64), got ", dtype_name(dtype_of(target)));
     sizes.pop_back();
   } else {
-    check_dtype(op, {"target"}, target, input, autocast);
+    if (autocast == kNoAutocast) check_dtype(op, {"target"}, target, input);
+    MBP_CHECK(autocast == kNoAutocast || dtype_of(target) == aoti_torch_dtype_float32(), op,
+              ": `target` must be float32, got ", dtype_name(dtype_of(target)));
   }
   MBP_CHECK(same_shape(target, sizes), op, ": `target` must have shape ", shape_text(sizes), ", got ",
             shape_of(target));

@@ -102,10 +102,12 @@ STABLE_TORCH_LIBRARY(manualbp, m) {
       " int[] groups, bool[] fresh) -> bool");
   // Keeps what `train` needs of a network and of an optimizer beside the parameters: a handle, until `release`.
   // biases: of each layer, whether it has one; needs: which of weight 0, bias 0, weight 1, ... are trained; these are
-  // the parameters of the arguments that follow, as for update.
+  // the parameters of the arguments that follow, as for update. autocast: the dtype in which steps of float32 parameters
+  // are computed; None: that of the parameters.
   m.def(
       "keep(bool[] biases, bool[] needs, str loss, bool mean, int ignore_index, float label_smoothing, str rule,"
-      " Tensor(a!)[] states, float[] options, int[] groups, bool[] fresh) -> int");
+      " Tensor(a!)[] states, float[] options, int[] groups, bool[] fresh, ScalarType? autocast=None) -> int");
+  ;
   m.def("release(int handle) -> ()");
   // Training steps, as many as asked for or fewer once `seconds` have passed, on one batch of `batch_size` rows after
   // another (None: a single step on all rows), in the order given: loss and gradients (mlp_loss), clip_grad_norm_

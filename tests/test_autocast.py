@@ -713,3 +713,121 @@ def test_a_captured_graph(where, dtype):
     if where == "outside":
         assert compiled(input).dtype is torch.float32
     torch.compiler.reset()
+
+
+# --- mixed precision in whole steps ----------------------------------------------------------------------------------
+
+
+def state_of(model, optimizer):
+    """The parameters and the state of the optimizer."""
+    of_optimizer = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    return [*(parameter.detach().clone() for parameter in model.parameters()), *of_optimizer]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "cross_entropy"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_in_bfloat16_are_the_composition(bias, loss, max_grad_norm):
+    results = []
+    for by_kernels in (True, False):
+        torch.manual_seed(0)
+        model = mbp.MLP([6, 40, 33, 4], bias=bias)
+        model[0].weight.requires_grad_(loss != "mse")
+        optimizer = mbp.fuse(torch.optim.Adam(model.parameters(), lr=1e-2))
+        losses = []
+        for rows in (70, 70, 13):
+            input = torch.randn(rows, 6)
+            target = torch.randint(4, (rows,)) if loss == "cross_entropy" else torch.rand(rows, 4)
+            if by_kernels:
+                options = {"max_grad_norm": max_grad_norm, "dtype": torch.bfloat16}
+                losses.append(mbp.train_step(model, input, target, optimizer, loss, **options))
+            else:
+                optimizer.zero_grad()
+                with autocast():
+                    losses.append(model.loss_backward(input, target, loss))
+                if max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+                optimizer.step()
+        results.append([*losses, *state_of(model, optimizer)])
+        assert all(each.dtype is torch.float32 for each in results[-1])
+    assert_equal(*results)
+
+
+def test_steps_in_bfloat16_are_one_call(monkeypatch):
+    model, plain = mbp.MLP([6, 40, 4]), plain_network([6, 40, 4])
+    input, target = torch.randn(70, 6), torch.rand(70, 4)
+    optimizer = mbp.fuse(torch.optim.SGD(model.parameters(), lr=0.1))
+    results, train = [], _ops.train
+    monkeypatch.setattr(_ops, "train", lambda *args: results.append(train(*args)) or results[-1])
+    for _ in range(2):
+        model.train_step(input, target, optimizer, dtype=torch.bfloat16)
+    assert len(results) == 2
+    assert None not in results
+    other = torch.optim.SGD(plain.parameters(), lr=0.1)
+    assert mbp.train_step(plain, input, target, other, dtype=torch.bfloat16).dtype is torch.float32
+    assert plain[0].weight.grad is None
+
+
+def test_kinds_of_steps_alternate():
+    # What is kept of an optimizer for steps in bfloat16 does not serve steps in float32, and the other way round.
+    results = []
+    for alternating in (True, False):
+        torch.manual_seed(0)
+        model = mbp.MLP([6, 40, 4])
+        optimizer = mbp.fuse(torch.optim.Adam(model.parameters(), lr=1e-2))
+        input, target = torch.randn(70, 6), torch.rand(70, 4)
+        for dtype in (None, torch.bfloat16, None, torch.bfloat16):
+            if alternating:
+                model.train_step(input, target, optimizer, dtype=dtype)
+                continue
+            optimizer.zero_grad()
+            with autocast(enabled=dtype is not None):
+                model.loss_backward(input, target)
+            optimizer.step()
+        results.append(state_of(model, optimizer))
+    assert_equal(*results)
+
+
+def test_fit_in_bfloat16():
+    input = torch.rand(500, 2)
+    target = (input[:, :1] * input[:, 1:]).float()
+    results = []
+    for by_kernels in (True, False):
+        torch.manual_seed(0)
+        model = mbp.MLP([2, 32, 1])
+        optimizer = mbp.fuse(torch.optim.Adam(model.parameters(), lr=1e-2))
+        generator = torch.Generator().manual_seed(1)
+        if by_kernels:
+            options = {"epochs": 3, "batch_size": 64, "generator": generator, "dtype": torch.bfloat16}
+            history = mbp.fit(model, input, target, optimizer, **options)
+            losses = history.step_losses
+        else:
+            losses = []
+            for _ in range(3):
+                for rows in torch.randperm(500, generator=generator).split(64):
+                    losses.append(
+                        mbp.train_step(model, input[rows], target[rows], optimizer, dtype=torch.bfloat16).double()
+                    )
+            losses = torch.stack(losses)
+        results.append([losses, *state_of(model, optimizer)])
+    assert_equal(*results)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))  # any module
+    history = mbp.fit(model, input, target, torch.optim.Adam(model.parameters()), dtype=torch.bfloat16)
+    assert len(history.loss) == 1
+    assert model[0].weight.dtype is torch.float32
+
+
+def test_dtypes_of_steps_are_checked():
+    model = mbp.MLP([2, 3, 1])
+    arguments = model, torch.ones(4, 2), torch.ones(4, 1), torch.optim.SGD(model.parameters())
+    for function, name in ((mbp.train_step, "train_step"), (mbp.fit, "fit"), (mbp.MLP.train_step, "MLP.train_step")):
+        with pytest.raises(ValueError, match=f"{name}: `dtype` must be torch.bfloat16 or None, got torch.float16"):
+            function(*arguments, dtype=torch.float16)
+        with pytest.raises(TypeError, match=f"{name}: `dtype` must be torch.bfloat16 or None, got str"):
+            function(*arguments, dtype="bfloat16")
+    double = mbp.MLP([2, 3, 1]).double()  # autocast leaves float64 as it is
+    optimizer = torch.optim.SGD(double.parameters())
+    value = mbp.train_step(
+        double, torch.ones(4, 2).double(), torch.ones(4, 1).double(), optimizer, dtype=torch.bfloat16
+    )
+    assert value.dtype is torch.float64

@@ -6,6 +6,7 @@ The ops check shapes and dtypes themselves (csrc/checks.h), where it costs nothi
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,6 +82,16 @@ def check_optimizer(op: str, optimizer: Any) -> None:
         kind = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
         got = f"the class {kind}" if isinstance(optimizer, type) else kind
         raise TypeError(f"{op}: `optimizer` must be a torch.optim.Optimizer, or wrap one, got {got}")
+
+
+def check_compute_dtype(op: str, dtype: Any) -> None:
+    """Raises an error unless steps can be computed in this dtype: bfloat16, or None, that of the parameters."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{op}: `dtype` must be torch.bfloat16 or None, got {type(dtype).__name__}")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(
+            f"{op}: `dtype` must be torch.bfloat16 or None, got {dtype}; float16 needs a GradScaler and its own loop"
+        )
 
 
 def check_max_grad_norm(op: str, value: Any) -> None:

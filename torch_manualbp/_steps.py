@@ -11,7 +11,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from time import perf_counter
@@ -21,10 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from torch_manualbp import _distributed, _ops
-from torch_manualbp._checks import check_max_grad_norm, check_optimizer, check_tensor, name_call
+from torch_manualbp._checks import (
+    check_compute_dtype,
+    check_max_grad_norm,
+    check_optimizer,
+    check_tensor,
+    name_call,
+)
 from torch_manualbp._gradients import unwatched, use_count
 from torch_manualbp._losses import LossSpec
-from torch_manualbp._route import target_is_ours
+from torch_manualbp._route import loss_is_ours_under_autocast, target_is_ours
 from torch_manualbp.modules import FusedForward, hook_counter, loss_backward, no_plan, whole_network
 from torch_manualbp.optimizers import Arguments, arguments_of, finish, steps_by_kernels
 
@@ -43,15 +49,24 @@ class Steps:
         loss: a named loss, or a function (output, target) → the loss, a scalar.
         max_grad_norm: of ``clip_grad_norm_``, over the parameters of the model; None: gradients are not clipped.
         op: the public function that errors name.
+        dtype: in which autocast computes the loss and its gradients; None: autocast stays as it is.
     """
 
-    __slots__ = ("_loss", "_max_grad_norm", "_model", "_op", "_optimizer")
+    __slots__ = ("_dtype", "_loss", "_max_grad_norm", "_model", "_op", "_optimizer")
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, loss: LossSpec | LossFunction, max_grad_norm: float | None, op: str
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        loss: LossSpec | LossFunction,
+        max_grad_norm: float | None,
+        op: str,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_optimizer(op, optimizer)
         check_max_grad_norm(op, max_grad_norm)
+        check_compute_dtype(op, dtype)
+        self._dtype = dtype
         self._model = model
         self._optimizer = optimizer
         self._loss = loss
@@ -126,6 +141,10 @@ class Steps:
         parameters = whole_network(network, input)
         if parameters is None or input.requires_grad or not input.is_cpu or not target_is_ours(input, target, loss):
             return None
+        if (dtype := self._dtype) is not None:
+            if input.dtype is not torch.float32 or not loss_is_ours_under_autocast(input, *parameters, dtype):
+                return None
+            loss = loss.under_autocast(dtype)
         if _distributed.is_initialized() or not steps_by_kernels(optimizer):
             return None
         kept: _Kept | None = optimizer.__dict__.get("_manualbp_kept")
@@ -162,6 +181,10 @@ class Steps:
             for parameter, grad in zip(parameters, before, strict=True):
                 parameter.grad = grad
 
+    def _autocast(self, input: Tensor) -> AbstractContextManager[Any]:
+        """In which the loss is computed."""
+        return nullcontext() if self._dtype is None else torch.autocast(input.device.type, self._dtype)
+
     def _compose(self, input: Tensor, target: Tensor, parameters: list[Tensor]) -> Tensor:
         """One step; at its end the ``.grad`` of the parameters are those of this step."""
         if not _needs_closure(self._optimizer):
@@ -186,12 +209,13 @@ class Steps:
         input, target = (each.clone() if each.is_inference() else each for each in (input, target))
         if isinstance(model, FusedForward) and isinstance(loss, LossSpec):
             try:
-                value = loss_backward(model, input, target, loss, self._op)
+                with self._autocast(input):
+                    value = loss_backward(model, input, target, loss, self._op)
             except Exception as error:
                 name_call(error, self._op)
                 raise
         else:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._autocast(input):
                 value = loss.of(model(input), target) if isinstance(loss, LossSpec) else loss(model(input), target)
             if not isinstance(value, Tensor):
                 raise TypeError(f"{self._op}: `loss` must return a Tensor, got {type(value).__name__}")
@@ -263,7 +287,7 @@ class _Kept:
         needs = [each is not None and each.requires_grad for each in in_turn]
         options = loss.name, loss.reduction == "mean", loss.ignore_index, loss.label_smoothing
         try:
-            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, *arguments)
+            kept.handle = _ops.keep([bias is not None for bias in biases], needs, *options, *arguments, loss.autocast)
         except RuntimeError:  # for example because a state is the negative view of something
             return None
         weakref.finalize(kept, _ops.release, kept.handle).atexit = False

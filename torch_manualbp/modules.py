@@ -644,6 +644,7 @@ class MLP(FusedForward):
         max_grad_norm: float | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """One step of training, forward, loss, backward and update: see `torch_manualbp.train_step`.
 
@@ -656,7 +657,7 @@ class MLP(FusedForward):
         """
         try:
             spec = loss_spec(loss, reduction, ignore_index, label_smoothing)
-            return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step").one(input, target)
+            return _steps.Steps(self, optimizer, spec, max_grad_norm, "MLP.train_step", dtype).one(input, target)
         except Exception as error:
             name_call(error, "MLP.train_step")
             raise

@@ -36,6 +36,7 @@ def train_step(
     max_grad_norm: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One step of training: forward, loss, backward and update. `MLP.train_step` is the same as a method.
 
@@ -62,6 +63,8 @@ def train_step(
         max_grad_norm: all gradients of the model are scaled so that their total norm is at most this.
         ignore_index: the class that "cross_entropy" leaves out.
         label_smoothing: of "cross_entropy", in [0, 1].
+        dtype: ``torch.bfloat16`` computes the loss and its gradients as under ``torch.autocast``, in half of the memory
+            (mixed precision). The parameters, their gradients and the state of the optimizer keep their dtype.
 
     Returns:
         The loss before the update, a detached scalar.
@@ -69,7 +72,7 @@ def train_step(
     Raises:
         TypeError: an argument is of another type.
         ValueError: unknown `loss` or `reduction`, `max_grad_norm` is not positive, `label_smoothing` is not in [0, 1],
-            or an option of the named losses is given for a function.
+            an option of the named losses is given for a function, or `dtype` is neither bfloat16 nor None.
         RuntimeError: as the model raises it if `input` does not fit; or `model` is a fused network inside
             DistributedDataParallel or the like, which combines the gradients of all processes: pass the wrapper.
 
@@ -85,7 +88,7 @@ def train_step(
     """
     check_module("train_step", model)
     spec = _checked_loss("train_step", loss, reduction, ignore_index, label_smoothing)
-    return Steps(model, optimizer, spec, max_grad_norm, "train_step").one(input, target)
+    return Steps(model, optimizer, spec, max_grad_norm, "train_step", dtype).one(input, target)
 
 
 class History:
@@ -255,6 +258,7 @@ def fit(
     patience: int | None = None,
     progress: bool = False,
     callback: Callable[[History], Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> History:
     """Trains a model for epochs of mini-batches of rows.
 
@@ -293,6 +297,7 @@ def fit(
             not.
         progress: shows a tqdm bar.
         callback: is called with the `History` after each epoch; training ends if it returns True.
+        dtype: of the steps, as in `train_step`; the validation is computed in the dtype of the parameters.
 
     Returns:
         A `History`, to be printed; ``.loss``, ``.step_losses``, ``.validation_loss``, ``.plot()``, ``.to_dict()``.
@@ -316,7 +321,7 @@ def fit(
     """
     check_module("fit", model)
     spec = _checked_loss("fit", loss, "mean", IGNORE_INDEX, 0.0)
-    steps = Steps(model, optimizer, spec, max_grad_norm, "fit")
+    steps = Steps(model, optimizer, spec, max_grad_norm, "fit", dtype)
     _check_rows("input", input, "target", target)
     _check_int("epochs", epochs, 0)
     _check_int("batch_size", batch_size, 1)

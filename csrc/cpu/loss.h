@@ -55,6 +55,18 @@ struct BatchLoss {
     terms.scale = mean ? 1.0 / double(count) : 1.0;
   }
 
+  // The same against a target of type P: T or, under autocast, the accumulator type of T.
+  template <typename P>
+  static BatchLoss against(const char* op, const LossOptions& options, const Target<P>& target, int64_t rows,
+                           int64_t cols) {
+    const Matrix<const P> y = target.values;
+    Target<T> same{{nullptr, y.rows, y.cols, y.row_stride, y.col_stride}, target.classes};
+    if constexpr (std::is_same_v<T, P>) same.values = y;
+    BatchLoss loss(op, options, same, rows, cols);
+    if constexpr (!std::is_same_v<T, P>) loss.terms.wide_target = y.data;
+    return loss;
+  }
+
   // The loss, from the sum over all rows, and its rounding to the storage type.
   double value(double sum) const { return mean ? sum / double(count) : sum; }
   void store(double sum, T* out) const { kernels<T>().store(value(sum), out); }

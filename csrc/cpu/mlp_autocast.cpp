@@ -4,6 +4,7 @@
 // gradient are stored in T. The loss and the gradients of the parameters are float32: they leave the accumulators as
 // they are. The gradient of the input has the dtype of the input.
 
+#include "autocast.h"
 #include "loss.h"
 #include "mlp.h"
 #include "ops.h"
@@ -11,14 +12,6 @@
 namespace manualbp {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-
-int32_t dtype_of(const char* op, ScalarType dtype) {
-  if (dtype == ScalarType::BFloat16) return aoti_torch_dtype_bfloat16();
-  if (dtype == ScalarType::Half) return aoti_torch_dtype_float16();
-  raise(op, ": `dtype` must be bfloat16 or float16");
-}
 
 // Calls f with a value of the type that autocast computes in.
 template <typename F>
@@ -54,7 +47,7 @@ class Rounded {
   std::vector<Layer<T>> layers;
 
  private:
-  static bool is_wide(const Tensor& t) { return manualbp::dtype_of(t) == aoti_torch_dtype_float32(); }
+  static bool is_wide(const Tensor& t) { return dtype_of(t) == aoti_torch_dtype_float32(); }
   static int64_t size(const Tensor& input, const std::vector<Tensor>& weights,
                       const std::vector<std::optional<Tensor>>& biases) {
     int64_t size = is_wide(input) ? input.numel() : 0;
@@ -64,32 +57,9 @@ class Rounded {
   }
 
   Matrix<const T> rounded(Matrix<const float> from) {
-    if (from.row_stride == 1 && from.col_stride != 1) return rounded(from.transposed()).transposed();
     T* const to = free_;
     free_ += from.rows * from.cols;
-    // A pass over memory costs about as much as 16 multiply-adds per element.
-    const auto run = [&](int64_t tasks, const auto& f) { workers_.run(tasks, 16 * double(free_ - to), f); };
-    constexpr int64_t kRun = 1024;
-    if (from.col_stride == 1 && (from.row_stride == from.cols || from.rows == 1)) {
-      const int64_t numbers = from.rows * from.cols;
-      run(ceil_div(numbers, kRun), [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kRun, last = std::min(end * kRun, numbers);
-        kernels<T>().narrow(from.data + first, to + first, last - first);
-      });
-    } else {
-      run(from.rows, [&](int64_t begin, int64_t end) {
-        float gathered[kRun];
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t col = 0; col < from.cols; col += kRun) {
-            const int64_t count = std::min(kRun, from.cols - col);
-            const float* const row = from.data + i * from.row_stride + col * from.col_stride;
-            for (int64_t j = 0; j < count; ++j) gathered[j] = row[j * from.col_stride];
-            kernels<T>().narrow(gathered, to + i * from.cols + col, count);
-          }
-        }
-      });
-    }
-    return Matrix<const T>::contiguous(to, from.rows, from.cols);
+    return manualbp::rounded<T>(from, to, workers_);
   }
 
   Buffer<T> memory_;
@@ -105,8 +75,7 @@ Gradients<T> allocate_mixed(const char* op, const Tensor& input, const std::vect
   const auto tensors = allocate_gradients(op, input, weights, needs, flat, asked, aoti_torch_dtype_float32(), empty);
   const auto result = [](const Tensor& t) -> Result<T> {
     if (!t.defined()) return nullptr;
-    if (manualbp::dtype_of(t) != aoti_torch_dtype_float32()) return data<T>(t);
-    return Result<T>::in_accumulator(data<float>(t));
+    return dtype_of(t) == aoti_torch_dtype_float32() ? result_in<T>(data<float>(t)) : result_in<T>(data<T>(t));
   };
   Gradients<T> grads;
   grads.input = result(tensors.input);
@@ -119,9 +88,10 @@ Gradients<T> allocate_mixed(const char* op, const Tensor& input, const std::vect
 
 std::tuple<Tensor, Tensor> mlp_autocast(Tensor input, std::vector<Tensor> weights,
                                         std::vector<std::optional<Tensor>> biases, bool final_relu, bool store,
-                                        std::optional<Tensor> kept, std::vector<double> scales, ScalarType to) {
+                                        std::optional<Tensor> kept, std::vector<double> scales,
+                                        torch::headeronly::ScalarType to) {
   const char* op = "mlp_autocast";
-  const int32_t dtype = dtype_of(op, to);
+  const int32_t dtype = half_of(op, to);
   check_network(op, input, weights, biases, dtype);
   return dispatch_half(op, dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -140,7 +110,7 @@ std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std:
                                           std::optional<Tensor> output, std::vector<bool> needs,
                                           std::optional<Tensor> kept, std::vector<double> scales) {
   const char* op = "mlp_autocast_backward";
-  const int32_t dtype = manualbp::dtype_of(grad_output);
+  const int32_t dtype = dtype_of(grad_output);
   if (hidden) biases.assign(weights.size(), std::nullopt);
   check_network(op, input, weights, biases, dtype);
   const auto sizes = with_last_size(input, weights.back().size(0));
@@ -165,10 +135,10 @@ std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std:
 std::vector<Tensor> mlp_autocast_loss(Tensor input, Tensor target, std::vector<Tensor> weights,
                                       std::vector<std::optional<Tensor>> biases, StringHandle loss_name, bool mean,
                                       int64_t ignore_index, double label_smoothing, std::vector<bool> needs, bool flat,
-                                      ScalarType to) {
+                                      torch::headeronly::ScalarType to) {
   const char* op = "mlp_autocast_loss";
   const LossOptions options{parse_loss(op, take_text(loss_name)), mean, ignore_index, label_smoothing};
-  const int32_t dtype = dtype_of(op, to);
+  const int32_t dtype = half_of(op, to);
   check_network(op, input, weights, biases, dtype);
   const int64_t cols = weights.back().size(0);
   check_loss(op, input, target, cols, options.kind, label_smoothing, dtype);
@@ -176,16 +146,7 @@ std::vector<Tensor> mlp_autocast_loss(Tensor input, Tensor target, std::vector<T
     using T = decltype(zero);
     const Rounded<T> rounded(input, weights, biases);
     Tensor keep;
-    Target<T> of_loss{};
-    Matrix<const float> wide{};
-    if (has_class_target(options.kind) || manualbp::dtype_of(target) == dtype) {
-      of_loss = as_target<T>(target, options.kind, keep);
-    } else {
-      wide = as_matrix<float>(target, keep);
-      of_loss.values = {nullptr, wide.rows, wide.cols, wide.row_stride, wide.col_stride};
-    }
-    BatchLoss<T> loss(op, options, of_loss, rounded.h.rows, cols);
-    loss.terms.wide_target = wide.data;
+    auto loss = BatchLoss<T>::against(op, options, as_target<float>(target, options.kind, keep), rounded.h.rows, cols);
     std::vector<Tensor> results{empty({}, aoti_torch_dtype_float32())};
     const auto grads = allocate_mixed<T>(op, input, weights, needs, flat, results);
     loss.terms.gradient = results.size() > 1;

@@ -90,7 +90,8 @@ bool update(std::vector<Tensor> parameters, std::vector<Tensor> gradients, Strin
 
 int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
              double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
-             std::vector<int64_t> groups, std::vector<bool> fresh);
+             std::vector<int64_t> groups, std::vector<bool> fresh,
+             std::optional<torch::headeronly::ScalarType> autocast);
 
 void release(int64_t handle);
 

@@ -18,6 +18,7 @@
 #include <mutex>
 #include <optional>
 
+#include "autocast.h"
 #include "loss.h"
 #include "mlp.h"
 #include "ops.h"
@@ -70,13 +71,13 @@ class Rows {
   std::optional<Buffer<T>> copies_;
 };
 
-// The gradients of one step, in one block of memory.
-template <typename T>
+// The gradients of one step, in one block of memory. T: the type of the computation; P: of the parameters.
+template <typename T, typename P>
 struct StepGradients {
   // trained: the parameters that `needs` asks for; biases: which layers have one.
   StepGradients(const std::vector<Tensor>& trained, const std::vector<bool>& biases, const std::vector<bool>& needs,
                 int32_t dtype) {
-    constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
+    constexpr int64_t kAlign = 64 / int64_t(sizeof(P));
     int64_t size = 0;
     for (const Tensor& parameter : trained) {
       sizes.push_back(parameter.numel());
@@ -86,11 +87,11 @@ struct StepGradients {
     memory = empty({size}, dtype);
     size_t next = 0;
     for (size_t k = 0; k < biases.size(); ++k) {
-      pointers.omega.push_back(needs[2 * k] ? at(next++) : nullptr);
-      pointers.beta.push_back(needs[2 * k + 1] && biases[k] ? at(next++) : nullptr);
+      pointers.omega.push_back(result_in<T>(needs[2 * k] ? at(next++) : nullptr));
+      pointers.beta.push_back(result_in<T>(needs[2 * k + 1] && biases[k] ? at(next++) : nullptr));
     }
   }
-  T* at(size_t i) const { return data<T>(memory) + offsets[i]; }
+  P* at(size_t i) const { return data<P>(memory) + offsets[i]; }
 
   std::vector<int64_t> sizes, offsets;  // in the order of layers, each weight before its bias
   Tensor memory;
@@ -102,7 +103,8 @@ struct StepGradients {
 template <typename T>
 class Clip {
  public:
-  Clip(const StepGradients<T>& grads, double max_norm) : max_norm_(max_norm) {
+  template <typename Computed>
+  Clip(const StepGradients<Computed, T>& grads, double max_norm) : max_norm_(max_norm) {
     const size_t count = grads.sizes.size();
     norms_ = empty({int64_t(count)}, dtype_of(grads.memory));
     for (size_t i = 0; i < count; ++i) views_.push_back(seen_as(grads.memory, {grads.sizes[i]}, {1}, grads.offsets[i]));
@@ -178,6 +180,7 @@ struct Seen {
 // What `keep` was given, and what `train` keeps from one call to the next.
 struct Kept {
   std::vector<bool> biases, needs;
+  int32_t autocast;  // the dtype in which steps are computed, or kNoAutocast: that of the parameters
   LossOptions loss;
   std::string rule;
   std::vector<Tensor> states;
@@ -239,16 +242,20 @@ struct Batches {
 };
 
 // Training steps of a network. It refers to the memory of the parameters and states, but to none of their tensors:
-// torch counts the references to a parameter (swap_tensors, or `use_count` in Python).
-template <typename T>
+// torch counts the references to a parameter (swap_tensors, or `use_count` in Python). T: the type of the computation; P:
+// of input, target, parameters and loss. If they differ, each step rounds the input and the parameters to T.
+template <typename T, typename P>
 class Training {
+  static constexpr bool kMixed = !std::is_same_v<T, P>;
+
  public:
   Training(const char* op, const Kept& kept, const std::vector<Tensor>& weights,
            const std::vector<std::optional<Tensor>>& biases, const std::vector<Tensor>& trained,
            const std::vector<double>& options, std::optional<double> max_grad_norm)
       : op_(op),
         loss_(kept.loss),
-        layers_(layers_of<T>(weights, biases)),
+        layers_(layers_of<P>(weights, biases)),
+        low_(kMixed ? size_of(layers_) : 0),
         grads_(trained, kept.biases, kept.needs, dtype_of(weights[0])),
         updater_(op, kept.rule, trained, kept.states, options, kept.groups, kept.fresh) {
     for (size_t i = 0; i < trained.size(); ++i) updater_.set_gradient(int64_t(i), grads_.at(i));
@@ -256,23 +263,33 @@ class Training {
   }
 
   bool fits() const { return updater_.fits(); }
-  int64_t bytes() const { return grads_.memory.numel() * int64_t(sizeof(T)) + (pass_ ? pass_->loss.bytes() : 0); }
+  int64_t bytes() const {
+    const int64_t low = kMixed ? size_of(layers_) + (pass_ ? pass_->rows * layers_[0].d_in() : 0) : 0;
+    return grads_.memory.numel() * int64_t(sizeof(P)) + low * int64_t(sizeof(T)) + (pass_ ? pass_->loss.bytes() : 0);
+  }
 
   // One step on rows [first, first + count); writes the loss of before the update.
-  void step(const Batches<T>& data, int64_t first, int64_t count, T* loss) {
+  void step(const Batches<P>& data, int64_t first, int64_t count, P* loss) {
     data.input.check(op_, first, count);
     Pass& pass = pass_of(count);
     const Workers& workers = pass.loss.workers();
     const auto h = data.input.batch(first, count, workers);
-    Target<T> target{};
+    Target<P> target{};
     if (has_class_target(loss_.kind)) {
       target.classes = data.classes.batch(first, count, workers);
     } else {
       target.values = data.values.batch(first, count, workers);
     }
-    BatchLoss<T> batch(op_, loss_, target, count, pass.net.plan.top);
+    auto batch = BatchLoss<T>::against(op_, loss_, target, count, pass.net.plan.top);
     batch.terms.gradient = true;
-    batch.store(pass.loss.run(h, batch.terms), loss);
+    double sum;
+    if constexpr (kMixed) {
+      round_parameters(workers);
+      sum = pass.loss.run(rounded<T>(h, pass.low_input.data, workers), batch.terms);
+    } else {
+      sum = pass.loss.run(h, batch.terms);
+    }
+    kernels<P>().store(batch.value(sum), loss);
     if (clip_) updater_.set_gradient_scale(clip_->factor());
     updater_.next_step();
     updater_.run();
@@ -283,23 +300,59 @@ class Training {
   struct Pass {
     Pass(int64_t rows, const Training& t)
         : rows(rows),
-          net(rows, t.layers_, /*final_relu=*/false),
-          loss(net, kernels<T>().loss(t.loss_.kind), t.grads_.pointers) {}
+          net(rows, t.computed_layers(), /*final_relu=*/false),
+          loss(net, kernels<T>().loss(t.loss_.kind), t.grads_.pointers),
+          low_input(kMixed ? rows * t.layers_[0].d_in() : 0) {}
     int64_t rows;
     Network<T> net;
     LossPass<T> loss;
+    Buffer<T> low_input;
   };
   Pass& pass_of(int64_t rows) {
     if (!pass_ || pass_->rows != rows) pass_.emplace(rows, *this);
     return *pass_;
   }
 
+  static int64_t size_of(const std::vector<Layer<P>>& layers) {
+    int64_t size = 0;
+    for (const auto& layer : layers) size += layer.d_out() * (layer.d_in() + 1);
+    return size;
+  }
+
+  // The layers that the passes read: those of the parameters, or of their rounded copies, which lie one after another.
+  std::vector<Layer<T>> computed_layers() const {
+    if constexpr (kMixed) {
+      std::vector<Layer<T>> layers(layers_.size());
+      T* at = low_.data;
+      for (size_t k = 0; k < layers.size(); ++k) {
+        const int64_t d_out = layers_[k].d_out(), d_in = layers_[k].d_in();
+        layers[k].omega = Matrix<const T>::contiguous(at, d_out, d_in);
+        at += d_out * d_in;
+        if (layers_[k].beta.data) layers[k].beta = {at, 1};
+        at += d_out;
+      }
+      return layers;
+    } else {
+      return layers_;
+    }
+  }
+  void round_parameters(const Workers& workers) const {
+    T* at = low_.data;
+    for (const auto& layer : layers_) {
+      rounded<T>(Matrix<const P>::contiguous(layer.omega.data, layer.d_out(), layer.d_in()), at, workers);
+      at += layer.d_out() * layer.d_in();
+      if (layer.beta.data) rounded<T>(Matrix<const P>::contiguous(layer.beta.data, 1, layer.d_out()), at, workers);
+      at += layer.d_out();
+    }
+  }
+
   const char* op_;
   LossOptions loss_;
-  std::vector<Layer<T>> layers_;
-  StepGradients<T> grads_;
+  std::vector<Layer<P>> layers_;
+  Buffer<T> low_;  // the rounded parameters
+  StepGradients<T, P> grads_;
   Updater updater_;
-  std::optional<Clip<T>> clip_;
+  std::optional<Clip<P>> clip_;
   std::optional<Pass> pass_;
 };
 
@@ -313,7 +366,8 @@ void check_order(const char* op, const Tensor& order) {
 
 int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle loss_name, bool mean, int64_t ignore_index,
              double label_smoothing, StringHandle rule, std::vector<Tensor> states, std::vector<double> options,
-             std::vector<int64_t> groups, std::vector<bool> fresh) {
+             std::vector<int64_t> groups, std::vector<bool> fresh,
+             std::optional<torch::headeronly::ScalarType> autocast) {
   const char* op = "keep";
   const std::string rule_name = take_text(rule), loss = take_text(loss_name);
   MBP_CHECK(!biases.empty(), op, ": `biases` must hold at least one item");
@@ -323,6 +377,7 @@ int64_t keep(std::vector<bool> biases, std::vector<bool> needs, StringHandle los
   kept->loss = {parse_loss(op, loss), mean, ignore_index, label_smoothing};
   kept->biases = std::move(biases);
   kept->needs = std::move(needs);
+  kept->autocast = autocast ? half_of(op, *autocast) : kNoAutocast;
   kept->rule = rule_name;
   kept->states = std::move(states);
   kept->options = std::move(options);
@@ -370,22 +425,23 @@ std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::op
   }
   const Tensor& last = parameters[wanted - (kept->biases.back() ? 2 : 1)];
   check_loss(op, input, target, last.size(0), kept->loss.kind, kept->loss.label_smoothing);
-  return dispatch(op, input, [&](auto zero) -> std::optional<Tensor> {
-    using T = decltype(zero);
+  const auto steps_of = [&](auto computed, auto stored) -> std::optional<Tensor> {
+    using T = decltype(computed);
+    using P = decltype(stored);
     Tensor keep_input, keep_target;
-    const auto h = as_matrix<T>(input, keep_input);
+    const auto h = as_matrix<P>(input, keep_input);
     if (order) check_order(op, *order);
     const int64_t rows = order ? order->numel() : h.rows, batch = std::min(batch_size.value_or(rows), rows);
     const int64_t most = (batch ? (rows - 1) / batch : 0) + 1;
     MBP_CHECK(steps >= 1 && steps <= most, op, ": `steps` must be between 1 and ", most, ", got ", steps);
     const auto network =
-        known ? std::static_pointer_cast<Training<T>>(known)
-              : std::make_shared<Training<T>>(op, *kept, weights, biases, trained, options, max_grad_norm);
+        known ? std::static_pointer_cast<Training<T, P>>(known)
+              : std::make_shared<Training<T, P>>(op, *kept, weights, biases, trained, options, max_grad_norm);
     if (!network->fits()) return std::nullopt;
-    const Batches<T> batches(h, as_target<T>(target, kept->loss.kind, keep_target),
+    const Batches<P> batches(h, as_target<P>(target, kept->loss.kind, keep_target),
                              order ? const_data<int64_t>(*order) : nullptr, batch);
     const Tensor losses = batch_size ? empty({steps}, dtype_of(input)) : empty({}, dtype_of(input));
-    T* const values = data<T>(losses);
+    P* const values = data<P>(losses);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     int64_t step = 0;
     while (step < steps) {
@@ -405,7 +461,11 @@ std::optional<Tensor> train(int64_t handle, Tensor input, Tensor target, std::op
       kept->seen = std::move(seen);
     }
     return step < steps ? seen_as(losses, {step}, {1}) : losses;
-  });
+  };
+  if (kept->autocast == kNoAutocast) return dispatch(op, input, [&](auto zero) { return steps_of(zero, zero); });
+  MBP_CHECK(dtype_of(input) == aoti_torch_dtype_float32(), op, ": `input` must be float32, got ",
+            dtype_name(dtype_of(input)));
+  return kept->autocast == aoti_torch_dtype_bfloat16() ? steps_of(bfloat16{}, float{}) : steps_of(float16{}, float{});
 }
 
 }  // namespace manualbp
