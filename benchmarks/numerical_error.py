@@ -1,6 +1,6 @@
 """How far are outputs and gradients from float64, here and in eager, as depth, width and batch size grow?
 
-    python benchmarks/numerical_error.py --json build/numerical_error.json        (two minutes)
+    python benchmarks/numerical_error.py --json build/numerical_error.json        (ten minutes)
     python benchmarks/numerical_error.py --quick
 
 The error is ‖got − want‖ / ‖want‖, over the output or over all gradients together, where `want` comes from float64
@@ -8,7 +8,8 @@ autograd on the same numbers (for float64: from exact Python integers, for one l
 random networks. A pre-activation within rounding of 0 may fall on either side of the ReLU, also in eager; this is part
 of the gradients' error and grows with the number of units. The kernels sum in parts of 64 terms, and sums over the
 batch also in slices and blocks, which is more accurate than one running sum. Half precision is summed in float32 and
-rounded when a tensor is stored. docs/numerics.md has the results.
+rounded when a tensor is stored. Under autocast the network is float32, so that the rounding of its weights and input is
+part of the error. docs/numerics.md has the results.
 
 tests/helpers.py and tests/fuzz bound the errors of single elements.
 """
@@ -88,7 +89,9 @@ def relative(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return float((difference / size) ** 0.5)
 
 
-def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> tuple[Found, Found]:
+def errors(
+    sizes: list[int], batch: int, dtype: torch.dtype, draws: int, autocast: torch.dtype | None = None
+) -> tuple[Found, Found]:
     """The median errors of the output and of the gradients."""
     outputs: dict[str, list[float]] = {peer: [] for peer in PEERS}
     gradients: dict[str, list[float]] = {peer: [] for peer in PEERS}
@@ -104,7 +107,8 @@ def errors(sizes: list[int], batch: int, dtype: torch.dtype, draws: int) -> tupl
         exact.load_state_dict(model.state_dict())
         output, grads = eager(exact, x.double(), target.double())
         for peer, step in PEERS.items():
-            got, got_grads = step(model, x, target)
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                got, got_grads = step(model, x, target)
             gradients[peer].append(relative(got_grads, grads))
             if got is not None:
                 outputs[peer].append(relative([got], [output]))
@@ -186,16 +190,17 @@ def main() -> None:
     load = os.getloadavg()[0]
     in_float32: dict[str, dict[str, Any]] = {}
 
-    def measure(dtype: torch.dtype) -> Iterable[tuple[str, tuple[Found, Found]]]:
-        single = dtype is torch.float32
+    def measure(dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterable[tuple[str, tuple[Found, Found]]]:
+        single = dtype is torch.float32 and autocast is None
+        name = f"autocast to {autocast}" if autocast else f"{dtype}"
         for sweep in sweeps(options.quick):
             curves: dict[str, dict[str, list[float | None]]] = {what: {p: [] for p in PEERS} for what in QUANTITIES}
-            for n in sweep.values if single else sweep.values[-1:] if options.quick else sweep.values[1::3]:
-                found = errors(*sweep.network(n), dtype, draws)
+            for n in sweep.values if single else sweep.values[-1:] if options.quick else sweep.values[1::2]:
+                found = errors(*sweep.network(n), dtype, draws, autocast)
                 for what, of_peer in zip(QUANTITIES, found, strict=True):
                     for peer, error in of_peer.items():
                         curves[what][peer].append(error)
-                yield f"{str(dtype).removeprefix('torch.')}, {n:,} {sweep.axis} ({sweep.shared})", found
+                yield f"{name.replace('torch.', '')}, {n:,} {sweep.axis} ({sweep.shared})", found
             if single:
                 in_float32[sweep.axis] = {"shared": sweep.shared, "values": sweep.values, **curves}
 
@@ -203,6 +208,10 @@ def main() -> None:
     print_table(
         "Half precision: depth, width and batch",
         (row for dtype in (torch.bfloat16, torch.float16) for row in measure(dtype)),
+    )
+    print_table(
+        "Autocast: depth, width and batch",
+        (row for dtype in (torch.bfloat16, torch.float16) for row in measure(torch.float32, dtype)),
     )
     terms = (100, 1000) if options.quick else (10, 100, 1000, 10_000)
     print_table(

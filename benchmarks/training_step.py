@@ -358,12 +358,16 @@ def one_round(
 
 
 def measure(
-    workload: Workload, peers: Sequence[str], rounds: int, builders: Mapping[str, Builder] = PEERS
+    workload: Workload,
+    peers: Sequence[str],
+    rounds: int,
+    builders: Mapping[str, Builder] = PEERS,
+    check: type[GradientCheck] = GradientCheck,
 ) -> dict[str, Timing]:
     """Checks the peers, eager first, then times them in rounds."""
     model, x, target = workload.build()
     steps = {peer: partial(builders[peer], copy.deepcopy(model), x, target) for peer in peers}
-    return measure_steps(steps, GradientCheck(model, x, target), rounds)
+    return measure_steps(steps, check(model, x, target), rounds)
 
 
 def measure_steps(

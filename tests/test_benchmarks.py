@@ -296,11 +296,34 @@ def test_numerical_errors_are_not_far_from_eagers(training_step, monkeypatch, ca
     numerical_error.main()
     rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     table = [row for row in rows if row[1].strip() in ("output", "gradients")]
-    assert {row[0].split(",")[0].strip() for row in table} == {"float64", "float32", "bfloat16", "float16"}
+    dtypes = {"float64", "float32", "bfloat16", "float16", "autocast to bfloat16", "autocast to float16"}
+    assert {row[0].split(",")[0].strip() for row in table} == dtypes
     for row in table:
         eager, *ours = (float(cell) for cell in row[2:] if cell.strip() != "–")
         assert eager > 0
         assert max(ours) <= (2.5 if ", 1 rows" in row[0] else 1.5) * eager, row  # docs/numerics.md
+
+
+@pytest.mark.parametrize("mode", ["bfloat16-autocast", "float16"])
+def test_half_precision_is_what_the_peers_compute_in(training_step, mode, monkeypatch, capsys, tmp_path):
+    import half_precision
+
+    dtypes, check = [], half_precision.RoughCheck.__call__
+
+    def checked(self, peer, step):
+        check(self, peer, step)
+        dtypes.append(step.gradients()[0].dtype)
+
+    monkeypatch.setattr(half_precision.RoughCheck, "__call__", checked)
+    file = tmp_path / "half.json"
+    names = ["--workloads", "toy", "--quick", "--rounds", "1", "--mode", mode, "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["half_precision.py", *names])
+    half_precision.main()
+    peers = json.loads(file.read_text())["workloads"]["toy"]["peers"]
+    assert list(peers) == ["eager", "mbp.MLP", "MLP.loss", "loss_backward", "float32"]
+    assert all(peer["median_seconds"] > 0 for peer in peers.values())
+    assert dtypes == [torch.float16 if mode == "float16" else torch.float32] * 4 + [torch.float32]
+    assert f"- mode: {mode}" in capsys.readouterr().out
 
 
 def test_scaling_sets_the_threads_of_each_peer_anew(training_step):

@@ -48,6 +48,19 @@ def test_mlp_counts_as_eager(biases):
         assert names <= {"manualbp.mlp", "manualbp.mlp_backward"}
 
 
+@pytest.mark.parametrize("function", [mbp.mlp, recomputing_mlp])
+def test_autocast_counts_as_without(function):
+    for net in each_subset(integer_net(6, [5, 7, 4, 3], torch.float32)):
+        count, _ = flops(function, *net)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert flops(function, *net)[0] == count > 0
+    target, net = torch.zeros(6, 3), integer_net(6, [5, 7, 4, 3], torch.float32).recorded()
+    count, _ = flops(lambda: mbp.mlp_loss(net.input, target, net.weights, net.biases))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, names = flops(lambda: mbp.mlp_loss(net.input, target, net.weights, net.biases))
+    assert (got, names) == (count, {"manualbp.mlp_autocast_loss"})
+
+
 @pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, 0, 0)], ids=str)
 def test_stacked_networks_count_as_eager(in_dims):
     net = integer_net(6, [5, 7, 4, 3])

@@ -126,6 +126,11 @@ def _mlp_loss(input: _Shape, target: _Shape, weights: Sequence[_Shape], *rest: A
     return sum(_layers(input, weights)) + _backward(input, weights, needs)
 
 
+def _mlp_autocast_loss(*arguments: Any, **kwargs: Any) -> int:
+    *as_of_mlp_loss, _ = arguments
+    return _mlp_loss(*as_of_mlp_loss, **kwargs)
+
+
 _FORMULAS = {
     _ops.linear_relu: _linear_relu,
     _ops.linear_relu_backward: _linear_relu_backward,
@@ -133,6 +138,9 @@ _FORMULAS = {
     _ops.mlp_backward: _mlp_backward,
     _ops.mlp_dropout: _mlp,
     _ops.mlp_dropout_backward: _mlp_backward,
+    _ops.mlp_autocast: _mlp,
+    _ops.mlp_autocast_backward: _mlp_backward,
+    _ops.mlp_autocast_loss: _mlp_autocast_loss,
     _ops.mlp_stacked: _mlp_stacked,
     _ops.mlp_stacked_backward: _mlp_stacked_backward,
     _ops.mlp_backward_store: _mlp_backward_store,

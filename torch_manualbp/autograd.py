@@ -194,7 +194,7 @@ class AutocastFunction(ManualFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, options: "AutocastOptions", *rest: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, options: tuple[torch.dtype, bool, bool, int], *rest: Any) -> Tensor:
         """All layers in one call. Saves what `MLPFunction` saves, but h_0 in its own dtype."""
         if torch.compiler.is_dynamo_compiling():
             refuse_capture("AutocastFunction")
@@ -266,15 +266,12 @@ class AutocastFunction(ManualFunction):
         return _spread(needs, grads)
 
     @staticmethod
-    def composed(input: Tensor, options: "AutocastOptions", *rest: Any) -> Tensor:
+    def composed(input: Tensor, options: tuple[torch.dtype, bool, bool, int], *rest: Any) -> Tensor:
         """The network in plain torch, with autocast's casts written out."""
         dtype, final_relu, _, layers = options
         parameters: list[Any] = [None if each is None else each.to(dtype) for each in rest[: 2 * layers]]
         masks = masks_of(rest[2 * layers :], input.shape, parameters[:layers], dtype)
         return reference.mlp_forward(input.to(dtype), parameters[:layers], parameters[layers:], final_relu, masks)[0]
-
-
-AutocastOptions = tuple[torch.dtype, bool, bool, int]  # dtype, final_relu, store, K
 
 
 class MLPBackwardFunction(ManualFunction):
