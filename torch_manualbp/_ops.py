@@ -246,7 +246,7 @@ def _(
     scales: Sequence[float],
 ) -> list[Tensor]:
     made = {"hidden": hidden, "output": output, "kept": kept}
-    _check_devices("mlp_autocast_backward", grad_output=grad_output, input=input, weights=weights, **made)
+    _check_devices("mlp_autocast_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _mixed_like(input, weights, needs)
 
 

@@ -68,6 +68,22 @@ class Rounded {
   Tensor keep_;
 };
 
+// The rows of the input, and the elements of h_1 ... h_{K-1}, before anything is rounded: results are allocated first, so
+// that an expanded input of more numbers than memory has bytes is an error at once.
+template <typename T>
+struct Count {
+  Count(const Tensor& input, const std::vector<Tensor>& weights) {
+    for (int64_t d = 0; d + 1 < input.dim(); ++d) rows *= input.size(d);
+    std::vector<Layer<T>> shapes(weights.size());
+    for (size_t k = 0; k < weights.size(); ++k) {
+      shapes[k].omega = Matrix<const T>::contiguous(nullptr, weights[k].size(0), weights[k].size(1));
+    }
+    check_countable(rows, shapes);
+    for (size_t k = 0; k + 1 < weights.size(); ++k) hidden += rows * weights[k].size(0);
+  }
+  int64_t rows = 1, hidden = 0;
+};
+
 // Allocates the gradients that `needs` asks for.
 template <typename T>
 Gradients<T> allocate_mixed(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
@@ -95,11 +111,12 @@ std::tuple<Tensor, Tensor> mlp_autocast(Tensor input, std::vector<Tensor> weight
   check_network(op, input, weights, biases, dtype);
   return dispatch_half(op, dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Rounded<T> rounded(input, weights, biases);
-    Network<T> net(rounded.h.rows, rounded.layers, final_relu);
-    set_dropout(op, net, kept, scales, /*needs_masks=*/true);
+    const Count<T> count(input, weights);
     Tensor output = empty(with_last_size(input, weights.back().size(0)), dtype);
-    Tensor hidden = pooled({store ? net.hidden_size() : 0}, dtype);
+    Tensor hidden = pooled({store ? count.hidden : 0}, dtype);
+    const Rounded<T> rounded(input, weights, biases);
+    Network<T> net(count.rows, rounded.layers, final_relu);
+    set_dropout(op, net, kept, scales, /*needs_masks=*/true);
     net.forward(rounded.h, store ? data<T>(hidden) : nullptr, data<T>(output));
     return std::make_tuple(output, hidden);
   });
@@ -111,7 +128,7 @@ std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std:
                                           std::optional<Tensor> kept, std::vector<double> scales) {
   const char* op = "mlp_autocast_backward";
   const int32_t dtype = dtype_of(grad_output);
-  if (hidden) biases.assign(weights.size(), std::nullopt);
+  if (hidden) biases.resize(weights.size());
   check_network(op, input, weights, biases, dtype);
   const auto sizes = with_last_size(input, weights.back().size(0));
   MBP_CHECK(same_shape(grad_output, sizes), op, ": `grad_output` must have shape ", shape_text(sizes), ", got ",
@@ -120,12 +137,13 @@ std::vector<Tensor> mlp_autocast_backward(Tensor grad_output, Tensor input, std:
   return dispatch_half(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     Tensor keep;
-    const Rounded<T> rounded(input, weights, biases);
-    Network<T> net(rounded.h.rows, rounded.layers, output.has_value());
-    set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
-    if (hidden) check_stored(op, {"hidden"}, *hidden, {net.hidden_size()}, grad_output);
+    const Count<T> count(input, weights);
+    if (hidden) check_stored(op, {"hidden"}, *hidden, {count.hidden}, grad_output);
     std::vector<Tensor> asked;
     const auto grads = allocate_mixed<T>(op, input, weights, needs, /*flat=*/false, asked);
+    const Rounded<T> rounded(input, weights, biases);
+    Network<T> net(count.rows, rounded.layers, output.has_value());
+    set_dropout(op, net, kept, scales, /*needs_masks=*/!hidden);
     backward<T>(net, rounded.h, hidden ? const_data<T>(*hidden) : nullptr, /*recompute=*/!hidden,
                 as_matrix<T>(grad_output, keep), output ? const_data<T>(*output) : nullptr, grads);
     return asked;
@@ -144,13 +162,14 @@ std::vector<Tensor> mlp_autocast_loss(Tensor input, Tensor target, std::vector<T
   check_loss(op, input, target, cols, options.kind, label_smoothing, dtype);
   return dispatch_half(op, dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Rounded<T> rounded(input, weights, biases);
     Tensor keep;
-    auto loss = BatchLoss<T>::against(op, options, as_target<float>(target, options.kind, keep), rounded.h.rows, cols);
+    const Count<T> count(input, weights);
+    auto loss = BatchLoss<T>::against(op, options, as_target<float>(target, options.kind, keep), count.rows, cols);
     std::vector<Tensor> results{empty({}, aoti_torch_dtype_float32())};
     const auto grads = allocate_mixed<T>(op, input, weights, needs, flat, results);
     loss.terms.gradient = results.size() > 1;
-    Network<T> net(rounded.h.rows, rounded.layers, /*final_relu=*/false);
+    const Rounded<T> rounded(input, weights, biases);
+    Network<T> net(count.rows, rounded.layers, /*final_relu=*/false);
     const double sum = LossPass<T>(net, kernels<T>().loss(options.kind), grads).run(rounded.h, loss.terms);
     kernels<float>().store(loss.value(sum), data<float>(results[0]));
     return results;

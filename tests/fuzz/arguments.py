@@ -23,8 +23,9 @@ from torch_manualbp import _ops
 __all__ = ["Case", "UndecidableError", "check", "draw", "simpler"]
 
 OPS = (
-    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward", "mlp_stacked",
-    "mlp_stacked_backward", "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss",
+    "linear_relu", "linear_relu_backward", "mlp", "mlp_backward", "mlp_dropout", "mlp_dropout_backward",
+    "mlp_autocast", "mlp_autocast_backward", "mlp_autocast_loss", "mlp_stacked", "mlp_stacked_backward",
+    "mlp_backward_store", "mlp_backward_further", "mlp_double_backward", "mlp_loss",
     "flow_forward", "flow_backward", "flow_update", "update", "train",
 )  # fmt: skip
 HUGE = (2**31, 2**40, 2**60, 2**61, 2**62, 2**63 - 1)
@@ -161,6 +162,7 @@ OTHERS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "text": lambda v: "0.1",
         "missing": lambda v: None,
     },
+    "dtype": {"float32": lambda v: torch.float32, "text": lambda v: "bfloat16", "missing": lambda v: None},
     "relus": {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, True], "missing": lambda v: None},
 }
 CLASSES: dict[str, Callable[[Tensor], Any]] = {
@@ -204,7 +206,8 @@ def _changes(case: Case, place: str) -> dict[str, Callable[[Any], Any]]:
     if place in OTHERS:
         return OTHERS[place]
     alias = {f"alias of {other}": lambda t: t for other in _places(case) if other not in OTHERS and other != place}
-    classes = CLASSES if place == "target" and case.loss == "cross_entropy" and case.op in ("mlp_loss", "train") else {}
+    has_classes = case.loss == "cross_entropy" and case.op in ("mlp_loss", "mlp_autocast_loss", "train")
+    classes = CLASSES if place == "target" and has_classes else {}
     return {**WRONG, **ODD, **alias, **classes}
 
 
@@ -219,6 +222,11 @@ def _places(case: Case) -> list[str]:
         "mlp_backward": backward,
         "mlp_dropout": ["input", *network, "store", "kept", "scales"],
         "mlp_dropout_backward": [*backward, "kept", "scales"],
+        "mlp_autocast": ["input", *network, "store", "kept", "scales", "dtype"],
+        "mlp_autocast_backward": [*backward, "kept", "scales"],
+        "mlp_autocast_loss": [
+            *("input", "target", *network, "loss", "ignore_index", "label_smoothing", "needs", "dtype")
+        ],
         "mlp_stacked": ["input", *network, "store"],
         "mlp_stacked_backward": [*backward, *(f"hidden[{k}]" for k in layers[1:])],
         "mlp_backward_store": ["grad_output", "input", *network[: len(layers)], "hidden", "output", "needs"],
@@ -267,16 +275,20 @@ def _valid(case: Case) -> dict[str, Any]:
         return {"input": input, "weight": net.weights[0], "bias": net.biases[0]}
     if case.op == "linear_relu_backward":
         return {"grad_output": grad, "input": input, "weight": net.weights[0], "output": output, "needs": needs}
-    if case.op in ("mlp", "mlp_dropout"):
+    if case.op in ("mlp", "mlp_dropout", "mlp_autocast"):
         parameters = {"weights": net.weights, "biases": net.biases}
         options = {"final_relu": case.final_relu, "store": case.stored}
-        return {"input": input, **parameters, **options, **(_dropout(case) if case.op == "mlp_dropout" else {})}
+        if case.op == "mlp_autocast":
+            options["dtype"] = torch.bfloat16
+        return {"input": input, **parameters, **options, **({} if case.op == "mlp" else _dropout(case))}
     if case.op.startswith("mlp_stacked"):
         return _stacked(case, net, input, output, grad, needs)
-    if case.op in ("mlp_backward", "mlp_dropout_backward"):
+    if case.op == "mlp_autocast_backward":
+        grad, hidden, output = (tensor.bfloat16() if tensor.numel() < 2**20 else tensor for tensor in (grad, hidden, output))
+    if case.op in ("mlp_backward", "mlp_dropout_backward", "mlp_autocast_backward"):
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
-        dropout = _dropout(case) if case.op == "mlp_dropout_backward" else {}
+        dropout = {} if case.op == "mlp_backward" else _dropout(case)
         return {**parameters, **kept, "needs": needs, **dropout}
     if case.op in ("mlp_backward_store", "mlp_backward_further", "mlp_double_backward"):
         stored = {"hidden": hidden, "output": output if case.final_relu else None}
@@ -325,10 +337,13 @@ def _valid(case: Case) -> dict[str, Any]:
             **{"parameters": parameters, "rule": "sgd", "options": [0.1, 0.9, 0, 0, 0, 0]},
             **{"states": [each.clone() for each in parameters]},
             **{"groups": [0] * len(parameters), "fresh": [case.final_relu] * len(parameters)},
+            **{"autocast": torch.bfloat16 if case.stored and case.final_relu else None},
             **{"max_grad_norm": 1.0 if case.stored else None, "steps": -(-rows // 3), "seconds": 1.0},
         }
     needs[0] = case.stored
     parameters = {"weights": net.weights, "biases": net.biases}
+    if case.op == "mlp_autocast_loss":
+        rest["dtype"] = torch.bfloat16
     return {"input": input, "target": tall(target), **parameters, **rest, "needs": needs, "flat": False}
 
 
@@ -348,7 +363,7 @@ def _stacked(case: Case, net: Net, input: Tensor, output: Tensor, grad: Tensor, 
 
 KEPT = (
     "biases", "needs", "loss", "mean", "ignore_index", "label_smoothing", "rule", "states", "options", "groups",
-    "fresh",
+    "fresh", "autocast",
 )  # fmt: skip
 
 
@@ -399,6 +414,8 @@ def check(case: Case) -> None:
         certain = (kind in WRONG and not (isinstance(after, Tensor) and _alike(before, after))) or place in OTHERS
         if isinstance(before, Tensor) and before.dim() == 0 and kind == "float64":
             certain = False  # a valid count of steps
+        if case.op == "mlp_autocast_backward" and (place, kind) == ("grad_output", "float16"):
+            certain = False  # the dtype of this call, unless the activations or the output have another
         _set(arguments, place, after)
     try:
         result = _call(case, arguments)
@@ -428,6 +445,8 @@ def _largest_result(case: Case) -> int:
         "mlp_backward": [input],
         "mlp_dropout": [output, hidden * case.stored],
         "mlp_dropout_backward": [input],
+        "mlp_autocast": [output, hidden * case.stored],
+        "mlp_autocast_backward": [input],
         "mlp_stacked": [2 * output, 2 * hidden * case.stored],
         "mlp_stacked_backward": [2 * input],
         "mlp_backward_store": [input, hidden],
@@ -435,6 +454,7 @@ def _largest_result(case: Case) -> int:
         "mlp_double_backward": [input, hidden, output],
         # All classes are read before any tensor is made.
         "mlp_loss": [input * (case.stored and case.loss != "cross_entropy")],
+        "mlp_autocast_loss": [input * (case.stored and case.loss != "cross_entropy")],
         "flow_forward": [hidden + output],
         "flow_backward": [hidden + output],
         "flow_update": [0],

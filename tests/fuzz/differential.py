@@ -5,7 +5,8 @@ Every element has an error bound, which is propagated through the layers togethe
   normals    The bound is the rounding of each sum, propagated through the layers. The oracle takes the active units
              from the library, and checks that rounding explains each difference (a ReLU flip).
 NaN and infinities must be where the oracle has them. In all cases, one thread gives the same bits as several, and a
-second backward pass the same bits as the first.
+second backward pass the same bits as the first. In half precision, a float32 network of the same numbers gives these
+bits under autocast, once its gradients are rounded.
 """
 
 import itertools
@@ -49,6 +50,13 @@ def check(case: Case) -> None:
         for one, other in zip(got, again, strict=True):
             if one is not None:
                 assert_same(other, one, f"{case.threads} threads")
+    if case.dtype in (torch.bfloat16, torch.float16) and case.needs and not case.has_loss and not case.prior:
+        with torch.autocast("cpu", case.dtype):
+            output, *grads = call(case, tensors.net.map(torch.Tensor.float), tensors.end)
+        for one, other in zip(got, [output, *grads], strict=True):
+            if one is not None and other is not None:
+                assert other.dtype is (case.dtype if other is output else torch.float32)
+                assert_same(other.to(case.dtype), one, "under autocast")
 
 
 class _Item(NamedTuple):

@@ -45,6 +45,7 @@ class Case:
     drop_last: bool = False
     threads: int = 1
     strided: bool = False
+    mixed: bool = False  # computed in bfloat16
 
 
 def draw(seed: int) -> Case:
@@ -69,6 +70,7 @@ def draw(seed: int) -> Case:
         drop_last=rng.random() < 0.2,
         threads=rng.choice((1, 2, 3)),
         strided=rng.random() < 0.2,
+        mixed=rng.random() < 0.3,
     )
 
 
@@ -120,6 +122,7 @@ def check(case: Case) -> None:
             drop_last=case.drop_last,
             generator=torch.Generator().manual_seed(7),
             max_grad_norm=case.clip,
+            dtype=torch.bfloat16 if case.mixed and case.dtype == "float32" else None,
         )
     finally:
         _ops.train = train
@@ -145,7 +148,8 @@ def _composed(
             if case.drop_last and len(rows) < case.batch_size:
                 continue
             optimizer.zero_grad()
-            losses.append(model.loss_backward(input[rows], target[rows], case.loss).item())
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.mixed and case.dtype == "float32"):
+                losses.append(model.loss_backward(input[rows], target[rows], case.loss).item())
             if case.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), case.clip)
             optimizer.step()
@@ -160,7 +164,7 @@ def simpler(case: Case) -> Iterator[Case]:
     """Yields simpler cases."""
     for simple in (
         {"epochs": 1}, {"clip": None}, {"frozen": ()}, {"options": ()}, {"dtype": "float32"}, {"loss": "mse"},
-        {"strided": False}, {"threads": 1}, {"shuffle": False}, {"drop_last": False}, {"rule": "SGD", "options": ()},
+        {"mixed": False}, {"strided": False}, {"threads": 1}, {"shuffle": False}, {"drop_last": False}, {"rule": "SGD", "options": ()},
         {"rows": case.batch_size}, {"rows": 1, "batch_size": 1},
     ):  # fmt: skip
         if (simplified := replace(case, **simple)) != case:
