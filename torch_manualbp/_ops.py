@@ -246,7 +246,8 @@ def _(
     scales: Sequence[float],
 ) -> list[Tensor]:
     made = {"hidden": hidden, "output": output, "kept": kept}
-    _check_devices("mlp_autocast_backward", grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
+    made |= {"grad_output": grad_output, "input": input, "weights": weights, "biases": biases}
+    _check_devices("mlp_autocast_backward", **made)
     return _mixed_like(input, weights, needs)
 
 

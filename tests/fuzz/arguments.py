@@ -284,7 +284,9 @@ def _valid(case: Case) -> dict[str, Any]:
     if case.op.startswith("mlp_stacked"):
         return _stacked(case, net, input, output, grad, needs)
     if case.op == "mlp_autocast_backward":
-        grad, hidden, output = (tensor.bfloat16() if tensor.numel() < 2**20 else tensor for tensor in (grad, hidden, output))
+        grad, hidden, output = (
+            tensor.bfloat16() if tensor.numel() < 2**20 else tensor for tensor in (grad, hidden, output)
+        )
     if case.op in ("mlp_backward", "mlp_dropout_backward", "mlp_autocast_backward"):
         parameters = {"grad_output": grad, "input": input, "weights": net.weights, "biases": net.biases}
         kept = {"hidden": hidden if case.stored else None, "output": output if case.final_relu else None}
