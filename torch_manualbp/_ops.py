@@ -246,8 +246,8 @@ def _(
     scales: Sequence[float],
 ) -> list[Tensor]:
     made = {"hidden": hidden, "output": output, "kept": kept}
-    made |= {"grad_output": grad_output, "input": input, "weights": weights, "biases": biases}
-    _check_devices("mlp_autocast_backward", **made)
+    op = "mlp_autocast_backward"
+    _check_devices(op, grad_output=grad_output, input=input, weights=weights, biases=biases, **made)
     return _mixed_like(input, weights, needs)
 
 
