@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_manualbp as mbp
 from emulation import OPS
 from torch_manualbp import _ops
-from torch_manualbp._route import _is_ordinary
+from torch_manualbp._route import _casts_in_graph, is_under_autocast
 
 needs_build = pytest.mark.skipif(not _ops.has_cuda_kernels, reason="the CUDA kernels are not compiled in")
 
@@ -43,13 +43,17 @@ def test_every_op_that_trains_has_a_kernel_for_cuda(op: str) -> None:
 
 def test_kernels_do_not_apply_under_autocast_for_cuda(autocast_to_bfloat16: None) -> None:
     with FakeTensorMode():
-        assert not _is_ordinary(torch.empty(2, 3, device="cuda"), ())
-    assert _is_ordinary(torch.empty(2, 3), ())  # the autocast state of the CPU is separate
+        input = torch.empty(2, 3, device="cuda")
+        assert is_under_autocast(input)
+        assert not _casts_in_graph(input, ())
+    assert not is_under_autocast(torch.empty(2, 3))  # the autocast state of the CPU is separate
 
 
 def test_autocast_for_the_cpu_means_nothing_to_cuda_tensors() -> None:
     with torch.autocast("cpu", torch.bfloat16), FakeTensorMode():
-        assert _is_ordinary(torch.empty(2, 3, device="cuda"), ())
+        input = torch.empty(2, 3, device="cuda")
+        assert not is_under_autocast(input)
+        assert _casts_in_graph(input, ())
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch cannot record a graph of CUDA tensors")

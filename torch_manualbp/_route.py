@@ -487,6 +487,11 @@ def broadcasts(weight: Tensor, bias: Tensor | None) -> bool:
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
+def eager_way_of_loss(input: Any) -> str:
+    """What may compute a network and its loss in one call, if anything: `KERNELS` or `AUTOCAST`."""
+    return AUTOCAST if any_autocast() and isinstance(input, Tensor) and is_under_autocast(input) else KERNELS
+
+
 def loss_is_ours_under_autocast(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype
 ) -> bool:

@@ -241,9 +241,10 @@ class AutocastFunction(ManualFunction):
             needs,
             _ops.mlp_autocast_backward(grad_output, input, weights, biases, hidden, output, needs, kept, scales),
         )
-        # What is not float32 is rounded, as by autograd.
+        # Gradients of parameters that are not float32 are rounded, as by autograd.
         spread = tuple(
-            grad if grad is None else grad.to(like.dtype) for grad, like in zip(spread, arguments, strict=True)
+            grad if grad is None or grad.dtype is like.dtype else grad.to(like.dtype)
+            for grad, like in zip(spread, arguments, strict=True)
         )
         return spread[0], None, *spread[1:], *rest
 

@@ -29,12 +29,11 @@ from torch_manualbp._route import (
     PLAIN,
     PLAIN_OR_NONE,
     TORCH,
-    any_autocast,
     are_plain,
     broadcasts,
+    eager_way_of_loss,
     global_hooks_exist,
     is_tracing,
-    is_under_autocast,
     layers_are_torchs,
     loss_is_ours_under_autocast,
     route,
@@ -691,14 +690,9 @@ def whole_network(network: FusedForward, input: Any, way: str = KERNELS) -> _Par
     return weights, biases
 
 
-def _eager_way(input: Any) -> str:
-    """What may compute a network and its loss in one call, if anything."""
-    return AUTOCAST if any_autocast() and isinstance(input, Tensor) and is_under_autocast(input) else KERNELS
-
-
 def loss_of(network: FusedForward, input: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
     """The loss of the network's output, and its gradients, in one pass over the batch if possible."""
-    way = GRAPH if is_dynamo_compiling() else _eager_way(input)
+    way = GRAPH if is_dynamo_compiling() else eager_way_of_loss(input)
     parameters = whole_network(network, input, way)
     # Our op raises errors of shape itself; in a graph that would be too late.
     if parameters is None or not target_is_ours(input, target, spec, parameters[0] if way is GRAPH else None, way):
@@ -724,7 +718,7 @@ def loss_backward(network: FusedForward, input: Tensor, target: Tensor, spec: Lo
             return loss_backward(network, input, target, spec, op)
     if _distributed.is_initialized():
         _distributed.refuse_data_parallel(op, network)
-    way = _eager_way(input)
+    way = eager_way_of_loss(input)
     parameters = whole_network(network, input, way)
     learners = None
     if parameters is not None and not input.requires_grad and target_is_ours(input, target, spec, way=way):
