@@ -111,8 +111,8 @@ def mlp_loss(
 
     The gradients are ready when this function returns; ``backward()`` only multiplies them by the incoming gradient. No
     activation outlives its block: activation memory does not grow with the batch. In float16 the gradients are rounded
-    before ``GradScaler`` scales the loss, so that it cannot prevent their underflow: use `mlp` there. (Under autocast to
-    float16 this is `mlp` and torch's loss.)
+    before ``GradScaler`` scales the loss, so that it cannot prevent their underflow: use `mlp` there. (Under autocast
+    to float16 this is `mlp` and torch's loss.)
 
     Args:
         input: h_0, shape (…, D_0); float64, float32, bfloat16 or float16. Any strides.
