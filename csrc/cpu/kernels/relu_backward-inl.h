@@ -1,30 +1,44 @@
 // The mask of the ReLU and the gradient of the bias, in one pass over memory.
 
-// One row. Always inlined, with constant arguments if they are known, so that the compiler vectorises it.
+// kLanes numbers, widened.
+template <typename T>
+MBP_INLINE vec<accumulator_t<T>> load_wide(const T* p) {
+  using A = accumulator_t<T>;
+  A wide[kLanes<A>];
+  widen_run(p, wide, kLanes<A>);
+  return load<A>(wide);
+}
+
+// One row. By vectors, because `out` may be `grad` itself, and because the signs of h are not predictable: a compiler that
+// has to check for both writes a branch for each number, which in half precision took longer than all products of a
+// network of 64 units.
 template <typename T>
 MBP_INLINE void relu_backward_row(const T* grad, int64_t grad_col, const T* h, accumulator_t<T> scale, T* out,
                                   accumulator_t<T>* sum, int64_t cols) {
   using A = accumulator_t<T>;
+  constexpr int L = kLanes<A>;
   int64_t j = 0;
-  if constexpr (kConverted<T> > 0) {
-    constexpr int L = kConverted<T>;
-    for (; grad_col == 1 && j + L <= cols; j += L) {
-      A df[L], mask[L];
-      convert(grad + j, df);
-      if (h) {
-        convert(h + j, mask);
-        for (int i = 0; i < L; ++i) df[i] *= scale;
-        for (int i = 0; i < L; ++i) df[i] = mask[i] <= A(0) ? A(0) : df[i];
-      }
-      if (out) convert(df, out + j);
-      if (out && scale != 1) convert(out + j, df);  // sums are those of the numbers in `out`
-      for (int i = 0; sum && i < L; ++i) sum[j + i] += df[i];
+  for (; grad_col == 1 && j + L <= cols; j += L) {
+    vec<A> df = load_wide<T>(grad + j);
+    if (h) {
+      const vec<A> mask = load_wide<T>(h + j);
+      df = mask <= A(0) ? vec<A>{} : df * scale;
     }
+    if constexpr (sizeof(T) < sizeof(A)) {  // sums are those of the rounded numbers
+      A exact[L];
+      T rounded[L];
+      store<A>(exact, df);
+      narrow_run<T>(exact, rounded, L);
+      if (out) __builtin_memcpy(out + j, rounded, sizeof rounded);
+      if (scale != 1) df = load_wide<T>(rounded);
+    } else if (out) {
+      store<A>(out + j, df);
+    }
+    if (sum) store<A>(sum + j, load<A>(sum + j) + df);
   }
   for (; j < cols; ++j) {
-    const A g = widen(grad[j * grad_col]) * scale;  // a product that is not always made would not be vectorised
-    const bool pass = h ? !(widen(h[j]) <= A(0)) : true;
-    A df = pass ? g : A(0);
+    const A g = widen(grad[j * grad_col]);
+    A df = h ? widen(h[j]) <= A(0) ? A(0) : g * scale : g;
     if constexpr (sizeof(T) < sizeof(A)) df = widen(narrow<T>(df));
     if (out) out[j] = narrow<T>(df);
     if (sum) sum[j] += df;
