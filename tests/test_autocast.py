@@ -117,6 +117,16 @@ def test_the_ops_are_those_of_the_rounded_network(shape, biases, store, final_re
     assert_equal([grad.to(dtype) for grad in grads], _ops.mlp_backward(grad, *low, *saved, needs_of(net)))
 
 
+def test_numbers_are_rounded_as_torch_rounds_them(dtype):
+    bits = torch.randint(-(2**31), 2**31, (100_003,), dtype=torch.int64).int()
+    ties = torch.arange(-(2**15), 2**15).int() << 16 | 0x8000  # halfway between two numbers of bfloat16
+    halves = (torch.randint(-(2**15), 2**15, (20_000,), dtype=torch.int64).int() << 13) + (112 << 23)
+    specials = torch.tensor([0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9, 65520.0, 2**-24, 2**-25])
+    x = torch.cat([bits.view(torch.float32), ties.view(torch.float32), halves.view(torch.float32), specials])
+    output, _ = _ops.mlp_autocast(x[:, None], [torch.ones(1, 1)], [None], False, False, None, [], dtype)
+    assert_equal(output[:, 0], x.to(dtype))
+
+
 def test_gradients_in_float32_are_the_sums_themselves(dtype):
     # In half precision these sums, up to 6000, would be rounded.
     net = integer_net(9000, [5, 6, 3], torch.float32)
