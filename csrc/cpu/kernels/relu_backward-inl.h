@@ -4,9 +4,13 @@
 template <typename T>
 MBP_INLINE vec<accumulator_t<T>> load_wide(const T* p) {
   using A = accumulator_t<T>;
-  A wide[kLanes<A>];
-  widen_run(p, wide, kLanes<A>);
-  return load<A>(wide);
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return load<A>(p);
+  } else {
+    A wide[kLanes<A>];
+    widen_run(p, wide, kLanes<A>);
+    return load<A>(wide);
+  }
 }
 
 // One row. By vectors, because `out` may be `grad` itself, and because the signs of h are not predictable: a compiler that
