@@ -190,7 +190,8 @@ clean:  ## remove everything that make created
 
 # The kernels do not depend on torch, and network.h needs little of it (tests/csrc/torch_stub), so sanitizers run them
 # in separate programs. Exit status 77: this machine does not support the level.
-on_every_level = for level in $(LEVELS); do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
+# bf16_model runs the code of avx512_bf16 without its instruction (tests/csrc/bf16_model.cpp).
+on_every_level = for level in $(LEVELS) bf16_model; do MANUALBP_ISA=$$level $(1) || [ $$? = 77 ] || exit 1; done
 # The drivers by an emulator, and the level that they must choose there unless one is forced.
 emulated = for run in "kernels 40" "network 1"; do \
   said=$$(unset MANUALBP_ISA; $(1) build/$@/$$run); echo "$$said"; [ "$$said" = "$(2): $${run\#* } passed" ] || exit 1; done
@@ -199,7 +200,7 @@ COUNTED := -O0 -w --coverage -fprofile-update=atomic
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 # Unoptimised, because these checks take most of the time of a compilation; but the passes run on the default kernels.
 build/asan/%: DRIVER_FLAGS := -O0 $(ASAN)
-build/asan/csrc/cpu/kernels/default.o: DRIVER_FLAGS := $(ASAN)
+build/asan/csrc/cpu/kernels/default.o build/asan/tests/csrc/bf16_model.o: DRIVER_FLAGS := $(ASAN)
 build/tsan/%: DRIVER_FLAGS := -fsanitize=thread
 # The programs are static, so that the emulator needs no libraries. Only kernels are optimised as in setup.py, because
 # g++ 12 for Arm crashes on the drivers at -O3.
@@ -218,8 +219,9 @@ HEADERS := -Itests/csrc/torch_stub
 define drivers
 build/$(1)/%.o: %.cpp $(filter %.h,$(SOURCES)) $(shell find tests/csrc -name '*.h')
 	@mkdir -p $$(@D)
-	@$$(CXX) -std=c++17 -O1 -g1 $$(DRIVER_FLAGS) -Wall -Wextra $$(HEADERS) -c $$< -o $$@
-$(DRIVERS:%=build/$(1)/%): $(KERNELS:%.cpp=build/$(1)/%.o)
+	@$$(CXX) -std=c++17 -O1 -g1 -DMBP_BF16_MODEL $$(DRIVER_FLAGS) -Wall -Wextra $$(WIDE_VECTORS) $$(HEADERS) -c $$< -o $$@
+$(DRIVERS:%=build/$(1)/%): $(KERNELS:%.cpp=build/$(1)/%.o) build/$(1)/tests/csrc/bf16_model.o
+build/$(1)/tests/csrc/bf16_model.o: WIDE_VECTORS := -Wno-psabi
 $(DRIVERS:%=build/$(1)/%) build/$(1)/pool: build/$(1)/%: build/$(1)/tests/csrc/%.o build/$(1)/csrc/cpu/pool.o
 	@$$(CXX) $$(DRIVER_FLAGS) $$^ -o $$@ -ldl -pthread
 endef

@@ -86,4 +86,5 @@ def _same_start(monkeypatch):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     monkeypatch.setattr(_route, "_has_bfloat16_units", False)
+    monkeypatch.setattr(_route, "_kernels_have_bfloat16_units", False)
     monkeypatch.setattr(_route, "_OUTPUTS_LEFT_TO_TORCH", 0)

@@ -310,6 +310,21 @@ def test_bfloat16_is_left_to_torch_where_it_has_instructions_for_it(has_units, m
     assert (ops_run(compiled, input) == []) == has_units
 
 
+@pytest.mark.parametrize("kind", [mbp.MLP, "fused"], ids=["MLP", "fused"])
+@pytest.mark.parametrize(("width", "is_ours"), [(6, True), (1024, False)])
+def test_kernels_with_these_instructions_leave_large_weights_to_torch(kind, width, is_ours, monkeypatch):
+    monkeypatch.setattr(_route, "_has_bfloat16_units", True)
+    monkeypatch.setattr(_route, "_kernels_have_bfloat16_units", True)
+    if kind == "fused":
+        model = mbp.fuse(nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width)))
+    else:
+        model = mbp.MLP([4, width, width])
+    model, input = model.bfloat16(), torch.randn(40, 4).bfloat16()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input), model(input))
+    assert (ops_run(compiled, input) != []) == is_ours
+
+
 @pytest.mark.parametrize(("sizes", "is_ours"), [([1, 1, 1], False), ([4, 1, 3], False), ([4, 2, 1], True)], ids=str)
 def test_networks_without_a_matrix_product_are_left_to_the_compiler(sizes, is_ours):
     model, input = mbp.MLP(sizes).double(), torch.randn(5, sizes[0]).double()

@@ -6,6 +6,7 @@ torch, and checks which implementation ran.
 
 import contextlib
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -82,6 +83,61 @@ def test_large_bfloat16_networks_go_to_torch_where_it_has_instructions_for_them(
     by_torch = has_units and dtype == torch.bfloat16 and rows == 2048 and store
     assert ("MLPFunction" in output.grad_fn.name()) is not by_torch
     assert_equal(output, plain_mlp(input, weights, [None, None]))
+
+
+@pytest.fixture
+def bfloat16_units(monkeypatch):
+    """A CPU with instructions for bfloat16, which our kernels use."""
+    monkeypatch.setattr(_route, "_has_bfloat16_units", True)
+    monkeypatch.setattr(_route, "_kernels_have_bfloat16_units", True)
+
+
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 512), (2048, 64), (31, 1024), (32, 1024), (2048, 1024)])
+def test_kernels_with_these_instructions_leave_few_rows_of_large_weights_to_torch(
+    store, dtype, rows, width, bfloat16_units
+):
+    by_torch = dtype == torch.bfloat16 and store and (rows, width) == (31, 1024)
+    input, weight = torch.empty(rows, width, dtype=dtype), torch.empty(width, width, dtype=dtype)
+    assert route(input, (weight, None), store) is (TORCH if by_torch else KERNELS)
+
+
+@pytest.mark.parametrize(("width", "way"), [(256, FUNC), (1024, TORCH)])
+def test_under_vmap_they_leave_any_rows_of_large_weights_to_torch(width, way, bfloat16_units):
+    input, weights = torch.empty(64, width, dtype=torch.bfloat16), [torch.empty(width, width, dtype=torch.bfloat16)] * 2
+    with under_vmap():
+        assert route(input, weights[:1]) is way
+        assert route(input, weights[:1], store=False) is FUNC
+        # A fused Sequential asks about its input, and then about each run.
+        assert route(input) is FUNC
+        assert _route.route_run(FUNC, input, weights, [None, None], True, True) is way
+        assert _route.route_run(FUNC, input, weights, [None, None], True, False) is FUNC
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", RuntimeError], ids=str)
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_rule_for_bfloat16_depends_on_the_processor_and_on_the_level(isa, amx, bf16, monkeypatch):
+    def level():
+        assert amx or bf16, "an import must not choose the level where nothing depends on it"
+        if isa is RuntimeError:
+            raise RuntimeError("MANUALBP_ISA=none is not a level of this build")
+        return isa
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(_route._ops, "isa", level)
+    spec = importlib.util.spec_from_file_location("torch_manualbp._route_again", _route.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    assert again._has_bfloat16_units == (amx or bf16)
+    ours = bf16 and not amx and isa == "avx512_bf16"
+    assert again._kernels_have_bfloat16_units == ours
+    input, weight = torch.empty(2048, 64, dtype=torch.bfloat16), torch.empty(64, 64, dtype=torch.bfloat16)
+    assert again.torch_is_faster(input, [weight]) == ((amx or bf16) and not ours)
+    assert again.torch_may_be_faster([weight]) == ((amx or bf16) and not ours)
 
 
 @contextlib.contextmanager

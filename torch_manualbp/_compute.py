@@ -23,6 +23,7 @@ from torch_manualbp._route import (
     loss_is_ours_under_autocast,
     route,
     target_is_ours,
+    torch_may_be_faster,
 )
 from torch_manualbp.autograd import AutocastFunction, LinearReLUFunction, MLPFunction, MLPLossFunction
 
@@ -82,6 +83,8 @@ def layers(
     if way is GRAPH:
         if torch.is_autocast_enabled("cpu"):  # the casts are part of the graph
             dtype = torch.get_autocast_dtype("cpu")
+            if dtype is torch.bfloat16 and torch_may_be_faster(weights):
+                return reference.mlp_forward(input, weights, biases, final_relu)[0]
             input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
             biases = [None if bias is None else bias.to(dtype) for bias in biases]
         captured: Tensor = _graph.layers(input, weights, biases, final_relu, store)

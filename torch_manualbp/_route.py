@@ -61,8 +61,9 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
     The answer is `TORCH` for one of these reasons, which are checked in this order:
 
     1. torch.compile captures the call for torch.export, whose programs must run without this library; or it captures
-       one with a bfloat16 input on a CPU with instructions for bfloat16. (This is reason 7 without its number of rows:
-       Dynamo guards all that this function reads, and a condition on the batch size would cause recompilations.)
+       one with a bfloat16 input on a CPU with instructions for bfloat16, unless our kernels use these and the weights
+       are small. (This is reason 7 without its number of rows, `torch_may_be_faster`: Dynamo guards all that this
+       function reads, and a condition on the batch size would cause recompilations.)
     2. The input is an instance of a subclass of Tensor, which may give any op another meaning.
     3. Torch's functions or modules for linear and ReLU have been replaced, or a ``TorchFunctionMode`` sees their calls.
        (A run with a Dropout or an Identity in it also asks `transparent_are_torchs`.)
@@ -78,8 +79,8 @@ def route(input: Any, parameters: Sequence[Tensor | None] = (), store: bool = Tr
     Without such a reason, a call that torch.compile captures is for the `GRAPH`, an eager call under vmap or the
     reverse-mode AD of torch.func is for `FUNC`, one under autocast for `AUTOCAST`, and any other for our `KERNELS`.
 
-    A fused Sequential asks once, about its input. Its plan has checked the parameters, and each run checks reason 7
-    (`route_run`).
+    A fused Sequential asks once, about its input. Its plan has checked the parameters, and each run checks reason 7,
+    or what reason 1 has of it (`route_run`).
 
     Args:
         input: of the first layer, or whatever the caller was given.
@@ -123,14 +124,9 @@ def _torch_is_faster_under_autocast(input: Tensor, parameters: Sequence[Tensor |
     AVX2, two threads, several calls in one region, eager's time / ours in bfloat16: 10–400–400–3 with 1 row 0.75, 2
     rows 0.86, 4 rows 1.24; 256–1024–1024–10 0.48, 0.81, 1.36; 4–64–64–2 with 1 row 1.45.
     """
-    if not torch.is_grad_enabled() and rows_of(input) < 4 and _weights_of(parameters) >= 1 << 16:
+    if not torch.is_grad_enabled() and rows_of(input) < 4 and _numbers_of(parameters) >= 1 << 16:
         return True
     return torch_is_faster(input, parameters, dtype)
-
-
-def _weights_of(parameters: Sequence[Tensor | None]) -> int:
-    """The number of weights among parameters."""
-    return sum([each.numel() for each in parameters if each is not None and each.dim() == 2])
 
 
 def casts_all(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
@@ -292,8 +288,8 @@ def _is_for_func(input: Any, parameters: Sequence[Tensor | None], store: bool) -
         and not input.is_nested
         and input.dtype in _KERNEL_DTYPES
         and not (any_autocast() and torch.is_autocast_enabled("cpu"))
-        and not (_has_bfloat16_units and store and input.dtype is _BFLOAT16)
         and are_plain(parameters)
+        and not (store and input.dtype is _BFLOAT16 and torch_may_be_faster(parameters))
     )
 
 
@@ -330,13 +326,13 @@ def _joins_graph(input: Any, parameters: Sequence[Tensor | None]) -> bool:
 
 
 def _casts_in_graph(input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
-    """Neither reason 8 nor bfloat16 where the CPU has instructions for it."""
+    """Neither reason 8 nor what reason 1 says of bfloat16."""
     dtype = input.dtype
     if torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda"):
         dtype = torch.get_autocast_dtype("cpu")
         if not input.is_cpu or not casts_all((input, *parameters), dtype):
             return False
-    return not (_has_bfloat16_units and dtype is torch.bfloat16)
+    return not (dtype is torch.bfloat16 and torch_may_be_faster(parameters))
 
 
 def _is_ordinary(input: Tensor, parameters: Iterable[Tensor | None]) -> bool:
@@ -408,9 +404,25 @@ def backward_adds(grad_hidden: Tensor) -> bool:
     return grad_hidden.is_cpu and grad_hidden.dtype in (torch.float64, torch.float32)
 
 
-_has_bfloat16_units: bool = any(
-    getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-)
+_has_amx: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+_has_bfloat16_units: bool = _has_amx or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def _is_level_of_pairs() -> bool:
+    try:
+        return bool(_ops.isa() == "avx512_bf16")
+    except RuntimeError:  # MANUALBP_ISA names no level of this machine: the first call of a kernel says so
+        return False
+
+
+# The level is chosen by the first call that asks for it, which is this one only on a CPU with the instructions.
+_kernels_have_bfloat16_units: bool = _has_bfloat16_units and not _has_amx and _is_level_of_pairs()
+
+_LARGE: Final = 1 << 20  # numbers of the weights
+
+
+def _numbers_of(parameters: Iterable[Tensor | None]) -> int:
+    return sum([each.numel() for each in parameters if each is not None and each.dim() == 2])
 
 
 def torch_is_faster(input: Tensor, parameters: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> bool:
@@ -418,14 +430,27 @@ def torch_is_faster(input: Tensor, parameters: Sequence[Tensor | None], dtype: t
 
     dtype: in which autocast computes; None: that of the input.
 
-    Our kernels widen bfloat16 to float32 and so reach half the rate of those instructions, which oneDNN uses. Measured
-    on Zen 4, eager's time / ours: 64–64–64 with 32 rows 1.6 (0.4 million multiply-adds), 784–128–64–32–64–128–784 with
-    32 rows 1.4 (6 million), 300×5 with 32 rows 0.87 (12 million), 1024×3 with 32 rows 0.58, with 1 row 0.28.
+    Unless our kernels use these instructions (level avx512_bf16), they widen bfloat16 to float32 and so reach half the
+    rate of oneDNN, which does. Measured on Zen 4, eager's time / ours: 64–64–64 with 32 rows 1.6 (0.4 million
+    multiply-adds), 784–128–64–32–64–128–784 with 32 rows 1.4 (6 million), 300×5 with 32 rows 0.87 (12 million), 1024×3
+    with 32 rows 0.58, with 1 row 0.28. With AMX, which only oneDNN uses, this rule holds at any level.
+
+    At the level avx512_bf16, few rows of large weights are left to torch: packing a weight costs as much as multiplying
+    some rows by it. This rule has not been measured. It follows from a trial of the register tile alone, on one core of
+    Zen 5: 510 to 538 GFLOP/s, and 266 to 274 with float32's multiply-adds; oneDNN reached 837 GFLOP/s on two cores.
+    No whole network has been timed at this level.
     """
     if (dtype or input.dtype) is not torch.bfloat16 or not _has_bfloat16_units or not input.is_cpu:
         return False
-    numbers = _weights_of(parameters)
-    return numbers >= 1 << 20 or rows_of(input) * numbers >= 8 << 20
+    numbers = _numbers_of(parameters)
+    if _kernels_have_bfloat16_units:
+        return numbers >= _LARGE and rows_of(input) < 32
+    return numbers >= _LARGE or rows_of(input) * numbers >= 8 << 20
+
+
+def torch_may_be_faster(parameters: Iterable[Tensor | None]) -> bool:
+    """Whether `torch_is_faster` for some number of rows of a bfloat16 input."""
+    return _has_bfloat16_units and not (_kernels_have_bfloat16_units and _numbers_of(parameters) < _LARGE)
 
 
 _OUTPUTS_LEFT_TO_TORCH = 1 << 17  # 0: none
@@ -459,8 +484,10 @@ def route_run(
     """Reasons 7 and 8 for a run of layers in a fused Sequential, for which `route` has answered `way`."""
     if way is GRAPH:
         is_faster = len(weights) == 1 and not relu
+        is_faster = is_faster or (input.dtype is torch.bfloat16 and torch_may_be_faster(weights))
     elif way is FUNC:
         is_faster = func_is_slower(weights)
+        is_faster = is_faster or (store and input.dtype is torch.bfloat16 and torch_may_be_faster(weights))
     elif way is AUTOCAST:
         return _route_under_autocast(input, (*weights, *biases), store)
     elif input.dtype is torch.bfloat16:

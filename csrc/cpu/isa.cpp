@@ -16,6 +16,14 @@ extern const KernelTable kTable;
 namespace avx512 {
 extern const KernelTable kTable;
 }
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
+#ifdef MBP_BF16_MODEL
+namespace bf16_model {  // tests/csrc/bf16_model.cpp
+extern const KernelTable kTable;
+}
+#endif
 #elif defined(__aarch64__)
 namespace neon {
 extern const KernelTable kTable;
@@ -29,20 +37,27 @@ struct Level {
   bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
+}
+#endif
+
 // Best first: the first one that the machine supports is used. The baseline, last, runs everywhere.
 const Level kLevels[] = {
 #if defined(__x86_64__)
-    {&avx512::kTable,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-     }},
-    {&avx2::kTable, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {&avx512_bf16::kTable, [] { return __builtin_cpu_supports("avx512bf16") && has_avx512(); }},
+    {&avx512::kTable, has_avx512},
+    {&avx2::kTable, has_avx2},
 #elif defined(__aarch64__)
     {&neon::kTable, [] { return true; }},
 #endif
     {&baseline::kTable, [] { return true; }},
+#if defined(__x86_64__) && defined(MBP_BF16_MODEL)
+    {&bf16_model::kTable, has_avx2},  // after the one that runs everywhere: only if it is forced
+#endif
 };
 
 const KernelTable& choose() {

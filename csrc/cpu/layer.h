@@ -214,7 +214,7 @@ struct WholeGemm {
     p.b += piece.first_col * p.b_n;
     p.c += piece.first_row * p.c_m + piece.first_col;
     if (p.bias) p.bias += piece.first_col * p.bias_stride;
-    if (p.packed_b) p.packed_b += piece.first_col * p.k;
+    if (p.packed_b) p.packed_b += kernels<T>().packed_size(p.k, piece.first_col);  // whole panels
     if constexpr (std::is_same_v<T, Out>) {
       kernels<T>().gemm(p, workspace);
     } else {

@@ -63,6 +63,7 @@ struct Network {
     Packed(Network& net, const A* Layer<T>::* field, size_t first, size_t last)
         : memory_(size(net, field == &Layer<T>::packed_transposed, first, last)) {
       const bool transposed = field == &Layer<T>::packed_transposed;
+      const auto& kernel = kernels<T>();
       A* out = memory_.data;
       for (size_t k = first; k < last; ++k) {
         const int64_t elements = net.plan.packed_size(int64_t(k), transposed);
@@ -70,7 +71,7 @@ struct Network {
         const Matrix<const T> omega = net.layers[k].omega, b = transposed ? omega.transposed() : omega;
         const int64_t most = 4 * kernel_table().tile_cols;
         for (int64_t col = 0; col < b.cols; col += most) {
-          stripes_.push_back({columns_of(b, col, std::min(most, b.cols - col)), out + col * b.rows});
+          stripes_.push_back({columns_of(b, col, std::min(most, b.cols - col)), out + kernel.packed_size(b.rows, col)});
         }
         net.layers[k].*field = out;
         out += elements;

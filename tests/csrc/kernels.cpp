@@ -174,6 +174,118 @@ void check_rows() {
   }
 }
 
+// Whether products of T take pairs of k per lane, by the instruction for bfloat16 or a model of it.
+template <typename T>
+bool has_pairs() {
+  return kernels<T>().packed_size(2, 1) == kernels<T>().packed_size(1, 1);
+}
+
+// a . b + c as the level computes it: with pairs, denormal numbers count as 0.
+float multiply_add(float a, float b, float c, bool flush) {
+  const auto flushed = [&](float x) {
+    return flush && std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+  };
+  return flushed(std::fma(flushed(a), flushed(b), flushed(c)));
+}
+
+// Half precision in the documented order, bit for bit: an element of C is a sum of parts in ascending order, a part one
+// of products; with pairs, the second product of a pair is added before the first. Operands lie anywhere and have any
+// strides, the product is computed as a whole and cut in four pieces, and some numbers are NaN, Inf, tiny or huge.
+template <typename T, typename Out>
+void check_order(void (*multiply)(const Gemm<T, Out>&, void*)) {
+  const auto& kernel = kernels<T>();
+  const bool pairs = has_pairs<T>(), sums = std::is_same_v<Out, accumulator_t<T>>, gradient = sums && chance(50);
+  const int64_t m = chance(20) ? 1 : draw_size(), n = chance(20) ? 1 : draw_size(), skip = below(2);
+  const int64_t k = chance(5) ? 0 : gradient && chance(30) ? below(900) : draw_size();
+  if (m * n * k > 300000) return check_order<T, Out>(multiply);
+  const Strided<T> a(m, k + skip, 1, chance(70) ? (gradient ? 2 : below(2)) : below(6), below(3)), b(k, n, 1);
+  for (const Exact<T>* each : {&a.memory, &b.memory}) {
+    const double strange[] = {NAN, INFINITY, -INFINITY, -0.0, 1e-39, -3e-39, 1e-20, -1e-20, 1e20, -3e38};
+    const int percent = chance(30) ? 3 : 0;
+    for (int64_t i = 0; i < each->size; ++i) {
+      const double x = std::ldexp(double(below(511) - 255), -4 - int(below(16)));  // so that sums are rounded
+      each->data[i] = rounded<T>(chance(percent) ? strange[below(pairs ? 10 : 4)] : x);
+    }
+  }
+  const int64_t cut = below(m), cut_col = below(n) / kernel_table().tile_cols * kernel_table().tile_cols;
+  Exact<Out> c(m * n), pieces(m * n);
+  Exact<T> bias(n);
+  Exact<accumulator_t<T>> packed(kernel.packed_size(k, n));
+  const WorkspaceFor<T> workspace(n, k);
+  for (int64_t i = 0; i < c.size; ++i) c.data[i] = pieces.data[i] = rounded<Out>(double(below(2001) - 1000) / 100);
+  for (int64_t i = 0; i < n; ++i) bias.data[i] = rounded<T>(double(below(2001) - 1000) / 100);
+  auto p = product(m, n, k, a.memory.data + skip * a.col, a.row, a.col, b.memory.data, b.row, b.col, c.data, n);
+  p.accumulate = sums && chance(50);
+  p.unit_rows = !gradient ? 0 : chance(50) ? kUnitRows : kLongUnitRows;
+  if (!sums && chance(50)) p.bias = bias.data, p.bias_stride = 1;
+  p.relu = !sums && chance(50);
+  if (chance(50)) {
+    kernel.pack(p.b, p.b_k, p.b_n, k, n, packed.data);
+    p.packed_b = packed.data;
+  }
+  const auto is_double = [&](int64_t rows, int64_t cols) { return rows == 1 && cols == 1 && gradient; };
+  if (is_double(m, n) || is_double(m - cut, n - cut_col) || is_double(cut, cut_col) || is_double(cut, n - cut_col)) {
+    return;
+  }
+  std::vector<float> as(size_t(m * k)), bs(size_t(k * n));
+  for (int64_t i = 0; i < m * k; ++i) as[size_t(i)] = float(a.at(i / k, i % k + skip));
+  for (int64_t i = 0; i < k * n; ++i) bs[size_t(i)] = float(b.at(i / n, i % n));
+  std::vector<Out> want(size_t(m * n));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const auto part = [&](int64_t begin, int64_t end) {
+        const auto term = [&](int64_t kk, float sum) {
+          const bool exists = kk < end;
+          return multiply_add(exists ? as[size_t(i * k + kk)] : 0, exists ? bs[size_t(kk * n + j)] : 0, sum, pairs);
+        };
+        float sum = 0;
+        for (int64_t kk = begin; kk < end; kk += 2) {
+          sum = pairs ? term(kk, term(kk + 1, sum)) : kk + 1 < end ? term(kk + 1, term(kk, sum)) : term(kk, sum);
+        }
+        return sum;
+      };
+      float sum = p.accumulate ? float(to_double(c.data[i * n + j])) : 0;
+      for (int64_t k0 = 0, length; k0 < k; k0 += length) {
+        length = std::min(k - k0, gradient ? p.unit_rows : kSumDepth);
+        float unit = 0;
+        for (int64_t done = 0, depth; done < length; done += depth) {
+          depth = length - done <= kSumDepth ? length - done : kSumRows;
+          const float next = part(k0 + done, k0 + done + depth);
+          unit = done ? next + unit : next;
+        }
+        sum = p.accumulate || k0 ? unit + sum : unit;
+      }
+      if (p.bias) sum += float(to_double(bias.data[j]));
+      if (p.relu && sum < 0) sum = 0;
+      want[size_t(i * n + j)] = rounded<Out>(double(sum));
+    }
+  }
+  const auto compare = [&](const Exact<Out>& got, const char* what) {  // as bits, except those of a NaN
+    for (int64_t i = 0; i < m * n; ++i) {
+      const bool both_nan = std::isnan(to_double(got.data[i])) && std::isnan(to_double(want[size_t(i)]));
+      if (!both_nan && std::memcmp(&got.data[i], &want[size_t(i)], sizeof(Out)) != 0) fail(what, name_of<T>(), m, n, k);
+    }
+  };
+  multiply(p, workspace.data);
+  compare(c, "order of a product");
+  for (const int64_t row : {int64_t(0), cut}) {
+    for (const int64_t col : {int64_t(0), cut_col}) {
+      auto piece = p;
+      piece.m = row || !cut ? m - row : cut;
+      piece.n = col || !cut_col ? n - col : cut_col;
+      piece.a += row * p.a_m;
+      piece.b += col * p.b_n;
+      piece.c = pieces.data + row * n + col;
+      if (p.bias) piece.bias += col;
+      if (p.packed_b) piece.packed_b += kernel.packed_size(k, col);
+      multiply(piece, workspace.data);
+      if (!cut_col) break;
+    }
+    if (!cut) break;
+  }
+  compare(pieces, "product in pieces");
+}
+
 template <typename T>
 void check_relu_backward() {
   const int64_t rows = chance(5) ? 0 : chance(20) ? 100 + below(200) : draw_size(), cols = draw_size();
@@ -479,6 +591,10 @@ void check_all(int cases) {
     check_product<T, T>(kernel.gemm, false, whole);
     check_product<T, accumulator_t<T>>(kernel.gemm_accumulated, true, whole);
     check_rows<T>();
+    if constexpr (!whole) {
+      check_order<T, T>(kernel.gemm);
+      check_order<T, accumulator_t<T>>(kernel.gemm_accumulated);
+    }
     check_relu_backward<T>();
     check_dropout<T>();
     check_reduce<T>(kernels<T>().reduce);

@@ -18,6 +18,14 @@ constexpr int kTileRows = MBP_VECTOR_REGISTERS == 16 ? 6 : MBP_VECTOR_BYTES == 6
 constexpr bool kByLane = MBP_VECTOR_REGISTERS == 32 && MBP_VECTOR_BYTES == 16;
 template <typename A>
 constexpr int kTileCols = 2 * kLanes<A>;
+// Consecutive k that share a lane of a packed matrix: one, widened to the accumulator type, or a pair of bfloat16
+// (gemm_pairs-inl.h).
+template <typename T>
+constexpr int64_t kTermsOfLane = 1;
+#ifdef MBP_BFLOAT16_PAIRS
+template <>
+constexpr int64_t kTermsOfLane<bfloat16> = 2;
+#endif
 
 // A packed block of B takes at most kBlockBytes; its depth is at most kBlockDepth, so that a strip of A
 // (12 rows x 384 x 4 bytes) stays in the first-level cache. Twice the bytes with AVX2, whose strips are half as high:
@@ -353,7 +361,7 @@ static bool reads_in_place(int64_t m, int64_t b_k, int64_t b_n, int64_t n) {
 template <typename T>
 static int64_t packed_size(int64_t k, int64_t n) {
   constexpr int64_t NR = kTileCols<accumulator_t<T>>;
-  return round_up(n, NR) * k;
+  return round_up(n, NR) * ceil_div(k, kTermsOfLane<T>);
 }
 
 // A strip of A in accumulator type, out[i][kk].
@@ -398,7 +406,7 @@ struct Workspace {
 
   Workspace(void* memory, int64_t n, int64_t k) {
     const int64_t cols = min_i64(kBlockCols, round_up(n, kTileCols<A>));
-    const int64_t depth = min_i64(kBlockDepth, k);
+    const int64_t depth = ceil_div(min_i64(kBlockDepth, k), kTermsOfLane<T>);
     b = static_cast<A*>(memory);
     bias = b + depth * cols;
     edge = bias + cols;
@@ -823,7 +831,7 @@ static void gemm(const Gemm<T, T>& p, void* workspace) {
         part.bias = p.bias ? p.bias + n0 * p.bias_stride : nullptr;
         part.bias_stride = p.bias_stride;
         part.relu = p.relu;
-        part.packed_b = p.packed_b ? p.packed_b + n0 * p.k : nullptr;
+        part.packed_b = p.packed_b ? p.packed_b + packed_size<T>(p.k, n0) : nullptr;
         gemm_accumulated<T>(part, workspace);
         for (int64_t i = 0; i < m; ++i) {
           narrow_run(chunk + i * n, p.c + (m0 + i) * p.c_m + n0, n);

@@ -4,6 +4,10 @@
 
 #include "gemm-inl.h"
 
+#ifdef MBP_BFLOAT16_PAIRS
+#include "gemm_pairs-inl.h"
+#endif
+
 #include "relu_backward-inl.h"
 
 #include "dropout-inl.h"

@@ -192,7 +192,8 @@ struct Kernels {
   using A = accumulator_t<T>;
   // Whether a product of m rows reads B (K, N) where it lies, without packing.
   bool (*reads_in_place)(int64_t m, int64_t b_k, int64_t b_n, int64_t n);
-  // Elements of B (K, N) when packed, and the packing.
+  // Elements of B (K, N) when packed, and the packing. Columns are packed in panels of `tile_cols`, one after another, so
+  // that column n, a multiple of it, begins at packed_size(k, n).
   int64_t (*packed_size)(int64_t k, int64_t n);
   void (*pack)(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, accumulator_t<T>* out);
   void (*gemm)(const Gemm<T, T>&, void* workspace);

@@ -57,8 +57,8 @@ MBP_INLINE float multiply_add(float a, float b, float c) { return a * b + c; }
 MBP_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 // Square roots are instructions too: a library function would set errno for numbers below 0. (The masks avoid a warning
-// of GCC 12 about its own header.)
-#if MBP_VECTOR_BYTES == 64
+// of GCC 12 about its own header.) MBP_MODEL: a level for tests, with vectors that the machine need not have.
+#if MBP_VECTOR_BYTES == 64 && !defined(MBP_MODEL)
 MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
 MBP_INLINE vec<float> square_root(vec<float> v) { return _mm512_maskz_sqrt_ps(__mmask16(-1), v); }
@@ -68,20 +68,23 @@ MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { r
 MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 MBP_INLINE vec<float> square_root(vec<float> v) { return _mm256_sqrt_ps(v); }
 MBP_INLINE vec<double> square_root(vec<double> v) { return _mm256_sqrt_pd(v); }
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && !defined(MBP_MODEL)
 MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return a * b + c; }
 MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
 MBP_INLINE vec<float> square_root(vec<float> v) { return _mm_sqrt_ps(v); }
 MBP_INLINE vec<double> square_root(vec<double> v) { return _mm_sqrt_pd(v); }
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(MBP_MODEL)
 MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) { return vfmaq_f32(c, a, b); }
 MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return vfmaq_f64(c, a, b); }
 MBP_INLINE vec<float> square_root(vec<float> v) { return vsqrtq_f32(v); }
 MBP_INLINE vec<double> square_root(vec<double> v) { return vsqrtq_f64(v); }
 #else
-template <typename A>
-MBP_INLINE vec<A> multiply_add(vec<A> a, vec<A> b, vec<A> c) {
-  for (int i = 0; i < kLanes<A>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
+MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
+  for (int i = 0; i < kLanes<float>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
+  return a;
+}
+MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) {
+  for (int i = 0; i < kLanes<double>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
   return a;
 }
 MBP_INLINE vec<float> square_root(vec<float> v) {
@@ -99,9 +102,9 @@ MBP_INLINE double square_root(double x) { return square_root(vec<double>{x})[0];
 // A product that the compiler must not fuse with the addition that follows.
 template <typename V>
 MBP_INLINE V rounded(V product) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MBP_MODEL)
   asm("" : "+x"(product));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(MBP_MODEL)
   asm("" : "+w"(product));
 #else
   asm("" : "+m"(product));
