@@ -17,7 +17,7 @@ namespace avx512 {
 extern const KernelTable kTable;
 }
 namespace avx512_bf16 {
-extern const KernelTable kTable;
+extern const Products<bfloat16> kProducts;
 }
 #ifdef MBP_BF16_MODEL
 namespace bf16_model {  // tests/csrc/bf16_model.cpp
@@ -45,10 +45,19 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(__x86_64__)
+const KernelTable kWithPairs = [] {
+  KernelTable table = avx512::kTable;
+  table.name = "avx512_bf16";
+  static_cast<Products<bfloat16>&>(table.bf16) = avx512_bf16::kProducts;
+  return table;
+}();
+#endif
+
 // Best first: the first one that the machine supports is used. The baseline, last, runs everywhere.
 const Level kLevels[] = {
 #if defined(__x86_64__)
-    {&avx512_bf16::kTable, [] { return __builtin_cpu_supports("avx512bf16") && has_avx512(); }},
+    {&kWithPairs, [] { return __builtin_cpu_supports("avx512bf16") && has_avx512(); }},
     {&avx512::kTable, has_avx512},
     {&avx2::kTable, has_avx2},
 #elif defined(__aarch64__)

@@ -8,6 +8,7 @@
 #include "gemm_pairs-inl.h"
 #endif
 
+#ifndef MBP_PRODUCTS_OF
 #include "relu_backward-inl.h"
 
 #include "dropout-inl.h"
@@ -19,5 +20,6 @@
 #include "flow-inl.h"
 
 #include "update-inl.h"
+#endif
 
 #include "table-inl.h"

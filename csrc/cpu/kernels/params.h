@@ -186,9 +186,10 @@ inline AllUpdateScalars in_both_types(UpdateScalars<double> s) {
 // Updates the numbers begin ... end - 1. Bits do not depend on how a run is cut.
 using UpdateKernel = void (*)(const Update&, const AllUpdateScalars&, int64_t begin, int64_t end);
 
-// The kernels of one storage type at one instruction-set level. Each runs on the calling thread.
+// The kernels of one storage type at one instruction-set level. Each runs on the calling thread. A level may have products
+// of its own and all else from another one (isa.cpp).
 template <typename T>
-struct Kernels {
+struct Products {
   using A = accumulator_t<T>;
   // Whether a product of m rows reads B (K, N) where it lies, without packing.
   bool (*reads_in_place)(int64_t m, int64_t b_k, int64_t b_n, int64_t n);
@@ -200,6 +201,11 @@ struct Kernels {
   void (*gemm_accumulated)(const Gemm<T, A>&, void* workspace);  // C in the accumulator type
   // What `workspace` must hold for products with at most n columns and depth k; 64-byte aligned.
   int64_t (*workspace_bytes)(int64_t n, int64_t k);
+};
+
+template <typename T>
+struct Kernels : Products<T> {
+  using A = accumulator_t<T>;
   void (*relu_backward)(const ReluBackward<T>&);
   void (*sum_by_tiles)(const ReluBackward<T>&);  // only column_sum, with the bits of Gemm::column_sum
   void (*dropout)(const Dropout<T>&, int64_t begin, int64_t end);
