@@ -64,17 +64,16 @@ MBP_INLINE vec<float> dot_pairs(vec<float> sum, pairs a, pairs b) {
 // A model of it, for machines without the instruction. (A result is flushed here if it is denormal once it has been
 // rounded to the multiples of 2^-149. Hardware may round as if there were no smallest exponent; this concerns only sums
 // within half a multiple of 2^-126.)
-MBP_INLINE float flushed(float x) {
-  const uint32_t bits = float_to_bits(x);
-  return bits_to_float(bits & 0x7f800000u ? bits : bits & 0x80000000u);
+MBP_INLINE vec<float> flushed(vec<float> x) {
+  const pairs bits = (pairs)x, is_normal = (pairs)((bits & 0x7f800000u) != 0);
+  return (vec<float>)(bits & (is_normal | 0x80000000u));
 }
-static __attribute__((noinline)) void dot_pairs_by_model(float* sum, const uint32_t* a, const uint32_t* b) {
-  for (int i = 0; i < kLanes<float>; ++i) {
-    const auto a_odd = bits_to_float(a[i] & 0xffff0000u), b_odd = bits_to_float(b[i] & 0xffff0000u);
-    const auto a_even = bits_to_float(a[i] << 16), b_even = bits_to_float(b[i] << 16);
-    sum[i] = flushed(multiply_add(flushed(a_odd), flushed(b_odd), flushed(sum[i])));
-    sum[i] = flushed(multiply_add(flushed(a_even), flushed(b_even), sum[i]));
-  }
+static __attribute__((noinline)) void dot_pairs_by_model(float* sums, const uint32_t* as, const uint32_t* bs) {
+  const pairs a = load_pairs(as), b = load_pairs(bs);
+  vec<float> sum = flushed(load<float>(sums));
+  sum = flushed(multiply_add(flushed((vec<float>)(a & 0xffff0000u)), flushed((vec<float>)(b & 0xffff0000u)), sum));
+  sum = flushed(multiply_add(flushed((vec<float>)(a << 16)), flushed((vec<float>)(b << 16)), sum));
+  store<float>(sums, sum);
 }
 MBP_INLINE vec<float> dot_pairs(vec<float> sum, pairs a, pairs b) {
   float sums[kLanes<float>];

@@ -80,10 +80,12 @@ MBP_INLINE vec<float> square_root(vec<float> v) { return vsqrtq_f32(v); }
 MBP_INLINE vec<double> square_root(vec<double> v) { return vsqrtq_f64(v); }
 #else
 MBP_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes<float>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
   return a;
 }
 MBP_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) {
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes<double>; ++i) a[i] = multiply_add(a[i], b[i], c[i]);
   return a;
 }
