@@ -164,20 +164,16 @@ class LossSpec:
 
         flat: the gradients are views of one buffer.
         """
+        results: list[Tensor]
+        is_mean = self.reduction == "mean"
+        name, ignored, smoothing = self.name, self.ignore_index, self.label_smoothing
         try:
-            results: list[Tensor] = (_ops.mlp_loss if self.autocast is None else _ops.mlp_autocast_loss)(
-                input,
-                target,
-                weights,
-                biases,
-                self.name,
-                self.reduction == "mean",
-                self.ignore_index,
-                self.label_smoothing,
-                needs,
-                flat,
-                *(() if self.autocast is None else (self.autocast,)),
-            )
+            if self.autocast is None:
+                results = _ops.mlp_loss(input, target, weights, biases, name, is_mean, ignored, smoothing, needs, flat)
+            else:
+                results = _ops.mlp_autocast_loss(
+                    input, target, weights, biases, name, is_mean, ignored, smoothing, needs, flat, self.autocast
+                )
         except RuntimeError as error:
             if "out of bounds" in str(error):  # raise what F.cross_entropy raises
                 raise IndexError(str(error)) from None
