@@ -99,7 +99,7 @@ def test_binary_runs_with_old_glibc() -> None:
 
 
 def test_binary_is_small() -> None:
-    assert _ops.BINARY.stat().st_size < 2.6e6  # uncompressed; the wheel compresses it
+    assert _ops.BINARY.stat().st_size < 2.9e6  # uncompressed; the wheel compresses it
 
 
 # Headers and functions that macOS lacks. `make macos` compiles everything for it.
